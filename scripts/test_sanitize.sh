@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer into build/sanitize, beside a copy of the package,
+# and runs the tests that reach C++ there. Arguments replace the list of tests; PYTHON chooses the interpreter.
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+out=$root/build/sanitize
+if [ $# -eq 0 ]; then
+  set -- tests/test_ops.py tests/test_runs.py tests/memory
+fi
+
+cd "$root"
+SANITIZE=1 "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$root/build/sanitize-objects"
+
+# The tests run on a copy, so that no other build of the extension can be imported by accident.
+rm -rf "$out/tests" "$out/examples"
+(cd "$root" && find llm_datadist_torch tests examples \( -name '*.py' -o -name '*.pyi' -o -name '*.txt' \) -print0 |
+  tar --null --files-from=- -cf -) | tar -C "$out" -xf -
+cp "$root/pyproject.toml" "$out/"
+
+# The runtime must come first in a process whose executable is not instrumented; libstdc++ with it, or ASan cannot
+# intercept exceptions. Python itself leaks by design, so leaks aren't looked for.
+cd "$out"
+LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:strict_init_order=1:allocator_may_return_null=1 \
+  UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+  PYTHONMALLOC=malloc \
+  "$python" -m pytest -q -p no:cacheprovider --timeout=600 "$@"
