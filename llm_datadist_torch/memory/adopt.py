@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that the caller brings, as ints or tensors, checked before a cache is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_datadist_torch.memory.address import describe_tensors, probe, tensor_over
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.data_type import DataType, itemsize, to_torch_dtype
+
+if TYPE_CHECKING:
+    from llm_datadist_torch.geometry import Layout
+    from llm_datadist_torch.values.cache_desc import CacheDesc
+
+UINT64_END = 2**64
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """Checked memory of the caller's.
+
+    Attributes:
+        tensors: The given tensors, or views over the given addresses.
+        addrs: Their addresses, int64 [num_tensors].
+        layout: The cache's layout, with the pitch of the given tensors.
+        foreign: Given as ints: nothing keeps this memory alive.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    addrs: torch.Tensor
+    layout: Layout
+    foreign: bool
+
+
+def check_given(addrs: object) -> None:
+    """Check the type of an ``addrs`` argument: a list of ints, or a list of tensors.
+
+    Raises:
+        TypeError: Anything else; a bool is no address.
+        ValueError: An int that is no unsigned 64-bit number.
+    """
+    if not isinstance(addrs, list):
+        raise TypeError(
+            f"addrs must be a list of int or of torch.Tensor, got {type(addrs).__name__}"
+        )
+    wanted = torch.Tensor if addrs and isinstance(addrs[0], torch.Tensor) else int
+    for at, item in enumerate(addrs):
+        if not isinstance(item, wanted) or isinstance(item, bool):
+            raise TypeError(f"addrs[{at}] must be {wanted.__name__}, got {type(item).__name__}")
+        if isinstance(item, int) and not 0 <= item < UINT64_END:
+            raise ValueError(f"addrs[{at}]={item} is no address: it must be in [0, 2**64)")
+
+
+def storage_form(shape: Sequence[int], data_type: DataType) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the tensors that hold ``data_type``.
+
+    What torch has no dtype for becomes bytes.
+
+    Raises:
+        LLMParamError: ``data_type`` is None.
+    """
+    if data_type is None:
+        raise param_error("the cache_desc has no data_type")
+    if data_type is DataType.DT_STRING:
+        return (*shape, itemsize(data_type)), torch.uint8
+    return tuple(shape), to_torch_dtype(data_type)
+
+
+def adopt(given: list[int] | list[torch.Tensor], desc: CacheDesc, layout: Layout) -> Adopted:
+    """Check the caller's memory and wrap it. Does not block, copies nothing.
+
+    Args:
+        given: One entry per tensor, checked by :func:`check_given`.
+        desc: What the memory shall be.
+        layout: The layout of densely packed tensors of ``desc``.
+
+    Raises: LLMParamError: Wrong count, address 0, memory that isn't mapped, readable and writable,
+            tensors that don't fit ``desc``, or that overlap.
+    """
+    if len(given) != desc.num_tensors:
+        raise param_error(
+            f"{len(given)} addrs for a cache_desc with num_tensors={desc.num_tensors}"
+        )
+    shape, dtype = storage_form(desc.dims, desc.data_type)
+    if isinstance(given[0], torch.Tensor):
+        tensors = tuple(item for item in given if isinstance(item, torch.Tensor))
+        addrs, pitch = describe_tensors(tensors, shape, dtype, torch.device("cpu"))
+        return Adopted(
+            _in_shape(tensors, shape), addrs, replace(layout, pitch=pitch), foreign=False
+        )
+    numbers = [item for item in given if isinstance(item, int)]
+    _check_apart(numbers, desc.size)
+    probe(numbers, desc.size)
+    views = tuple(tensor_over(address, shape, dtype) for address in numbers)
+    return Adopted(views, torch.tensor(numbers, dtype=torch.int64), layout, foreign=True)
+
+
+def _in_shape(
+    tensors: tuple[torch.Tensor, ...], shape: tuple[int, ...]
+) -> tuple[torch.Tensor, ...]:
+    return tuple(t.detach() if t.shape == shape else t.detach().view(shape) for t in tensors)
+
+
+def _check_apart(addrs: list[int], nbytes: int) -> None:
+    """Overlapping tensors would let one layer overwrite another."""
+    order = sorted(range(len(addrs)), key=addrs.__getitem__)
+    for low, high in pairwise(order):
+        if addrs[high] - addrs[low] < nbytes and addrs[low]:
+            raise param_error(
+                f"addrs[{low}]={addrs[low]:#x} and addrs[{high}]={addrs[high]:#x} overlap: each"
+                f" tensor has {nbytes} bytes"
+            )

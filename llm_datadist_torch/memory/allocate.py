@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory for new caches: one region, and tensors in it."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm_datadist_torch import _C
+from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMStatusCode, error_for
+
+TENSOR_ALIGNMENT = 64 * 1024
+"""Tensors of a region start at multiples of this many bytes from its start."""
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Memory of one new cache.
+
+    Attributes:
+        tensors: Contiguous tensors; each keeps its memory alive. Their contents are not defined.
+        region: The region they all lie in; it may hold other caches too.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    region: Region
+
+
+class CacheMemory(ABC):
+    """A source of memory for caches: one class per kind of memory and device."""
+
+    @abstractmethod
+    def allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """Make ``count`` contiguous tensors of ``shape`` in one region.
+
+        The memory lives as long as any of the tensors or the region is referenced.
+
+        Raises:
+            LLMOutOfMemoryError: There is no room; nothing has changed.
+            LLMParamError: ``count`` or a dimension is not positive.
+        """
+
+
+class HostMemory(CacheMemory):
+    """Ordinary host memory that peers on this host can map, one region per allocation.
+
+    Thread safety: stateless.
+    """
+
+    def allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """See :meth:`CacheMemory.allocate`. Starts on a 2 MiB boundary, zeroed."""
+        return Allocation(*allocate_tensors(shape, dtype, count))
+
+
+class PinnedMemory(CacheMemory):
+    """Host memory from torch's pinned allocator, for DMA. Peers can't map it.
+
+    Thread safety: stateless.
+    """
+
+    def allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
+        """See :meth:`CacheMemory.allocate`. Starts where torch's allocator puts it; not zeroed.
+
+        Raises:
+            LLMOutOfMemoryError: The memory could not be had or not be pinned.
+            LLMFeatureNotEnabledError: torch has no accelerator.
+        """
+        offsets, total = _offsets(count, tensor_nbytes(shape, dtype))
+        if not has_accelerator():
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                "pinned memory needs an accelerator, and torch has none available",
+                remedy="use HostMemory.",
+            )
+        try:
+            base = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+        except (RuntimeError, MemoryError) as error:
+            raise _out_of_memory(f"pinning {total} bytes failed: {error}", total) from error
+        if base.data_ptr() == 0:
+            raise _out_of_memory(
+                f"pinning {total} bytes failed: the allocator gave address 0", total
+            )
+        nbytes = tensor_nbytes(shape, dtype)
+        views = tuple(base[at : at + nbytes].view(dtype).view(tuple(shape)) for at in offsets)
+        reason = "pinned memory belongs to the device's allocator"
+        return Allocation(views, Region(base.data_ptr(), total, reason=reason, keepalive=base))
+
+
+def default_host_memory() -> CacheMemory:
+    """Pinned memory where torch has an accelerator, else ordinary host memory."""
+    return PinnedMemory() if has_accelerator() else HostMemory()
+
+
+def has_accelerator() -> bool:
+    """Whether torch has an accelerator that could use pinned memory."""
+    return torch.accelerator.is_available()
+
+
+def allocate_tensors(
+    shape: Sequence[int], dtype: torch.dtype, count: int, *, shareable: bool = True
+) -> tuple[tuple[torch.Tensor, ...], Region]:
+    """Make tensors in one new region of zeroed host memory. Touches no page of it.
+
+    The region starts on a 2 MiB boundary, its tensors follow at 64 KiB-aligned offsets. After a
+    ``fork`` the child shares (and can change) the pages of a shareable region.
+
+    Args:
+        shape: Shape of each tensor, all dimensions positive.
+        dtype: Element type.
+        count: Number of tensors, at least 1.
+        shareable: Whether peers on this host shall be able to map it. Where the kernel refuses,
+            the memory is private and ``region.reason`` says why.
+
+    Returns:
+        The tensors, each of which keeps the region's memory alive, and the region.
+
+    Raises:
+        LLMOutOfMemoryError: More than this machine could ever give, or the kernel refused.
+        LLMParamError: ``count`` or a dimension is not positive.
+    """
+    offsets, total = _offsets(count, tensor_nbytes(shape, dtype))
+    host = _create_host_region(total, shareable=shareable)
+    return tuple(host.tensors(offsets, list(shape), dtype)), region_of(host)
+
+
+def allocate_bytes(nbytes: int) -> tuple[torch.Tensor, Region]:
+    """Make one uint8 tensor ``[nbytes]`` that is a whole shareable region.
+
+    Raises:
+        LLMOutOfMemoryError: More than this machine could ever give, or the kernel refused.
+        LLMParamError: ``nbytes`` is not positive.
+    """
+    (base,), region = allocate_tensors((nbytes,), torch.uint8, 1)
+    return base, region
+
+
+def region_of(host: _C.HostRegion) -> Region:
+    """The region that ``host`` is; keeps it alive."""
+    return Region(
+        host.address, host.nbytes, host.fd, host.inode, host.device, host.reason, keepalive=host
+    )
+
+
+def tensor_nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Bytes of one contiguous tensor.
+
+    Raises:
+        LLMParamError: A dimension is not positive.
+    """
+    if any(dim <= 0 for dim in shape):
+        raise error_for(
+            LLMStatusCode.LLM_PARAM_INVALID,
+            f"shape={list(shape)} has a dimension that is not positive",
+        )
+    return math.prod(shape) * dtype.itemsize
+
+
+def check_obtainable(nbytes: int) -> None:
+    """Refuse what the machine could never give.
+
+    The kernel maps almost any size and kills the process when it touches the pages, so a size
+    beyond memory and swap is refused here. A size below may still be too large at the moment.
+
+    Raises:
+        LLMOutOfMemoryError: ``nbytes`` is more than memory and swap together.
+    """
+    if nbytes <= _ram_bytes():  # nearly always; saves reading /proc for every cache
+        return
+    memory = _meminfo_bytes()
+    limit = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
+    if limit and nbytes > limit:
+        raise _out_of_memory(f"asked for {nbytes} bytes, this machine has {limit}", nbytes, memory)
+
+
+def _create_host_region(nbytes: int, *, shareable: bool) -> _C.HostRegion:
+    try:
+        return _C.HostRegion.create(nbytes, shareable)
+    except OSError as error:
+        raise _out_of_memory(
+            f"asked for {nbytes} bytes, the kernel refused: {error}", nbytes
+        ) from error
+
+
+def _offsets(count: int, nbytes: int) -> tuple[list[int], int]:
+    """Starts of ``count`` tensors of ``nbytes``, and the (obtainable) bytes of all of them."""
+    if count <= 0:
+        raise error_for(LLMStatusCode.LLM_PARAM_INVALID, f"{count} tensors: at least 1 is needed")
+    step = -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+    total = (count - 1) * step + nbytes
+    check_obtainable(total)  # before a list that would not fit either
+    return list(range(0, count * step, step)), total
+
+
+def _out_of_memory(
+    message: str, requested: int, memory: dict[str, int] | None = None
+) -> LLMOutOfMemoryError:
+    memory = _meminfo_bytes() if memory is None else memory
+    available = memory.get("MemAvailable")
+    return LLMOutOfMemoryError(
+        f"{message}; available now: {'unknown' if available is None else f'{available} bytes'}",
+        requested_bytes=requested,
+        free_bytes=available,
+        remedy="ask for fewer or smaller tensors, or free memory.",
+    )
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _meminfo_bytes() -> dict[str, int]:
+    """/proc/meminfo in bytes; empty where it can't be read."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
