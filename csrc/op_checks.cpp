@@ -105,13 +105,13 @@ void check_same_length(const at::Tensor& dst_ids, const at::Tensor& src_ids) {
                     " ids, but src_ids ", src_ids.numel());
 }
 
-IdTable table_of_destinations(const at::Tensor& dst_ids) {
+IdTable table_of_destinations(const char* name, const at::Tensor& dst_ids) {
   const int64_t* values = dst_ids.const_data_ptr<int64_t>();
   IdTable table(static_cast<size_t>(dst_ids.numel()));
   for (int64_t i = 0; i < dst_ids.numel(); ++i) {
     const int64_t before = table.insert(values[i], i);
-    TORCH_CHECK_VALUE(before == IdTable::kNone, "dst_ids[", i, "]=", values[i], " repeats dst_ids[",
-                      before, "]: every block can be written once per call");
+    TORCH_CHECK_VALUE(before == IdTable::kNone, name, "[", i, "]=", values[i], " repeats ", name,
+                      "[", before, "]: every block can be written once per call");
   }
   return table;
 }

@@ -38,7 +38,7 @@ void check_range(const char* name, const at::Tensor& ids, int64_t rows);
 void check_same_length(const at::Tensor& dst_ids, const at::Tensor& src_ids);
 
 // The positions of the destinations; ValueError that names both positions of a repeated one.
-IdTable table_of_destinations(const at::Tensor& dst_ids);
+IdTable table_of_destinations(const char* name, const at::Tensor& dst_ids);
 
 // ValueError if two of the tensors that are written share memory.
 void check_no_overlap(const char* name, const TensorRows& tensors);

@@ -36,7 +36,7 @@ void copy_blocks(at::TensorList tensors, const at::Tensor& src_ids, const at::Te
     check_range("src_ids", src, all.rows);
     check_range("dst_ids", dst, all.rows);
   }
-  const IdTable table = table_of_destinations(dst);
+  const IdTable table = table_of_destinations("dst_ids", dst);
   check_no_overlap("tensors", all);
   const size_t count = static_cast<size_t>(dst.numel());
   if (tensors.empty() || count == 0 || all.nbytes == 0) {
@@ -95,7 +95,7 @@ void swap_blocks(at::TensorList dst, at::TensorList src, const at::Tensor& dst_i
     check_range("src_ids", from_ids, from.rows);
     check_range("dst_ids", to_ids, to.rows);
   }
-  (void)table_of_destinations(to_ids);
+  (void)table_of_destinations("dst_ids", to_ids);
   check_no_overlap("dst", to);
   check_blocks_apart(to, from, to_ids, from_ids);
   if (dst.empty() || to_ids.numel() == 0 || to.nbytes == 0) {

@@ -252,9 +252,11 @@ def test_nothing_to_do():
     assert unchanged(tensor)
 
 
-def test_as_ids_converts_once():
+def test_as_ids_is_a_copy_that_nobody_else_can_change():
     ids = torch.tensor([1, 2])
-    assert ops.as_ids(ids) is ids
+    mine = ops.as_ids(ids)
+    ids[0] = 9
+    assert mine.tolist() == [1, 2]
     assert ops.as_ids(ids.to(torch.int32)).dtype == torch.int64
     assert ops.as_ids((1, 2)).tolist() == [1, 2]
     assert ops.as_ids(range(3)).tolist() == [0, 1, 2]
