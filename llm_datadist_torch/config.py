@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ __all__ = [
 _FLOW_GRAPH_MEM = "ge.flowGraphMemMaxSize"
 _CACHE_MANAGER = "llm.EnableCacheManager"
 _REMOTE_ACCESSIBLE = "llm.EnableRemoteCacheAccessible"
-_LISTEN = "llm.listenIpInfo"
+LISTEN_KEY = "llm.listenIpInfo"
+"""Option key of the address to listen on."""
 _LOCAL_COMM_RES = "llm.LocalCommRes"
 _BACKEND = "llm.TransferBackend"
 _DEVICE_POOL = "llm.MemPoolConfig"
@@ -58,6 +60,18 @@ def role_to_str(role: LLMRole) -> str:
     return _ROLE_TEXTS[role]
 
 
+def environment_text(name: str) -> str:
+    """Returns an environment variable, "" if it isn't set. Only tools ask: `cli` and `compat`."""
+    return os.environ.get(name, "")
+
+
+def add_to_pythonpath(directory: str) -> None:
+    """Puts a directory first on the PYTHONPATH that child processes get, unless it is there."""
+    before = environment_text("PYTHONPATH")
+    if directory not in before.split(os.pathsep):
+        os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{before}" if before else directory
+
+
 def parse_listen_ip_info(text: str) -> tuple[str, int]:
     """Parses "ip:port", or "[ipv6]:port" (not in the reference).
 
@@ -72,14 +86,14 @@ def parse_listen_ip_info(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host or not separator:
         raise param_error(
-            f"{_LISTEN}={text!r} is not of the form ip:port.", remedy="write IPv6 as [ip]:port"
+            f"{LISTEN_KEY}={text!r} is not of the form ip:port.", remedy="write IPv6 as [ip]:port"
         )
     try:
         port = int(port_text)
     except ValueError:
-        raise param_error(f"{_LISTEN}={text!r}: port {port_text!r} is not a number.") from None
+        raise param_error(f"{LISTEN_KEY}={text!r}: port {port_text!r} is not a number.") from None
     if not 0 <= port <= UINT16_MAX:
-        raise param_error(f"{_LISTEN}={text!r}: the port is out of range [0, {UINT16_MAX}].")
+        raise param_error(f"{LISTEN_KEY}={text!r}: the port is out of range [0, {UINT16_MAX}].")
     return host, port
 
 
@@ -200,7 +214,7 @@ class EngineConfig:
         role_to_str(role)
         settled = dict(options)
         _settle_mode(settled)
-        listen = parse_listen_ip_info(settled[_LISTEN]) if _LISTEN in settled else None
+        listen = parse_listen_ip_info(settled[LISTEN_KEY]) if LISTEN_KEY in settled else None
         remote_accessible = _flag(settled, _REMOTE_ACCESSIBLE)
         device_id = _number(settled, "ge.exec.deviceId", 0, INT32_MAX)
         sync_timeout_ms = _number(settled, "llm.SyncKvCacheWaitTime", 1, INT32_MAX)
@@ -255,9 +269,9 @@ def _settle_mode(options: dict[str, str]) -> None:
                 f"{_BACKEND} needs {_REMOTE_ACCESSIBLE}=1.",
                 remedy="set LLMConfig.enable_remote_cache_accessible = True",
             )
-        if _LISTEN not in options:
+        if LISTEN_KEY not in options:
             raise param_error(
-                f"{_BACKEND} needs {_LISTEN}.", remedy='set LLMConfig.listen_ip_info = "ip:port"'
+                f"{_BACKEND} needs {LISTEN_KEY}.", remedy='set LLMConfig.listen_ip_info = "ip:port"'
             )
     if not mode_on:
         raise param_error(

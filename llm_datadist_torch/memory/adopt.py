@@ -80,7 +80,8 @@ def adopt(given: list[int] | list[torch.Tensor], desc: CacheDesc, layout: Layout
         desc: What the memory shall be.
         layout: The layout of densely packed tensors of ``desc``.
 
-    Raises: LLMParamError: Wrong count, address 0, memory that isn't mapped, readable and writable,
+    Raises:
+        LLMParamError: Wrong count, address 0, memory that isn't mapped, readable and writable,
             tensors that don't fit ``desc``, or that overlap.
     """
     if len(given) != desc.num_tensors:

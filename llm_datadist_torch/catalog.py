@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one instance owns: its caches, their keys, and who still refers to them. No I/O, no devices.
+
+An owned cache lives while its id is held, or a key names it, or a lease is on it (reference API,
+8.5). A registered cache lives until it is unregistered, which waits for its leases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.geometry import Layout
+from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+
+
+class KeyKind(str, Enum):
+    """The three name spaces of keys.
+
+    They never meet, so a blocks key can't hide a request (section 14, 16).
+    """
+
+    REQUEST = "request"
+    PREFIX = "prefix"
+    BLOCKS = "blocks"
+
+
+class KeyName(NamedTuple):
+    """A key as the catalog and the messages know it.
+
+    Without the cluster id, which only says where to look.
+    """
+
+    kind: KeyKind
+    value: int
+    model_id: int
+
+    def __str__(self) -> str:
+        """The key in the words of its public class."""
+        if self.kind is KeyKind.BLOCKS:
+            return f"BlocksCacheKey(model_id={self.model_id})"
+        name = "req_id" if self.kind is KeyKind.REQUEST else "prefix_id"
+        return f"CacheKey({name}={self.value}, model_id={self.model_id})"
+
+
+def name_of(key: CacheKey | BlocksCacheKey) -> KeyName:
+    """The catalog's name for a public key; a prefix wins over a request id (reference API, 8.5)."""
+    if isinstance(key, BlocksCacheKey):
+        return KeyName(KeyKind.BLOCKS, 0, key.model_id)
+    if key.is_prefix:
+        return KeyName(KeyKind.PREFIX, key.prefix_id, key.model_id)
+    return KeyName(KeyKind.REQUEST, key.req_id, key.model_id)
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """One cache of this instance.
+
+    Attributes:
+        cache_id: Its id, unique in this instance.
+        layout: Where its rows lie.
+        tensors: Its memory; the entry is what keeps it alive for peers.
+        addrs: Addresses of the tensors, int64 [num_tensors].
+        owned: Allocated by us; False for registered memory.
+        remote_accessible: Whether peers may read and write it.
+        region: The region that all its tensors lie in, or None for memory that isn't ours.
+        owns_region: The region is this cache's alone, and ends with it (else it is a pool's).
+        foreign: Registered as bare addresses: nothing keeps that memory alive.
+        keys: Key -> row.
+        held: Whether the user still holds the id.
+        leases: Transfers in flight that use its memory.
+        covered: Per key, the tensors that partial pulls have already fetched.
+    """
+
+    cache_id: int
+    layout: Layout
+    tensors: tuple[torch.Tensor, ...]
+    addrs: torch.Tensor
+    owned: bool
+    remote_accessible: bool
+    region: Region | None = None
+    owns_region: bool = False
+    foreign: bool = False
+    keys: dict[KeyName, int] = field(default_factory=dict)
+    held: bool = True
+    leases: int = 0
+    covered: dict[KeyName, set[int]] = field(default_factory=dict)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether somebody may still start to use it.
+
+        A lease alone only finishes what is under way.
+        """
+        return self.held or bool(self.keys)
+
+
+class Resolved(NamedTuple):
+    """What a key leads to: a cache, a row of it, the request key that a pull of it consumes."""
+
+    entry: CacheEntry
+    row: int
+    consumes: KeyName | None
+
+
+class Catalog:
+    """Caches and keys of one instance.
+
+    Thread safety: every method may be called from any thread; one lock guards all tables.
+    ``on_free`` is called without the lock.
+
+    Args:
+        on_free: Called with each entry that has just left the catalog, after its last lease.
+    """
+
+    def __init__(self, on_free: Callable[[CacheEntry], None] = lambda _: None) -> None:
+        self._changed = threading.Condition()
+        self._entries: dict[int, CacheEntry] = {}
+        self._keys: dict[KeyName, CacheEntry] = {}
+        self._ids = itertools.count(1)
+        self._on_free = on_free
+
+    def next_id(self) -> int:
+        """A fresh cache id; ids start at 1 and are never used again (reference API, 8.2)."""
+        return next(self._ids)
+
+    def __len__(self) -> int:
+        """Caches in the catalog, including those that only a key or a lease keeps."""
+        return len(self._entries)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that are bound to a cache."""
+        return len(self._keys)
+
+    # -- creation ---------------------------------------------------------------------------------
+
+    def add(self, entry: CacheEntry, keys: Sequence[CacheKey | BlocksCacheKey]) -> None:
+        """Add a cache and bind its keys.
+
+        Position in ``keys`` = row, placeholders are skipped. All or nothing.
+
+        Raises:
+            LLMParamError: More keys than rows, a key given twice, a key that is bound already.
+        """
+        layout = entry.layout
+        if not layout.paged and len(keys) > layout.rows:
+            raise param_error(f"{len(keys)} cache_keys for a cache of {layout.rows} rows")
+        named: dict[KeyName, int] = {}
+        for row, key in enumerate(keys):
+            if isinstance(key, CacheKey) and key.is_placeholder:
+                continue
+            name = name_of(key)
+            if name in named:
+                raise param_error(f"cache_keys[{row}] repeats cache_keys[{named[name]}]: {name}")
+            named[name] = row
+        with self._changed:
+            for name in named:
+                if name in self._keys:
+                    bound = self._keys[name].cache_id
+                    raise param_error(
+                        f"{name} is bound to cache {bound} already",
+                        remedy="remove_cache_key() first.",
+                    )
+            entry.keys = named
+            self._entries[entry.cache_id] = entry
+            self._keys.update(dict.fromkeys(named, entry))
+
+    # -- lookup -----------------------------------------------------------------------------------
+
+    def get(self, cache_id: int) -> CacheEntry | None:
+        """The entry of ``cache_id``, or None if there is none that somebody may still use."""
+        entry = self._entries.get(cache_id)
+        return entry if entry is not None and entry.reachable else None
+
+    def find(self, cache_id: int) -> CacheEntry:
+        """The entry of ``cache_id``.
+
+        Raises:
+            LLMCacheNotFoundError: No such cache.
+        """
+        entry = self.get(cache_id)
+        if entry is None:
+            raise _not_found(
+                f"cache {cache_id} does not exist (never created, deallocated or unregistered)"
+            )
+        return entry
+
+    def resolve_key(self, name: KeyName) -> Resolved:
+        """The cache and row of a key.
+
+        Raises:
+            LLMCacheNotFoundError: No cache has this key (any more).
+        """
+        with self._changed:
+            entry = self._keys.get(name)
+            if entry is None:
+                raise _not_found(
+                    f"no cache has {name} (never bound, removed, or consumed by a pull)"
+                )
+            consumes = name if name.kind is KeyKind.REQUEST else None
+            return Resolved(entry, entry.keys[name], consumes)
+
+    def resolve_id(self, cache_id: int, row: int) -> Resolved:
+        """The cache of an id, and the request key of ``row`` if it has one.
+
+        Pulling the row consumes that too.
+
+        Raises:
+            LLMCacheNotFoundError: No such cache, or no such row in it.
+        """
+        with self._changed:
+            entry = self.find(cache_id)
+            if not entry.layout.paged and not 0 <= row < entry.layout.rows:
+                raise _not_found(
+                    f"batch_index={row} is out of range [0, {entry.layout.rows}) of cache"
+                    f" {cache_id}"
+                )
+            named = (n for n, r in entry.keys.items() if r == row and n.kind is KeyKind.REQUEST)
+            return Resolved(entry, row, next(named, None))
+
+    def resolve_address(self, address: int) -> Resolved:
+        """The cache one of whose tensors contains ``address``, int64 as in ``CacheEntry.addrs``.
+
+        Where several do, one that peers may use, if there is one.
+
+        Raises:
+            LLMParamError: None does.
+        """
+        with self._changed:
+            inside = [
+                entry
+                for entry in self._entries.values()
+                if entry.reachable and entry.layout.tensor_at(entry.addrs, address) is not None
+            ]
+        if not inside:
+            raise param_error(
+                f"no cache contains the address {address:#x}",
+                remedy="only memory that is allocated or registered as a cache can be written to.",
+            )
+        return Resolved(max(inside, key=lambda entry: entry.remote_accessible), 0, None)
+
+    # -- the ends of a cache ----------------------------------------------------------------------
+
+    def release_id(self, cache_id: int) -> bool:
+        """The user lets go of an owned cache.
+
+        Keys and leases may keep it. Unknown ids are ignored (reference API, 8.5).
+
+        A blocks cache loses its key at once.
+
+        Returns:
+            Whether the id named an owned cache that was still held.
+        """
+        with self._changed:
+            entry = self._entries.get(cache_id)
+            if entry is None or not entry.owned or not entry.held:
+                return False
+            entry.held = False
+            if entry.layout.paged:
+                self._drop_keys(entry, list(entry.keys))
+            freed = self._collect(entry)
+        self._notify(freed)
+        return True
+
+    def remove_key(self, name: KeyName) -> None:
+        """Unbind a key of an owned cache.
+
+        Unknown keys, and keys of registered caches, are left as they are.
+        """
+        with self._changed:
+            entry = self._keys.get(name)
+            if entry is None or not entry.owned:
+                return
+            self._drop_keys(entry, [name])
+            freed = self._collect(entry)
+        self._notify(freed)
+
+    def consume(self, entry: CacheEntry, name: KeyName, tensors: Iterable[int]) -> None:
+        """Note that a pull by ``name`` has fetched ``tensors``.
+
+        The key goes when all tensors have been fetched.
+
+        Counted per key (section 14, 15). Registered caches keep their keys (reference API, 8.3).
+        """
+        with self._changed:
+            if not entry.owned or name not in entry.keys:
+                return
+            covered = entry.covered.setdefault(name, set())
+            covered.update(tensors)
+            if len(covered) < entry.layout.num_tensors:
+                return
+            self._drop_keys(entry, [name])
+            freed = self._collect(entry)
+        self._notify(freed)
+
+    def unregister(self, cache_id: int, deadline: Deadline) -> None:
+        """Forget a registered cache, after waiting for its leases.
+
+        Then its memory is the caller's alone again.
+
+        Raises:
+            LLMTimeoutError: A transfer still uses it at the deadline; the cache stays registered.
+        """
+        with self._changed:
+            entry = self._entries.get(cache_id)
+            if entry is None:
+                return
+            while entry.leases and not deadline.expired:
+                self._changed.wait(deadline.remaining_s())
+            if entry.leases:
+                raise error_for(
+                    LLMStatusCode.LLM_TIMEOUT,
+                    f"cache {cache_id} is still used by {entry.leases} transfer(s) after"
+                    f" {deadline.budget_ms} ms",
+                    op="unregister_cache",
+                    cache_id=cache_id,
+                    remedy="wait for the transfers, or unlink the peers, and call again.",
+                )
+            entry.held = False
+            self._drop_keys(entry, list(entry.keys))
+            freed = self._collect(entry)
+        self._notify(freed)
+
+    def clear(self) -> None:
+        """Forget everything: the instance has ended. Running transfers keep what they use."""
+        with self._changed:
+            entries = list(self._entries.values())
+            self._entries.clear()
+            self._keys.clear()
+        for entry in entries:
+            entry.held = False
+            entry.keys = {}
+            if not entry.leases:
+                entry.tensors = ()
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def lease(self, entry: CacheEntry) -> None:
+        """Keep an entry's memory in place until :meth:`end_lease`.
+
+        Raises:
+            LLMCacheNotFoundError: The entry has left the catalog meanwhile.
+        """
+        with self._changed:
+            if self._entries.get(entry.cache_id) is not entry or not entry.reachable:
+                raise _not_found(f"cache {entry.cache_id} was freed meanwhile")
+            entry.leases += 1
+
+    def end_lease(self, entry: CacheEntry) -> None:
+        """Give back one lease."""
+        with self._changed:
+            entry.leases -= 1
+            self._changed.notify_all()
+            freed = self._collect(entry)
+        self._notify(freed)
+
+    # -- helpers, called with the lock held -------------------------------------------------------
+
+    def _drop_keys(self, entry: CacheEntry, names: Sequence[KeyName]) -> None:
+        for name in names:
+            del entry.keys[name], self._keys[name]
+            entry.covered.pop(name, None)
+
+    def _collect(self, entry: CacheEntry) -> CacheEntry | None:
+        if entry.reachable or entry.leases:
+            return None
+        return self._entries.pop(entry.cache_id, None)
+
+    def _notify(self, freed: CacheEntry | None) -> None:
+        if freed is not None:
+            self._on_free(freed)
+            freed.tensors = ()
+
+
+def _not_found(message: str) -> LLMException:
+    return error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, message)
