@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who a process is on its host, and why the kernel might keep two processes apart."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import msgspec
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """One process on one host; equal identities are the same process.
+
+    Attributes:
+        boot_id: The running kernel, so the host (two containers on one host have the same).
+        pid_namespace: Inode of the process's pid namespace: only inside one do pids mean the same.
+        pid: Process id.
+        start_time: When the process started, in clock ticks after boot: tells a process from a
+            later one with its pid.
+    """
+
+    boot_id: str
+    pid_namespace: int
+    pid: int
+    start_time: int
+
+    @classmethod
+    def of_this_process(cls) -> HostIdentity:
+        """Read this process's identity."""
+        pid = os.getpid()
+        return cls(
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            Path("/proc/self/ns/pid").stat().st_ino,
+            pid,
+            start_time(pid),
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs (only meaningful in its pid namespace)."""
+        return start_time(self.pid) == self.start_time
+
+    def unreachable_from(self, other: HostIdentity) -> str:
+        """Why ``other`` can't reach this process's memory at all.
+
+        Empty if nothing speaks against it.
+        """
+        if self.boot_id != other.boot_id:
+            return "the peer is on another host"
+        if self.pid_namespace != other.pid_namespace:
+            return "the peer is in another pid namespace (containers: share it with --pid)"
+        return ""
+
+
+def start_time(pid: int) -> int:
+    """Start time of a process in clock ticks after boot; -1 if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return -1
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    # A zombie has exited: its memory is gone although its pid is not.
+    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def why_forbidden(number: int, pid: int) -> str:
+    """What probably made the kernel refuse access to another process, and the remedy."""
+    text = os.strerror(number)
+    if number == errno.ENOSYS:
+        return f"{text}: this kernel or its seccomp filter has no process_vm_readv/writev"
+    try:
+        owner = Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return f"{text}: process {pid} is gone"
+    if owner != os.geteuid():
+        return (
+            f"{text}: process {pid} belongs to user {owner}, this one to {os.geteuid()};"
+            " run both as one user"
+        )
+    scope = _YAMA.read_text().strip() if _YAMA.exists() else "0"
+    if scope != "0":
+        return (
+            f"{text}: kernel.yama.ptrace_scope is {scope}; set it to 0 (sysctl), grant"
+            " CAP_SYS_PTRACE, or use caches that this library allocates: they are shared without it"
+        )
+    return (
+        f"{text}: a security policy (seccomp, SELinux, an undumpable process) forbids it;"
+        " grant CAP_SYS_PTRACE"
+    )

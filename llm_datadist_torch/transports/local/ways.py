@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four ways to move bytes on one host, fastest first; each says why it can't serve."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+
+from llm_datadist_torch import _C
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.memory.address import check_alive
+from llm_datadist_torch.memory.spans import gather, scatter
+from llm_datadist_torch.transports.base import Direction, Movement, RegionView, Relay
+from llm_datadist_torch.transports.local.host import HostIdentity, why_forbidden
+from llm_datadist_torch.values.status import (
+    LLMException,
+    LLMPeerLostError,
+    LLMStatusCode,
+    error_for,
+)
+
+RELAY_CHUNK = 4 << 20
+"""Bytes of one relayed message: small enough that the owner's control thread stays responsive."""
+
+RELAY_SPANS = 1 << 16
+"""Spans of one relayed message: 16 bytes each, so that many small blocks make no large request."""
+
+_SWAPPED = torch.tensor([1, 0, 2])
+
+
+class WayClosedError(Exception):
+    """This way can't serve this movement.
+
+    Nothing has been moved. ``lasting``: nor any other on this link.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
+
+
+class Way(ABC):
+    """One way to a peer's memory."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Move all bytes.
+
+        Raises:
+            WayClosedError: Try the next way.
+            LLMException: The movement failed.
+        """
+
+    def forget(self, region_id: int) -> None:  # noqa: B027  most ways set nothing up per region
+        """The peer has freed this region."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of everything."""
+
+
+class SameProcess(Way):
+    """The peer is another instance in this process: its addresses are ours."""
+
+    name = "same-process"
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Copy in memory."""
+        if movement.remote_foreign:
+            try:
+                check_alive(movement.remote_addrs, movement.measures[2])
+            except LLMException as error:
+                raise _unmapped() from error
+        _copy(movement, movement.remote_addrs, deadline)
+
+
+class SharedMapping(Way):
+    """The peer's caches are shareable memory.
+
+    Map a region once, then copy without a system call.
+    """
+
+    name = "shared-mapping"
+
+    def __init__(self, peer: HostIdentity) -> None:
+        self._peer = peer
+        self._lock = threading.Lock()
+        self._mappings: dict[int, _C.PeerMapping] = {}
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Copy between local memory and the mapping."""
+        region = movement.region
+        if region is None or region.fd < 0:
+            raise WayClosedError("the peer's cache is not in shareable memory", lasting=False)
+        # The local reference keeps the mapping in place while bytes move, even if the link ends
+        # meanwhile.
+        mapping = self._mapping(region)
+        try:
+            remote_addrs = _C.rebase(
+                movement.remote_addrs,
+                region.address,
+                mapping.address,
+                mapping.nbytes,
+                movement.measures[2],
+            )
+        except IndexError as error:
+            raise error_for(LLMStatusCode.LLM_FAILED, f"the peer's cache: {error}") from error
+        _copy(movement, remote_addrs, deadline)
+
+    def _mapping(self, region: RegionView) -> _C.PeerMapping:
+        with self._lock:
+            mapping = self._mappings.get(region.region_id)
+            if mapping is None:
+                try:
+                    mapping = _C.PeerMapping.open(
+                        self._peer.pid, region.fd, region.inode, region.device, region.nbytes
+                    )
+                except OSError as error:
+                    reason = why_forbidden(error.errno or 0, self._peer.pid)
+                    raise WayClosedError(
+                        f"mapping it failed: {error}; {reason}", lasting=False
+                    ) from error
+                self._mappings[region.region_id] = mapping
+            return mapping
+
+    def forget(self, region_id: int) -> None:
+        """Unmap it as soon as no copy uses it."""
+        with self._lock:
+            self._mappings.pop(region_id, None)
+
+    def close(self) -> None:
+        """Unmap everything."""
+        with self._lock:
+            self._mappings.clear()
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the peer's memory that are mapped here."""
+        return sum(mapping.nbytes for mapping in self._mappings.values())
+
+
+class ProcessMemory(Way):
+    """Any memory of a process that the kernel lets us read and write.
+
+    Process_vm_readv and process_vm_writev.
+    """
+
+    name = "process-memory"
+
+    def __init__(self, peer: HostIdentity) -> None:
+        self._peer = peer
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Let the kernel copy. A wild address on either side is an error here, never a crash."""
+        call = _C.read_process if movement.direction is Direction.READ else _C.write_process
+        done, number = call(
+            self._peer.pid,
+            movement.local_addrs,
+            movement.remote_addrs,
+            movement.runs,
+            deadline.at_ns,
+        )
+        if number == 0 and not self._peer.alive:
+            # The pid may belong to somebody else by now, and the bytes with it.
+            number = errno.ESRCH
+        if number in (errno.EPERM, errno.ENOSYS, errno.EACCES) and done == 0:
+            raise WayClosedError(why_forbidden(number, self._peer.pid), lasting=True)
+        if number:
+            raise self._error(movement, number)
+        _check_done(movement, done, deadline)
+
+    def _error(self, movement: Movement, number: int) -> LLMException:
+        if number == errno.ESRCH:
+            return LLMPeerLostError(
+                f"process {self._peer.pid} of the peer is gone",
+                status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+            )
+        if number == errno.EFAULT:
+            check_alive(movement.local_addrs, movement.measures[1])
+            return _unmapped()
+        return error_for(
+            LLMStatusCode.LLM_FAILED, f"{why_forbidden(number, self._peer.pid)} (errno {number})"
+        )
+
+
+class Relayed(Way):
+    """Through the control connection: slow, and works wherever a link works."""
+
+    name = "relay"
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Ask the owner for the bytes, or send them, chunk by chunk."""
+        if movement.local_foreign:
+            check_alive(movement.local_addrs, movement.measures[1])
+        for local, spans in relay_chunks(movement):
+            if deadline.expired:
+                raise timed_out(deadline)
+            sizes = spans[:, 1]
+            if movement.direction is Direction.WRITE:
+                self._relay.write(movement.lease_id, spans, gather(local, sizes), deadline)
+                continue
+            data = self._relay.read(movement.lease_id, spans, deadline)
+            if len(data) != int(sizes.sum()):
+                raise error_for(
+                    LLMStatusCode.LLM_FAILED,
+                    f"the peer sent {len(data)} bytes of {int(sizes.sum())}",
+                )
+            scatter(local, sizes, data)
+
+
+def relay_chunks(movement: Movement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a movement into messages of at most ``RELAY_CHUNK`` bytes and ``RELAY_SPANS`` spans.
+
+    Yields:
+        Local addresses (int64 [n]) and remote spans (int64 [n, 2]: address, nbytes).
+    """
+    runs = movement.runs
+    local = (movement.local_addrs[:, None] + runs[None, :, 0]).flatten().tolist()
+    remote = (movement.remote_addrs[:, None] + runs[None, :, 1]).flatten().tolist()
+    sizes = runs[:, 2].repeat(len(movement.local_addrs)).tolist()
+    here: list[int] = []
+    there: list[tuple[int, int]] = []
+    room = RELAY_CHUNK
+    for local_at, remote_at, nbytes in zip(local, remote, sizes, strict=True):
+        for at, piece in _pieces(nbytes, room):
+            here.append(local_at + at)
+            there.append((remote_at + at, piece))
+            room -= piece
+            if room == 0 or len(here) == RELAY_SPANS:
+                yield torch.tensor(here), torch.tensor(there)
+                here, there, room = [], [], RELAY_CHUNK
+    if here:
+        yield torch.tensor(here), torch.tensor(there)
+
+
+def _pieces(nbytes: int, room: int) -> Iterator[tuple[int, int]]:
+    """Offsets and sizes of the pieces of one run, the first at most ``room``."""
+    at = 0
+    while at < nbytes:
+        piece = min(room, nbytes - at)
+        yield at, piece
+        at, room = at + piece, RELAY_CHUNK
+
+
+def timed_out(deadline: Deadline) -> LLMException:
+    """The error of a movement whose time is up."""
+    return error_for(
+        LLMStatusCode.LLM_TIMEOUT,
+        f"the transfer did not finish within {deadline.budget_ms} ms; the destination is partly"
+        " written",
+        remedy="raise sync_kv_timeout; the link stays usable.",
+    )
+
+
+def _unmapped() -> LLMException:
+    """The error for memory that the peer registered by addresses and then freed."""
+    return error_for(
+        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        "the memory that the peer registered is no longer mapped there",
+        remedy=(
+            "the peer must unregister a cache before it frees its memory; register"
+            " tensors instead of addresses."
+        ),
+    )
+
+
+def _copy(movement: Movement, remote_addrs: torch.Tensor, deadline: Deadline) -> None:
+    if movement.local_foreign:
+        check_alive(movement.local_addrs, movement.measures[1])
+    if movement.direction is Direction.READ:
+        done = _C.copy_runs(movement.local_addrs, remote_addrs, movement.runs, deadline.at_ns)
+    else:
+        runs = movement.runs.index_select(1, _SWAPPED)
+        done = _C.copy_runs(remote_addrs, movement.local_addrs, runs, deadline.at_ns)
+    _check_done(movement, done, deadline)
+
+
+def _check_done(movement: Movement, done: int, deadline: Deadline) -> None:
+    if done < movement.nbytes:
+        raise timed_out(deadline)
