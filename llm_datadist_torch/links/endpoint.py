@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sockets of one instance and the one thread that may touch them."""
+
+from __future__ import annotations
+
+import collections
+import errno
+import ipaddress
+import itertools
+import logging
+import math
+import os
+import socket as stdlib_socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import msgspec
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES, Done, Envelope, decode, encode
+
+logger = logging.getLogger("llm_datadist_torch")
+
+_LINGER_MS = 200
+_BURST = 64
+"""Messages read from one socket before the others get their turn."""
+_REBIND_S, _REBIND_RETRY_S = 1.0, 0.005
+"""How long a port that we have closed may still be busy: ZeroMQ does it in the background."""
+_PROBE_AFTER_S = (0.0, 0.01, 0.05, 0.25)
+"""When to look which listener link a closed connection belonged to:
+
+ZeroMQ drops its route a moment later.
+"""
+
+
+class Route(NamedTuple):
+    """The way to one peer.
+
+    A socket that we connected (number > 0), or one connection of our listening socket (0).
+    """
+
+    socket: int
+    identity: bytes
+
+
+class Handler(Protocol):
+    """Who gets what arrives. All calls come from the endpoint's thread and must not block."""
+
+    def on_message(self, route: Route, envelope: Envelope, data: bytes | None) -> None:
+        """A well-formed message."""
+
+    def on_lost(self, route: Route, reason: str) -> None:
+        """The connection is closed or never came about; ``route`` is dead."""
+
+
+class Endpoint:
+    """The sockets of one instance.
+
+    Thread safety: ``new_route``, ``connect``, ``send``, ``watch`` and ``drop`` may be called from
+    any thread and don't block; they are carried out by the endpoint's thread, in order. ``start``
+    and ``close`` belong to the instance's owner.
+    """
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self._context = zmq.Context()
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wake_lock = threading.Lock()
+        self._poller = zmq.Poller()
+        self._sockets: dict[int, zmq.Socket[bytes]] = {}
+        self._monitors: dict[int, zmq.Socket[bytes]] = {}
+        self._readers: dict[zmq.Socket[bytes] | int, Callable[[], None]] = {}
+        self._numbers = itertools.count(1)
+        self._watched: set[Route] = set()
+        self._probes: list[float] = []
+        self._running = True
+        self._thread = threading.Thread(
+            target=self._run, name="llm_datadist_torch.links", daemon=True
+        )
+        self.listen_address: tuple[str, int] | None = None
+
+    # -- for the instance -------------------------------------------------------------------------
+
+    def start(self, listen: tuple[str, int] | None) -> None:
+        """Bind the listening socket, if any, and start the thread.
+
+        Args:
+            listen: Host text and port; port 0 takes a free one (see ``listen_address``).
+
+        Raises:
+            ValueError: The host is no address.
+            OSError: The address can't be bound.
+        """
+        if listen is not None:
+            self._bind(*listen)
+        self._listen_to(self._wake, self._carry_out)
+        self._thread.start()
+
+    def relisten(self, listen: tuple[str, int] | None, check: Callable[[], None]) -> None:
+        """Listen elsewhere, or not at all, without a gap in which a peer could come in between.
+
+        Blocks until it is done. Must not overlap with ``close``.
+
+        Args:
+            listen: As for :meth:`start`; the address that it listens on already changes nothing.
+            check: Called in the endpoint's thread right before; what it raises calls it all off.
+
+        Raises:
+            ValueError: The host is no address.
+            OSError: The address can't be bound; it still listens where it did before.
+        """
+        done: Future[None] = Future()
+
+        def carry_out() -> None:
+            try:
+                check()
+                self._relisten(listen)
+            except Exception as error:  # noqa: BLE001 (the caller gets it, whatever it is)
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._submit(carry_out)
+        done.result()
+
+    def close(self) -> None:
+        """Send what is queued, then close everything. Blocks for a moment; idempotent."""
+        if self._thread.is_alive():
+            self._submit(self._stop)
+            self._thread.join()
+        elif self._running:
+            self._stop()
+            self._release()
+
+    # -- for everybody ----------------------------------------------------------------------------
+
+    def new_route(self) -> Route:
+        """A route of its own for :meth:`connect`, to be known before anything can happen on it."""
+        return Route(next(self._numbers), b"")
+
+    def connect(self, route: Route, host: str, port: int) -> None:
+        """Start to connect; what comes of it shows by an answer or by ``on_lost``."""
+        self._submit(lambda: self._dial(route.socket, tcp_address(host, port)))
+
+    def send(self, route: Route, envelope: Envelope, data: bytes | None = None) -> None:
+        """Queue one message; if the route is dead, ``on_lost`` says so."""
+        frames = [encode(envelope)] if data is None else [encode(envelope), data]
+        if threading.current_thread() is self._thread:
+            self._send(route, frames)
+        else:
+            self._submit(lambda: self._send(route, frames))
+
+    def watch(self, route: Route) -> None:
+        """Report the loss of this route of the listening socket."""
+        self._submit(lambda: self._watched.add(route))
+
+    def drop(self, route: Route) -> None:
+        """Close the route (a listener's route is only forgotten: the peer closes it)."""
+        self._submit(lambda: self._drop(route))
+
+    # -- in the thread ----------------------------------------------------------------------------
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        # Under a lock, because the number of a closed descriptor soon belongs to somebody else.
+        with self._wake_lock:
+            if self._wake >= 0:
+                self._commands.append(command)
+                os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        while self._running:
+            for ready, _ in self._poller.poll(self._poll_ms()):
+                try:
+                    self._serve(ready)
+                except Exception:
+                    # One bad message or peer must not take the others' links down.
+                    logger.exception("error in the link thread")
+            if self._probes and time.monotonic() >= self._probes[0]:
+                self._probes.pop(0)
+                self._probe()
+        self._release()
+
+    def _poll_ms(self) -> int | None:
+        if not self._probes:
+            return None
+        return max(0, math.ceil((self._probes[0] - time.monotonic()) * 1000))
+
+    def _serve(self, ready: zmq.Socket[bytes] | int) -> None:
+        reader = self._readers.get(ready)
+        # A socket that an earlier reader of this round has closed is no longer listed.
+        if reader is not None:
+            reader()
+
+    def _carry_out(self) -> None:
+        os.eventfd_read(self._wake)
+        try:
+            while self._commands:
+                self._commands.popleft()()
+        finally:
+            if self._commands:
+                os.eventfd_write(self._wake, 1)
+
+    def _receive(self, number: int, socket: zmq.Socket[bytes]) -> None:
+        for _ in range(_BURST):
+            if self._sockets.get(number) is not socket:
+                return
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            identity = frames.pop(0) if number == 0 else b""
+            try:
+                envelope = decode(frames[0])
+            except (msgspec.DecodeError, IndexError) as error:
+                logger.warning("ignored %d malformed frame(s): %s", len(frames), error)
+                continue
+            data = frames[1] if len(frames) > 1 else None
+            self._handler.on_message(Route(number, identity), envelope, data)
+
+    def _on_event(self, monitor: zmq.Socket[bytes], number: int) -> None:
+        event = zmq.Event(recv_monitor_message(monitor)["event"])
+        if number == 0:
+            now = time.monotonic()
+            self._probes = [now + after for after in _PROBE_AFTER_S]
+            return
+        # What the peer said before it went still counts.
+        self._receive(number, self._sockets[number])
+        if number not in self._sockets:
+            return
+        reason = {
+            zmq.Event.CLOSED: "connection refused or unreachable",
+            zmq.Event.DISCONNECTED: "the peer closed the connection",
+        }.get(event, "the peer does not speak this protocol")
+        self._lose(Route(number, b""), reason)
+
+    def _dial(self, number: int, address: str) -> None:
+        socket = self._new_socket(zmq.DEALER)
+        # No reconnection behind our back: a message must never reach a later process at the same
+        # address.
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        self._add(number, socket, _LOSS_EVENTS)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            self._lose(Route(number, b""), str(error))
+
+    def _bind(self, host: str, port: int, *, patience_s: float = 0.0) -> None:
+        address = tcp_address(host, port)
+        socket = self._new_socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        end = time.monotonic() + patience_s
+        while True:
+            try:
+                socket.bind(address)
+                break
+            except zmq.ZMQError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                    socket.close()
+                    raise OSError(
+                        error.errno, f"can't listen on {host}:{port}: {error.strerror}"
+                    ) from error
+            time.sleep(_REBIND_RETRY_S)
+        self._unbind()
+        self._add(0, socket, zmq.EVENT_DISCONNECTED)
+        bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.listen_address = (host, int(bound.rpartition(":")[2]))
+
+    def _unbind(self) -> None:
+        self.listen_address = None
+        if 0 in self._sockets:
+            self._close_socket(0)
+
+    def _relisten(self, listen: tuple[str, int] | None) -> None:
+        old = self.listen_address
+        if listen is None:
+            self._unbind()
+        elif old is None or listen[1] != old[1]:
+            self._bind(*listen)
+        elif tcp_address(*listen) != tcp_address(*old):
+            # One port on two addresses may overlap (0.0.0.0), so the old one must go first.
+            self._unbind()
+            try:
+                self._bind(*listen, patience_s=_REBIND_S)
+            except OSError:
+                self._bind(*old, patience_s=_REBIND_S)
+                raise
+
+    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(kind)
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.LINGER, _LINGER_MS)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        return socket
+
+    def _add(self, number: int, socket: zmq.Socket[bytes], events: int) -> None:
+        monitor = socket.get_monitor_socket(events)
+        self._sockets[number], self._monitors[number] = socket, monitor
+        self._listen_to(socket, lambda: self._receive(number, socket))
+        self._listen_to(monitor, lambda: self._on_event(monitor, number))
+
+    def _listen_to(self, source: zmq.Socket[bytes] | int, reader: Callable[[], None]) -> None:
+        self._readers[source] = reader
+        self._poller.register(source, zmq.POLLIN)
+
+    def _send(self, route: Route, frames: list[bytes]) -> None:
+        socket = self._sockets.get(route.socket)
+        if socket is None:
+            return
+        if route.socket == 0:
+            frames = [route.identity, *frames]
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            reason = (
+                "connection closed" if error.errno == errno.EHOSTUNREACH else str(error.strerror)
+            )
+            self._lose(route, reason)
+
+    def _probe(self) -> None:
+        # What a peer said before it went still counts, a goodbye above all.
+        if 0 in self._sockets:
+            self._receive(0, self._sockets[0])
+        for route in list(self._watched):
+            self._send(route, [encode(Envelope(0, True, Done()))])
+
+    def _lose(self, route: Route, reason: str) -> None:
+        self._drop(route)
+        self._handler.on_lost(route, reason)
+
+    def _drop(self, route: Route) -> None:
+        self._watched.discard(route)
+        if route.socket == 0:
+            return
+        if route.socket in self._sockets:
+            self._close_socket(route.socket)
+
+    def _close_socket(self, number: int) -> None:
+        socket, monitor = self._sockets.pop(number), self._monitors.pop(number)
+        for source in (socket, monitor):
+            del self._readers[source]
+            self._poller.unregister(source)
+        socket.disable_monitor()
+        # Not left to the garbage collector: a forgotten reference would block the context's end.
+        monitor.close(0)
+        socket.close()
+
+    def _stop(self) -> None:
+        self._running = False
+
+    def _release(self) -> None:
+        for number in list(self._sockets):
+            self._close_socket(number)
+        self._context.term()
+        with self._wake_lock:
+            wake, self._wake = self._wake, -1
+            self._commands.clear()
+            if wake >= 0:
+                os.close(wake)
+
+
+_LOSS_EVENTS = (
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+def tcp_address(host: str, port: int) -> str:
+    """The ZeroMQ address of a host and port.
+
+    Args:
+        host: IPv4 text, also short as ``inet_aton`` has it, or IPv6 text.
+        port: 0 for any that is free.
+
+    Raises:
+        ValueError: ``host`` is neither; names are not looked up.
+    """
+    text = str(port) if port else "*"
+    try:
+        return f"tcp://{stdlib_socket.inet_ntoa(stdlib_socket.inet_aton(host))}:{text}"
+    except OSError:
+        return f"tcp://[{ipaddress.IPv6Address(host)}]:{text}"

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One link: the requests that are under way on it, and the peer's leases on our caches."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from llm_datadist_torch.catalog import CacheEntry, KeyName
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.endpoint import Endpoint, Route
+from llm_datadist_torch.links.messages import (
+    Body,
+    CacheView,
+    Done,
+    Envelope,
+    ReadBytes,
+    Refused,
+    Release,
+    WriteBytes,
+)
+from llm_datadist_torch.transports.base import Channel
+from llm_datadist_torch.values.status import (
+    LLMException,
+    LLMPeerLostError,
+    LLMStatusCode,
+    code_2_status,
+    error_for,
+)
+
+
+class LinkState(Enum):
+    """Where a link stands. A lost link stays listed until it is linked anew or unlinked."""
+
+    LINKED = "linked"
+    LOST = "lost"
+    UNLINKED = "unlinked"
+
+
+class Pending:
+    """An answer that somebody waits for."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Lock()
+        self._arrived.acquire()
+        self._answer: tuple[Body | LLMException, bytes | None] | None = None
+
+    def set(self, answer: Body | LLMException, data: bytes | None = None) -> None:
+        """Hand over the answer; only the first counts."""
+        if self._answer is None:
+            self._answer = (answer, data)
+            self._arrived.release()
+
+    @property
+    def answer(self) -> tuple[Body | LLMException, bytes | None] | None:
+        """What has arrived so far."""
+        return self._answer
+
+    def wait(self, deadline: Deadline) -> tuple[Body | LLMException, bytes | None] | None:
+        """The answer, or None when the deadline has passed. To be called once."""
+        self._arrived.acquire(timeout=deadline.remaining_s())
+        return self._answer
+
+
+@dataclass(eq=False)
+class Dial:
+    """A link that we are asking for."""
+
+    peer: int
+    route: Route
+    answer: Pending = field(default_factory=Pending)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """A lease that the peer holds: on which cache, and which key a complete pull of it consumes."""
+
+    entry: CacheEntry
+    consumes: KeyName | None
+    write: bool
+
+
+@dataclass(eq=False)
+class Link:
+    """The live relation to one peer.
+
+    Thread safety: ``request`` and ``post`` may be called from any thread. ``transfer()`` lets one
+    transfer run at a time. ``grants`` and the state change only in the endpoint's thread or under
+    ``transfer()``.
+
+    Attributes:
+        peer: The peer's cluster id.
+        epoch: The peer's life: another epoch under the same id is another process.
+        route: The way its messages go.
+        endpoint: What sends them.
+        dialed: Whether we called ``link_clusters`` (else the peer did).
+        channel: The way its bytes go; set as soon as the link is made.
+        grants: Leases that the peer holds on our caches.
+        shown_regions: Ids of our regions that the peer was told of, and may have mapped.
+        unlinking: This side is asking the peer to unlink.
+    """
+
+    peer: int
+    epoch: str
+    route: Route
+    endpoint: Endpoint
+    dialed: bool
+    state: LinkState = LinkState.LINKED
+    lost_because: str = ""
+    grants: dict[int, Grant] = field(default_factory=dict)
+    shown_regions: set[int] = field(default_factory=set)
+    unlinking: bool = False
+    _channel: Channel | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _transfer: threading.Lock = field(default_factory=threading.Lock)
+    _pending: dict[int, Pending] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def channel(self) -> Channel:
+        """The way to the peer's memory."""
+        if self._channel is None:
+            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link is not ready", peer=self.peer)
+        return self._channel
+
+    def open_channel(self, channel: Channel) -> None:
+        """Set the channel, once."""
+        self._channel = channel
+
+    # -- talking ----------------------------------------------------------------------------------
+
+    def post(self, body: Body) -> None:
+        """Send a message that wants no answer. Does not block."""
+        self.endpoint.send(self.route, Envelope(0, False, body))
+
+    def request(
+        self, body: Body, deadline: Deadline, data: bytes | None = None
+    ) -> tuple[Body, bytes | None]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            LLMTimeoutError: No answer in time.
+            LLMPeerLostError: The connection is gone, or goes while we wait.
+            LLMException: The peer refused, with its status and text.
+        """
+        pending, number = Pending(), next(self._numbers)
+        with self._lock:
+            self.check_linked()
+            self._pending[number] = pending
+        self.endpoint.send(self.route, Envelope(number, False, body), data)
+        try:
+            answer = pending.wait(deadline)
+        finally:
+            # An answer that comes later finds nobody, and its lease goes back.
+            with self._lock:
+                self._pending.pop(number, None)
+        # The answer may have come in the last moment, between the two.
+        answer = answer or pending.answer
+        if answer is None:
+            raise error_for(
+                LLMStatusCode.LLM_TIMEOUT,
+                f"cluster {self.peer} did not answer within {deadline.budget_ms} ms",
+                peer=self.peer,
+                remedy="the link stays usable; raise sync_kv_timeout if the peer is only busy.",
+            )
+        reply, payload = answer
+        if isinstance(reply, LLMException):
+            raise reply
+        if isinstance(reply, Refused):
+            raise error_for(code_2_status(reply.status), reply.text, peer=self.peer)
+        return reply, payload
+
+    def on_reply(self, number: int, body: Body, data: bytes | None) -> None:
+        """An answer has arrived."""
+        with self._lock:
+            pending = self._pending.pop(number, None)
+            if pending is not None:
+                pending.set(body, data)
+        if pending is None and isinstance(body, CacheView):
+            # The asker has given up: nobody else would return this lease.
+            self.post(Release(body.lease_id, None))
+
+    def check_linked(self) -> None:
+        """Raise unless the link is up.
+
+        Raises:
+            LLMPeerLostError: It was lost or unlinked.
+        """
+        if self.state is not LinkState.LINKED:
+            raise LLMPeerLostError(
+                f"the link to cluster {self.peer} is {self.state.value}: {self.lost_because}",
+                status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+                peer=self.peer,
+                remedy="call link_clusters() again when the peer is back.",
+            )
+
+    def end(self, state: LinkState, reason: str) -> None:
+        """Leave the linked state: everybody who waits gets a typed error, the channel is let go."""
+        with self._lock:
+            if self.state is not LinkState.LINKED:
+                return
+            self.state, self.lost_because = state, reason
+        error = LLMPeerLostError(
+            f"the link to cluster {self.peer} was {state.value} meanwhile: {reason}",
+            status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+            peer=self.peer,
+            remedy="call link_clusters() again when the peer is back.",
+        )
+        with self._lock:
+            for pending in self._pending.values():
+                pending.set(error)
+            self._pending.clear()
+        if self._channel is not None:
+            self._channel.close()
+
+    # -- transfers --------------------------------------------------------------------------------
+
+    @contextmanager
+    def transfer(self, deadline: Deadline) -> Iterator[None]:
+        """The right to move bytes on this link; one transfer at a time (reference API, 12).
+
+        Raises:
+            LLMTimeoutError: Other transfers took until the deadline.
+        """
+        if not self._transfer.acquire(timeout=deadline.remaining_s()):
+            raise error_for(
+                LLMStatusCode.LLM_TIMEOUT,
+                f"other transfers with cluster {self.peer} took all of {deadline.budget_ms} ms",
+                peer=self.peer,
+            )
+        try:
+            yield
+        finally:
+            self._transfer.release()
+
+    def try_transfer(self) -> bool:
+        """Take the right of :meth:`transfer` without waiting.
+
+        To be given back by :meth:`end_transfer`.
+        """
+        return self._transfer.acquire(blocking=False)
+
+    def end_transfer(self) -> None:
+        """Give back what :meth:`try_transfer` took."""
+        self._transfer.release()
+
+
+class LinkRelay:
+    """Relayed reads and writes as requests on a link; a ``Relay`` of the transports."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def read(self, lease_id: int, spans: torch.Tensor, deadline: Deadline) -> bytes:
+        """Ask the owner for the bytes of ``spans``."""
+        _, data = self._link.request(ReadBytes(lease_id, spans.numpy().tobytes()), deadline)
+        return data or b""
+
+    def write(self, lease_id: int, spans: torch.Tensor, data: bytes, deadline: Deadline) -> None:
+        """Have the owner write ``data`` over ``spans``."""
+        reply, _ = self._link.request(WriteBytes(lease_id, spans.numpy().tobytes()), deadline, data)
+        if not isinstance(reply, Done):
+            raise error_for(
+                LLMStatusCode.LLM_FAILED,
+                f"unexpected answer {type(reply).__name__}",
+                peer=self._link.peer,
+            )

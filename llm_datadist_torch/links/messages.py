@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The messages of the control plane: msgpack, typed, one tagged union.
+
+A message travels as one frame, an :class:`Envelope`; relayed bytes follow as a second frame, as
+they are.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from llm_datadist_torch.transports.base import RegionView
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class Message(msgspec.Struct, array_like=True, tag=True):
+    """Base of everything that is said on a link."""
+
+
+class Hello(Message):
+    """First message of the side that calls ``link_clusters``.
+
+    Attributes:
+        version: ``PROTOCOL_VERSION`` of the sender.
+        cluster_id: Who it is.
+        expected_id: Whom it wants to reach.
+        epoch: Random name of the sender's life from init to finalize.
+        remote_accessible: Its ``enable_remote_cache_accessible``; both sides must agree (reference
+            API, 9.3).
+        offers: Transport name -> that transport's offer.
+    """
+
+    version: int
+    cluster_id: int
+    expected_id: int
+    epoch: str
+    remote_accessible: bool
+    offers: dict[str, bytes]
+
+
+class Welcome(Message):
+    """The answer that makes the link; the fields are those of :class:`Hello`."""
+
+    cluster_id: int
+    epoch: str
+    offers: dict[str, bytes]
+
+
+class Refused(Message):
+    """Any request that failed.
+
+    The status and the text of the error, and whose cache it was about.
+    """
+
+    status: int
+    text: str
+
+
+class Resolve(Message):
+    """Where is the cache of this key, and may I use it for one transfer?
+
+    Answered by :class:`CacheView`, with a lease.
+
+    Attributes:
+        kind: "request", "prefix", "blocks", "id", or "address".
+        value: Request id, prefix id, cache id or address; 0 for "blocks".
+        index: Model id of a key; row of an id.
+        paged: The kind of cache that the asker can use; None for either.
+        write: The asker wants to write to it.
+    """
+
+    kind: str
+    value: int
+    index: int
+    paged: bool | None
+    write: bool
+
+
+class CacheView(Message):
+    """A cache as a peer sees it, with a lease on it.
+
+    Attributes:
+        lease_id: To be given back by :class:`Release`.
+        cache_id: Its id at the owner.
+        num_tensors: See :class:`~llm_datadist_torch.geometry.Layout`; so are the next four.
+        rows: Rows or blocks.
+        row_bytes: Bytes of one.
+        pitch: Bytes between the starts of two.
+        paged: Blocks cache or contiguous.
+        row: The row that the key names.
+        addrs: Addresses of the tensors in the owner's process, native int64 [num_tensors].
+        region: Region that all tensors lie in, or None for memory its user registered.
+        foreign: Registered by bare addresses.
+    """
+
+    lease_id: int
+    cache_id: int
+    num_tensors: int
+    rows: int
+    row_bytes: int
+    pitch: int
+    paged: bool
+    row: int
+    addrs: bytes
+    region: RegionView | None
+    foreign: bool
+
+
+class Release(Message):
+    """The lease is over. ``fetched``.
+
+    Tensors [start, stop) that a pull has completely read from the leased row. No answer.
+    """
+
+    lease_id: int
+    fetched: tuple[int, int] | None
+
+
+class ReadBytes(Message):
+    """Send me these spans of the leased cache.
+
+    Native int64 [n, 2] of (address, nbytes). Answered by :class:`Done` and a data frame.
+    """
+
+    lease_id: int
+    spans: bytes
+
+
+class WriteBytes(Message):
+    """Write the data frame over these spans of the leased cache. Answered by :class:`Done`."""
+
+    lease_id: int
+    spans: bytes
+
+
+class Done(Message):
+    """The request has been carried out."""
+
+
+class RegionFreed(Message):
+    """The region is gone: unmap it. No answer."""
+
+    region_id: int
+
+
+class Unlink(Message):
+    """The link ends here and now, answered by :class:`Done` when an answer is wanted."""
+
+
+Body = (
+    Hello
+    | Welcome
+    | Refused
+    | Resolve
+    | CacheView
+    | Release
+    | ReadBytes
+    | WriteBytes
+    | Done
+    | RegionFreed
+    | Unlink
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """One message on the wire.
+
+    Attributes:
+        request_id: Number of the request at its sender; 0 where no answer is wanted.
+        reply: Whether this answers the request of that number.
+        body: The message.
+    """
+
+    request_id: int
+    reply: bool
+    body: Body
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(envelope: Envelope) -> bytes:
+    """The bytes of a message."""
+    return _encoder.encode(envelope)
+
+
+def decode(frame: bytes) -> Envelope:
+    """The message of these bytes.
+
+    Raises:
+        msgspec.DecodeError: They are none.
+    """
+    return _decoder.decode(frame)

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The owner's side of a link.
+
+Answers what peers ask about our caches. Runs in the endpoint's thread, never blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+
+import torch
+
+from llm_datadist_torch import _C
+from llm_datadist_torch.catalog import CacheEntry, Catalog, KeyKind, KeyName, Resolved
+from llm_datadist_torch.links.link import Grant, Link, LinkState
+from llm_datadist_torch.links.messages import (
+    MAX_MESSAGE_BYTES,
+    Body,
+    CacheView,
+    Done,
+    ReadBytes,
+    RegionFreed,
+    Release,
+    Resolve,
+    WriteBytes,
+)
+from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.memory.spans import gather, scatter
+from llm_datadist_torch.transports.base import RegionView
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
+
+RESOLVE_BY_ID = "id"
+RESOLVE_BY_ADDRESS = "address"
+
+
+class Owner:
+    """Answers peers out of the catalog.
+
+    Thread safety: all methods are called from the endpoint's thread; the catalog has its own lock.
+
+    Args:
+        catalog: What this instance owns.
+        consume_keys: Whether a complete pull by a request key consumes it: in two-sided mode
+            (reference API, 8.5).
+    """
+
+    def __init__(self, catalog: Catalog, *, consume_keys: bool) -> None:
+        self._catalog = catalog
+        self._consume_keys = consume_keys
+        self._lease_ids = itertools.count(1)
+
+    def answer(
+        self, link: Link, body: Body, data: bytes | None
+    ) -> tuple[Body, bytes | None] | None:
+        """Carry out one request.
+
+        Returns:
+            The answer and its data frame, or None for messages that want none.
+
+        Raises:
+            LLMException: What the peer shall be told instead.
+        """
+        if isinstance(body, Resolve):
+            view = self._resolve(link, body)
+            # Another thread may have ended the link meanwhile, and then nobody would end this
+            # lease.
+            if link.state is not LinkState.LINKED:
+                self.end_grants(link)
+            return view, None
+        if isinstance(body, Release):
+            self.release(link, body)
+        elif isinstance(body, ReadBytes):
+            return Done(), self._read(link, body)
+        elif isinstance(body, WriteBytes):
+            self._write(link, body, data or b"")
+            return Done(), None
+        elif isinstance(body, RegionFreed):
+            link.channel.forget(body.region_id)
+        else:
+            raise error_for(LLMStatusCode.LLM_FAILED, f"unexpected message {type(body).__name__}")
+        return None
+
+    def end_grants(self, link: Link) -> None:
+        """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
+        for lease_id in list(link.grants):
+            grant = link.grants.pop(lease_id, None)
+            if grant is not None:
+                self._catalog.end_lease(grant.entry)
+
+    # -- leases -----------------------------------------------------------------------------------
+
+    def _resolve(self, link: Link, ask: Resolve) -> CacheView:
+        found = self._find(ask)
+        entry, layout = found.entry, found.entry.layout
+        if not entry.remote_accessible:
+            raise param_error(
+                f"the peer's cache {entry.cache_id} is not remote accessible",
+                remedy="its owner registers it with remote_accessible=True.",
+            )
+        if ask.paged is not None and layout.paged != ask.paged:
+            kinds = ("contiguous", "a blocks cache")
+            raise param_error(
+                f"cache {entry.cache_id} is {kinds[layout.paged]}, the request needs"
+                f" {kinds[ask.paged]}"
+            )
+        self._catalog.lease(entry)
+        lease_id = next(self._lease_ids)
+        consumes = found.consumes if self._consume_keys and not ask.write else None
+        link.grants[lease_id] = Grant(entry, consumes, ask.write)
+        if entry.region is not None:
+            link.shown_regions.add(entry.region.region_id)
+        return CacheView(
+            lease_id=lease_id,
+            cache_id=entry.cache_id,
+            num_tensors=layout.num_tensors,
+            rows=layout.rows,
+            row_bytes=layout.row_bytes,
+            pitch=layout.pitch,
+            paged=layout.paged,
+            row=found.row,
+            addrs=entry.addrs.numpy().tobytes(),
+            region=None if entry.region is None else view_of(entry.region),
+            foreign=entry.foreign,
+        )
+
+    def _find(self, ask: Resolve) -> Resolved:
+        if ask.kind == RESOLVE_BY_ID:
+            return self._catalog.resolve_id(ask.value, ask.index)
+        if ask.kind == RESOLVE_BY_ADDRESS:
+            if not -(2**63) <= ask.value < 2**63:
+                raise param_error(f"{ask.value} is no int64 address")
+            return self._catalog.resolve_address(ask.value)
+        try:
+            kind = KeyKind(ask.kind)
+        except ValueError:
+            raise param_error(f"there are no keys of kind {ask.kind!r}") from None
+        return self._catalog.resolve_key(KeyName(kind, ask.value, ask.index))
+
+    def release(self, link: Link, body: Release) -> None:
+        """A lease comes back; what was completely fetched consumes its key."""
+        grant = link.grants.pop(body.lease_id, None)
+        if grant is None:
+            return
+        if body.fetched is not None and grant.consumes is not None:
+            # Never trust a range from outside to be small.
+            start, stop = (
+                max(0, body.fetched[0]),
+                min(grant.entry.layout.num_tensors, body.fetched[1]),
+            )
+            self._catalog.consume(grant.entry, grant.consumes, range(start, stop))
+        self._catalog.end_lease(grant.entry)
+
+    # -- relayed bytes ----------------------------------------------------------------------------
+
+    def _read(self, link: Link, body: ReadBytes) -> bytes:
+        spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=False)
+        if not entry.foreign:
+            return gather(spans[:, 0], spans[:, 1])
+        staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
+        _copy_foreign(_C.read_process, staging, spans, entry)
+        return staging.numpy().tobytes()
+
+    def _write(self, link: Link, body: WriteBytes, data: bytes) -> None:
+        spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)
+        if int(spans[:, 1].sum()) != len(data):
+            raise param_error(f"{len(data)} bytes for spans of {int(spans[:, 1].sum())}")
+        if not entry.foreign:
+            scatter(spans[:, 0], spans[:, 1], data)
+            return
+        staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        _copy_foreign(_C.write_process, staging, spans, entry)
+
+    def _leased_spans(
+        self, link: Link, lease_id: int, raw: bytes, *, write: bool
+    ) -> tuple[torch.Tensor, CacheEntry]:
+        grant = link.grants.get(lease_id)
+        if grant is None:
+            raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {lease_id}")
+        if write and not grant.write:
+            raise param_error(f"lease {lease_id} is for reading")
+        if not raw or len(raw) % 16:
+            raise param_error(f"{len(raw)} bytes are no list of spans")
+        spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)
+        check_inside(spans, grant.entry)
+        return spans, grant.entry
+
+
+def _copy_foreign(
+    call: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, int]],
+    staging: torch.Tensor,
+    spans: torch.Tensor,
+    entry: CacheEntry,
+) -> None:
+    """Let the kernel copy between ``staging`` and memory that its user may be freeing right now.
+
+    A copy of our own would crash this process there.
+
+    Raises:
+        LLMCacheNotFoundError: The memory is gone.
+    """
+    offsets = spans[:, 1].cumsum(0) - spans[:, 1]
+    runs = torch.stack([offsets, spans[:, 0], spans[:, 1]], dim=1).contiguous()
+    here = torch.tensor([staging.data_ptr()])
+    _, number = call(os.getpid(), here, torch.zeros(1, dtype=torch.int64), runs)
+    if number:
+        raise error_for(
+            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+            f"the memory registered as cache {entry.cache_id} can't be reached:"
+            f" {os.strerror(number)}",
+            remedy=(
+                "unregister a cache before its memory is freed; register tensors instead of"
+                " addresses."
+            ),
+        )
+
+
+def check_inside(spans: torch.Tensor, entry: CacheEntry) -> None:
+    """Check that a peer's spans lie inside rows of a cache and fit one message.
+
+    Args:
+        spans: int64 [n, 2], columns (address, nbytes).
+        entry: The cache.
+
+    Raises:
+        LLMParamError: They don't.
+    """
+    layout = entry.layout
+    starts, sizes = spans[:, 0].contiguous(), spans[:, 1]
+    order, _ = entry.addrs.sort()
+    tensor = torch.searchsorted(order, starts, right=True) - 1
+    # Each span belongs to the last tensor that starts before it; with strided views that lie
+    # between each other, any may hold it.
+    if layout.pitch != layout.row_bytes:
+        inside = _inside_any(starts, sizes, entry)
+    else:
+        offset = starts - order[tensor.clamp(min=0)]
+        inside = (tensor >= 0) & (sizes <= layout.extent) & (offset <= layout.extent - sizes)
+    total = float(sizes.clamp(min=0).double().sum())
+    if not bool((inside & (sizes > 0)).all()) or total > MAX_MESSAGE_BYTES:
+        raise param_error(
+            f"the request leaves cache {entry.cache_id}, or is larger than {MAX_MESSAGE_BYTES}"
+            " bytes"
+        )
+
+
+def _inside_any(starts: torch.Tensor, sizes: torch.Tensor, entry: CacheEntry) -> torch.Tensor:
+    layout = entry.layout
+    inside = torch.zeros(len(starts), dtype=torch.bool)
+    for base in entry.addrs.tolist():
+        offset = starts - base
+        row_room = layout.row_bytes - offset % layout.pitch
+        inside |= (offset >= 0) & (offset < layout.extent) & (sizes <= row_room)
+    return inside
+
+
+def view_of(region: Region) -> RegionView:
+    """What a peer is told of a region."""
+    return RegionView(
+        region.region_id, region.address, region.nbytes, region.fd, region.inode, region.device
+    )
