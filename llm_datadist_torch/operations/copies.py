@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Local copies: within a cache, between caches, between host and device (reference API, 9.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from llm_datadist_torch import ops
+from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.memory.address import check_alive
+from llm_datadist_torch.values.checks import (
+    check_int64,
+    check_isinstance,
+    check_uint32,
+    check_uint64,
+    param_error,
+)
+from llm_datadist_torch.values.enums import Placement
+from llm_datadist_torch.values.status import LLMException
+
+
+def copy_cache(
+    instance: Instance,
+    dst: Cache,
+    src: Cache,
+    dst_batch_index: int,
+    src_batch_index: int,
+    offset: int,
+    size: int,
+    req_id: int | None,
+) -> None:
+    """Copy part of one row, in every tensor."""
+    check_isinstance("dst", dst, Cache, allow_none=False)
+    check_isinstance("src", src, Cache, allow_none=False)
+    check_uint32("dst_batch_index", dst_batch_index)
+    check_uint32("src_batch_index", src_batch_index)
+    check_uint64("offset", offset)
+    check_int64("size", size)
+    for name, cache in (("src", src), ("dst", dst)):
+        if cache.is_blocks_cache:
+            raise param_error(f"{name} is a blocks cache, copy_cache is for contiguous ones")
+    if size != -1 and size <= 0:
+        raise param_error(f"size={size} must be -1 or positive")
+    if req_id is not None:
+        check_uint64("req_id", req_id)
+    with instance.using(src), instance.using(dst), as_param_errors():
+        _check_rows_first(src, dst)
+        nbytes = src.layout.row_bytes - offset if size == -1 else size
+        for name, cache in (("src", src), ("dst", dst)):
+            if offset >= cache.layout.row_bytes or nbytes > cache.layout.row_bytes - offset:
+                raise param_error(
+                    f"offset={offset} and {nbytes} bytes do not fit a {name} row of"
+                    f" {cache.layout.row_bytes} bytes"
+                )
+        _check_memory(src, dst)
+        ops.copy_rows(dst.tensors, src.tensors, dst_batch_index, src_batch_index, offset, nbytes)
+
+
+def copy_blocks(
+    instance: Instance, cache: Cache, copy_block_info: Mapping[int, list[int]] | torch.Tensor
+) -> None:
+    """Copy whole blocks within a cache.
+
+    Every destination gets what its source held before the call.
+    """
+    check_isinstance("cache", cache, Cache, allow_none=False)
+    src_blocks, dst_blocks = _fan_out(copy_block_info)
+    if not cache.is_blocks_cache:
+        raise param_error("cache is contiguous, copy_blocks is for blocks caches")
+    with instance.using(cache), as_param_errors():
+        _check_rows_first(cache)
+        _check_memory(cache)
+        ops.copy_blocks(cache.tensors, src_blocks, dst_blocks)
+
+
+def swap_blocks(
+    instance: Instance,
+    src_cache: Cache,
+    dst_cache: Cache,
+    src_to_dst: Mapping[int, int] | torch.Tensor,
+) -> None:
+    """Copy whole blocks from a cache in one placement to one in the other."""
+    check_isinstance("src_cache", src_cache, Cache)
+    check_isinstance("dst_cache", dst_cache, Cache)
+    for name, cache in (("src_cache", src_cache), ("dst_cache", dst_cache)):
+        if not cache.is_blocks_cache:
+            raise param_error(f"{name} is contiguous, swap_blocks is for blocks caches")
+    src_blocks, dst_blocks = _pairs(src_to_dst)
+    _check_swappable(src_cache, dst_cache)
+    with ExitStack() as stack, as_param_errors():
+        for cache in (src_cache, dst_cache):
+            # Caches from create_cpu_cache, or of another instance, are held by their tensors alone.
+            if instance.owns(cache):
+                stack.enter_context(instance.using(cache))
+        _check_memory(src_cache, dst_cache)
+        ops.swap_blocks(dst_cache.tensors, src_cache.tensors, dst_blocks, src_blocks)
+
+
+@contextmanager
+def as_param_errors() -> Iterator[None]:
+    """What the ops find wrong with ids is ``LLM_PARAM_INVALID`` here.
+
+    Their texts already say where and why.
+    """
+    try:
+        yield
+    except LLMException:
+        raise
+    except (IndexError, ValueError) as error:
+        raise param_error(str(error)) from error
+
+
+def _fan_out(info: Mapping[int, list[int]] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(info, torch.Tensor):
+        return _columns("copy_block_info", info)
+    check_isinstance("copy_block_info", info, dict, int, allow_none=False)
+    for block, targets in info.items():
+        check_isinstance(f"copy_block_info[{block}]", targets, list, int, allow_none=False)
+    sources = [src for src, targets in info.items() for _ in targets]
+    return (
+        ops.as_ids(sources, "copy_block_info"),
+        ops.as_ids([dst for targets in info.values() for dst in targets], "copy_block_info"),
+    )
+
+
+def _pairs(mapping: Mapping[int, int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(mapping, torch.Tensor):
+        return _columns("src_to_dst", mapping)
+    check_isinstance("src_to_dst", mapping, dict, int)
+    # None gets past the check, and is an AttributeError here, as in the reference.
+    return ops.as_ids(list(mapping.keys()), "src_to_dst"), ops.as_ids(
+        list(mapping.values()), "src_to_dst"
+    )
+
+
+def _columns(name: str, pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or pairs.shape[1] != 2:
+        raise TypeError(
+            f"{name} as a tensor must be int64 of shape [n, 2] (source, destination), got"
+            f" {pairs.dtype}"
+            f" of shape {list(pairs.shape)}"
+        )
+    pairs = pairs.cpu()
+    return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
+
+
+def _check_swappable(src: Cache, dst: Cache) -> None:
+    _check_rows_first(src, dst)
+    if src.layout.row_bytes != dst.layout.row_bytes:
+        raise param_error(
+            f"block sizes differ: source {src.layout.row_bytes} bytes, destination"
+            f" {dst.layout.row_bytes} bytes"
+        )
+    placements = {src.cache_desc.placement, dst.cache_desc.placement}
+    if placements != {Placement.HOST, Placement.DEVICE}:
+        raise param_error(
+            f"swap_blocks copies between HOST and DEVICE, got {src.cache_desc.placement!s} to"
+            f" {dst.cache_desc.placement!s}",
+            remedy="use copy_blocks within a cache, or pull_blocks between instances.",
+        )
+    for name, cache in (("src_cache", src), ("dst_cache", dst)):
+        if cache.ended:
+            raise param_error(f"{name} has ended: {cache!r}")
+
+
+def _check_rows_first(*caches: Cache) -> None:
+    """The unit of copies is dimension 0 (section 14, 18); all caches must have as many tensors."""
+    for cache in caches:
+        if cache.cache_desc.batch_dim != 0:
+            raise param_error(
+                f"batch_dim_index={cache.cache_desc.batch_dim}: only 0 can be copied or transferred"
+            )
+        if cache.layout.num_tensors != caches[0].layout.num_tensors:
+            raise param_error(
+                f"{caches[0].layout.num_tensors} source tensors for {cache.layout.num_tensors}"
+                " destination tensors"
+            )
+
+
+def _check_memory(*caches: Cache) -> None:
+    """Memory that came as bare addresses may have been freed by its owner.
+
+    An error now rather than a crash.
+    """
+    for cache in caches:
+        if cache.is_foreign:
+            check_alive(cache.tensor_addrs, cache.layout.extent)

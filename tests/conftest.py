@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that all tests share, and the only place that decides what is skipped."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
+
+InstanceFactory = Callable[..., LLMDataDist]
+
+_cluster_ids = itertools.count(1000)
+
+
+def _pool_text(pool: int | tuple[int, int] | str) -> str:
+    if isinstance(pool, str):
+        return pool
+    size, shift = pool if isinstance(pool, tuple) else (pool, 16)
+    return json.dumps({"memory_size": size, "page_shift": shift})
+
+
+def make_options(
+    *,
+    remote: bool = False,
+    listen: str | None = "127.0.0.1:0",
+    pool: int | tuple[int, int] | str | None = None,
+    host_pool: int | tuple[int, int] | str | None = None,
+    timeout_ms: int | None = None,
+    **further: str,
+) -> dict[str, str]:
+    """Options for ``init``. A pool is its bytes, (bytes, page_shift), or its JSON text."""
+    config = LLMConfig()
+    config.enable_cache_manager = True
+    config.enable_remote_cache_accessible = remote
+    if listen is not None:
+        config.listen_ip_info = listen
+    if timeout_ms is not None:
+        config.sync_kv_timeout = timeout_ms
+    if pool is not None:
+        config.mem_pool_cfg = _pool_text(pool)
+    if host_pool is not None:
+        config.host_mem_pool_cfg = _pool_text(host_pool)
+    return config.generate_options() | further
+
+
+@pytest.fixture
+def instance_factory() -> Iterator[InstanceFactory]:
+    """Makes initialised ``LLMDataDist`` instances on a free port, and finalizes them in the end.
+
+    ``instance_factory(cluster_id=None, role=LLMRole.MIX, **make_options)``; without a cluster id it
+    takes one that nothing else has.
+    """
+    made: list[LLMDataDist] = []
+
+    def make(
+        cluster_id: int | None = None, role: LLMRole = LLMRole.MIX, **options: object
+    ) -> LLMDataDist:
+        datadist = LLMDataDist(role, next(_cluster_ids) if cluster_id is None else cluster_id)
+        made.append(datadist)
+        datadist.init(make_options(**options))
+        return datadist
+
+    yield make
+    for datadist in reversed(made):
+        datadist.finalize()
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+# marker -> (what it needs, whether this machine has it)
+_NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
+    "needs_ipv6": ("the IPv6 loopback address", _has_ipv6),
+    "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker, (what, _) in _NEEDS.items():
+        config.addinivalue_line("markers", f"{marker}: the test needs {what}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, (what, available) in _NEEDS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and not available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=f"needs {what}"))
