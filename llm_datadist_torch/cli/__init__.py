@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of ``python -m llm_datadist_torch``: run, shim-path, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from llm_datadist_torch.cli import doctor, run
+from llm_datadist_torch.compat.switch import ShimConflictError, shim_path
+
+PROG = "python -m llm_datadist_torch"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Carry out one command.
+
+    Returns:
+        The exit status. A program that ``run`` runs leaves by its own exceptions.
+    """
+    parser = _parser()
+    ours, theirs = run.split(arguments)
+    options = parser.parse_args(ours)
+    if options.command == "run":
+        if not theirs:
+            parser.error("run: no program given")
+        try:
+            run.prepare(theirs, force=options.force, is_module=options.module)
+        except ShimConflictError as error:
+            parser.exit(2, f"{PROG} run: {error}; --force replaces it for this program\n")
+        return run.run(theirs, is_module=options.module)
+    if options.command == "shim-path":
+        sys.stdout.write(shim_path(force=options.force) + "\n")
+        return 0
+    report = doctor.examine()
+    sys.stdout.write(doctor.as_json(report) if options.json else doctor.as_text(report))
+    return 1 if report.problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    text = "run a program, unchanged, in which `import llm_datadist` means this library"
+    command = commands.add_parser(
+        "run",
+        help=text,
+        description=text,
+        usage=f"{PROG} run [-h] [--force] (PROGRAM.py | -m MODULE) [ARGUMENTS ...]",
+    )
+    command.add_argument(
+        "-m", dest="module", action="store_true", help="run a module, as python -m"
+    )
+    _add_force(command)
+    text = "print the directory that does the same on PYTHONPATH"
+    _add_force(commands.add_parser("shim-path", help=text, description=text))
+    text = (
+        "say what works on this machine, and why the rest doesn't; status 1 if something is wrong"
+    )
+    command = commands.add_parser("doctor", help=text, description=text)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_force(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--force", action="store_true", help="replace a package llm_datadist that is installed"
+    )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``doctor`` tries out. No probe imports a device runtime or leaves anything behind."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llm_datadist_torch import _C
+from llm_datadist_torch.config import environment_text
+from llm_datadist_torch.transports.local.host import why_forbidden
+
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_ASCEND = Path("/usr/local/Ascend")
+_PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class ChildView:
+    """Why another process can't reach this one's memory; "" where it can.
+
+    Attributes:
+        mapping: By mapping a shareable region.
+        reading: By process_vm_readv.
+    """
+
+    mapping: str
+    reading: str
+
+
+def look_from_a_child() -> ChildView:
+    """Let a forked child reach for our memory, as a peer would.
+
+    The other way round would prove less: a parent may read its child where peers may not.
+    """
+    region = _C.HostRegion.create(_PROBE_BYTES, shareable=True)
+    (theirs,) = region.tensors([0], [_PROBE_BYTES], torch.uint8)
+    mine = torch.zeros(_PROBE_BYTES, dtype=torch.uint8)
+    source, target = torch.tensor([theirs.data_ptr()]), torch.tensor([mine.data_ptr()])
+    runs = torch.tensor([[0, 0, _PROBE_BYTES]])
+    us = os.getpid()
+
+    def look() -> ChildView:
+        mapping = region.reason
+        if region.fd >= 0:
+            try:
+                _C.PeerMapping.open(us, region.fd, region.inode, region.device, region.nbytes)
+            except OSError as error:
+                mapping = f"{error}; {why_forbidden(error.errno or 0, us)}"
+        _, number = _C.read_process(us, target, source, runs)
+        return ChildView(mapping, why_forbidden(number, us) if number else "")
+
+    read_end, write_end = os.pipe()
+    with warnings.catch_warnings():
+        # Newer Pythons warn of fork with threads; this child takes no lock and imports nothing.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            view = look()
+            os.write(write_end, json.dumps([view.mapping, view.reading]).encode())
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end, "rb") as pipe:
+        answer = pipe.read()
+    os.waitpid(child, 0)
+    if not answer:
+        return ChildView("the probing process died", "the probing process died")
+    return ChildView(*json.loads(answer))
+
+
+def yama_scope() -> int | None:
+    """``ptrace_scope`` of the Yama security module; None where there is none."""
+    try:
+        return int(_YAMA.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def shared_huge_pages() -> str:
+    """The kernel's mode of huge pages for shared memory; "" where it has none."""
+    try:
+        found = re.search(r"\[(\w+)\]", _SHMEM_ENABLED.read_text())
+    except OSError:
+        return ""
+    return found.group(1) if found else ""
+
+
+@dataclass(frozen=True)
+class NpuRuntime:
+    """Whether torch_npu could be imported.
+
+    Attributes:
+        installed: Whether there is a package torch_npu.
+        library: Where the Ascend runtime's library is; "" if it isn't found.
+        autoload: Whether ``import torch`` loads torch_npu by itself.
+    """
+
+    installed: bool
+    library: str
+    autoload: bool
+
+
+def npu_runtime() -> NpuRuntime:
+    """Look for torch_npu and the library that it needs; neither is loaded."""
+    return NpuRuntime(
+        importlib.util.find_spec("torch_npu") is not None,
+        _find_library("ascendcl"),
+        environment_text("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0",
+    )
+
+
+def _find_library(name: str) -> str:
+    folders = [Path(text) for text in environment_text("LD_LIBRARY_PATH").split(":") if text]
+    homes = [Path(home) for home in (environment_text("ASCEND_HOME_PATH"),) if home]
+    folders += [home / "lib64" for home in (*homes, _ASCEND / "ascend-toolkit/latest")]
+    for folder in folders:
+        library = folder / f"lib{name}.so"
+        if library.exists():
+            return str(library)
+    return ctypes.util.find_library(name) or ""

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``llm_datadist.v2.cache_manager``."""
+
+from __future__ import annotations
+
+from llm_datadist_torch.cache_manager import (
+    CacheManager,
+)
+
+__all__ = [
+    "CacheManager",
+]
