@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the transfer tests: this process's instance, peers, and which ways bytes took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from llm_datadist_torch.transports.local import LocalChannel
+from tests.peers import Peer, Service, spawn
+from tests.transfer.helpers import give_block
+
+
+@pytest.fixture
+def here() -> Iterator[Service]:
+    """An instance in this process, to be started by the test."""
+    service = Service()
+    yield service
+    service.finish()
+
+
+@pytest.fixture
+def services() -> Iterator[Callable[[], Service]]:
+    """Makes further instances in this process."""
+    made: list[Service] = []
+
+    def make() -> Service:
+        made.append(Service())
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.finish()
+
+
+@pytest.fixture
+def peers() -> Iterator[Callable[[], Peer]]:
+    """Makes processes."""
+    made: list[Peer] = []
+
+    def make() -> Peer:
+        made.append(spawn())
+        return made[-1]
+
+    yield make
+    for peer in made:
+        peer.close()
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ways that movements of this process took, in order."""
+    taken: list[str] = []
+    move = LocalChannel.move
+
+    def recorded(self: LocalChannel, movement: object, deadline: object) -> str:
+        way = move(self, movement, deadline)  # type: ignore[arg-type]
+        taken.append(way)
+        return way
+
+    monkeypatch.setattr(LocalChannel, "move", recorded)
+    return taken
+
+
+@pytest.fixture
+def pair(here: Service, services: Callable[[], Service]) -> tuple[Service, Service, int]:
+    """Instances 1 and 2 in this process, not linked, each with a block; and the port of 2."""
+    other = services()
+    here.start(1)
+    port = other.start(2)
+    give_block(here, 1, 11)
+    give_block(other, 2, 22)
+    return here, other, port

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the kernel keeps processes apart: one warning with the remedy, and it still works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey
+from tests.peers import Peer, Ref
+
+OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
+NOBODY, SOMEBODY = 65534, 65533
+
+
+@pytest.mark.needs_root
+@pytest.mark.parametrize("kind", ["allocated", "tensors", "ints"])
+@pytest.mark.parametrize(
+    ("users", "diagnosis"),
+    [
+        ((NOBODY, SOMEBODY), f"belongs to user {NOBODY}, this one to {SOMEBODY}; run both as one"),
+        ((NOBODY, NOBODY), "CAP_SYS_PTRACE"),  # who has changed user can't be traced by anybody
+    ],
+    ids=["other-user", "undumpable"],
+)
+def test_transfers_go_on_through_the_control_connection(
+    peers: Callable[[], Peer], kind: str, users: tuple[int, int], diagnosis: str
+) -> None:
+    owner, puller = peers(), peers()
+    owner.ask("become", users[0])
+    puller.ask("become", users[1])
+    puller.ask("note_ways")
+    port = owner.ask("start", 1)
+    puller.ask("start", 2)
+    assert puller.ask("link", 1, port) == OK
+    owner.ask("make", kind, "source", 2, 4, 256, paged=True, keys=BlocksCacheKey(1))
+    puller.ask("allocate", "target", 2, 4, 256, paged=True)
+    owner.ask("paint", "source", 40)
+    puller.ask("paint", "target", 90)
+    for _ in range(2):
+        assert (
+            puller.ask("attempt", "pull_blocks", BlocksCacheKey(1), Ref("target"), [0, 1], [3, 2])
+            is None
+        )
+    assert puller.ask("colours", "target") == [40, 90]
+    taken, warnings = puller.ask("noted")
+    assert taken == ["relay", "relay"]
+    (warning,) = [text for text in warnings if "process-memory" in text]
+    assert diagnosis in warning

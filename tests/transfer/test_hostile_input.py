@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What strangers send to a listening port disturbs neither the instance nor its links."""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch.links import messages
+from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.transports.local.host import HostIdentity
+from tests.peers import Ref, Service, settle
+
+ZMTP_GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" * 32
+"""What a ZMTP 3.1 peer says first (64 bytes)."""
+
+
+@pytest.fixture
+def linked(
+    here: Service, services: Callable[[], Service], caplog: pytest.LogCaptureFixture
+) -> Iterator[tuple[Service, int]]:
+    """Instance 1 listens and is linked with 2, which must still work at the end."""
+    port = here.start(1)
+    here.allocate("mine", 2, 4, 64, paged=True, keys=BlocksCacheKey(1, 0))
+    here.paint("mine", 7)
+    other = services()
+    other.start(2)
+    other.allocate("theirs", 2, 4, 64, paged=True)
+    assert other.link(1, port)[0] == "LLM_SUCCESS"
+    yield here, port
+    assert other.attempt("pull_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [0], [1]) is None
+    assert other.span("theirs").rows == 4
+    assert [tensor[1].unique().tolist() for tensor in other.held["theirs"].cache.tensors] == [
+        [7],
+        [7],
+    ]
+    assert here.link_states() == {2: "linked"}
+    assert settle(lambda: here.counters()["leases"] == 0)
+    # Strangers are worth a warning; an error is one of ours.
+    errors = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [record.message for record in errors if "answering Hello" not in record.message] == []
+
+
+def raw(port: int, data: bytes, *, wait: float = 0.0) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        try:
+            connection.sendall(data)
+            time.sleep(wait)
+        except OSError:
+            return
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        random.Random(1).randbytes(100_000),
+        ZMTP_GREETING[:10],
+        ZMTP_GREETING,
+        # A READY command that promises more than it sends; a frame of 2**62 bytes.
+        ZMTP_GREETING + b"\x04\x19\x05READY\x0bSocket",
+        ZMTP_GREETING + b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER",
+        ZMTP_GREETING
+        + b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
+        + b"\x02"
+        + (2**62).to_bytes(8, "big")
+        + b"x" * 1000,
+    ],
+    ids=range(9),
+)
+def test_raw_bytes(linked: tuple[Service, int], data: bytes) -> None:
+    _, port = linked
+    for wait in (0.0, 0.05):
+        raw(port, data, wait=wait)
+
+
+@contextmanager
+def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.rcvtimeo = 5000
+        dealer.connect(f"tcp://127.0.0.1:{port}")
+        yield dealer
+
+
+def ask(dealer: zmq.Socket[bytes], body: messages.Message) -> messages.Message:
+    dealer.send(encode(Envelope(7, False, body)))  # type: ignore[arg-type]
+    return messages.decode(dealer.recv_multipart()[0]).body
+
+
+def test_frames_that_are_no_messages(linked: tuple[Service, int]) -> None:
+    _, port = linked
+    rng = random.Random(2)
+    whole = encode(Envelope(1, False, messages.Unlink()))
+    with stranger(port) as dealer:
+        dealer.send(b"")
+        dealer.send_multipart([b"", b"", b""])
+        for at in range(len(whole)):
+            dealer.send(whole[:at])
+        for _ in range(500):
+            dealer.send(rng.randbytes(rng.randrange(200)))
+        dealer.send(msgspec.msgpack.encode([1, False, ["Hello", "wrong"]]))
+        dealer.send(msgspec.msgpack.encode([2**64 - 1, True, ["Done"]]))
+        dealer.send(b"\x93" * 100_000)
+        # After all that the connection still serves.
+        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+
+
+def test_huge_messages(linked: tuple[Service, int]) -> None:
+    _, port = linked
+    with stranger(port) as dealer:
+        dealer.send(bytes(messages.MAX_MESSAGE_BYTES + 1))
+        time.sleep(0.05)
+    with stranger(port) as dealer:
+        dealer.send(bytes(messages.MAX_MESSAGE_BYTES // 8))
+        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+
+
+def test_requests_without_a_link(linked: tuple[Service, int]) -> None:
+    _, port = linked
+    for body in (
+        messages.Resolve("blocks", 0, 0, True, False),
+        messages.ReadBytes(1, bytes(16)),
+        messages.WriteBytes(1, bytes(16)),
+        messages.Release(1, (0, 2)),
+        messages.RegionFreed(1),
+        messages.Done(),
+    ):
+        with stranger(port) as dealer:
+            answer = ask(dealer, body)
+            while isinstance(answer, messages.Unlink):
+                answer = messages.decode(dealer.recv_multipart()[0]).body
+            assert isinstance(answer, messages.Refused), body
+
+
+def hello(cluster_id: int, **changes: object) -> messages.Hello:
+    offer = msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))
+    whole = messages.Hello(
+        messages.PROTOCOL_VERSION, cluster_id, 1, "life", False, {"local": offer}
+    )
+    return msgspec.structs.replace(whole, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 99},
+        {"expected_id": 5},
+        {"remote_accessible": True},
+        {"offers": {}},
+        {"offers": {"other": b""}},
+        {"offers": {"local": b"\xff\xff"}},
+    ],
+    ids=str,
+)
+def test_handshakes_that_are_refused(linked: tuple[Service, int], changes: dict) -> None:
+    _, port = linked
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3, **changes)), messages.Refused)
+
+
+def spans(*pairs: tuple[int, int]) -> bytes:
+    return torch.tensor(pairs, dtype=torch.int64).numpy().tobytes()
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], strided: bool) -> None:
+    """A linked peer that lies about spans reaches no byte outside the rows of its lease."""
+    here, port = linked
+    here.register("rows", 2, 4, 64, paged=True, pitch=96 if strided else 64,
+                  keys=BlocksCacheKey(1, 5))  # fmt: skip
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3)), messages.Welcome)
+        view = ask(dealer, messages.Resolve("blocks", 0, 5, True, False))
+        assert isinstance(view, messages.CacheView)
+        first, second = torch.frombuffer(bytearray(view.addrs), dtype=torch.int64).tolist()
+        good = spans((first, 64), (second + 3 * view.pitch, 64))
+        assert isinstance(ask(dealer, messages.ReadBytes(view.lease_id, good)), messages.Done)
+        edges = [(first - 1, 1), (first - 1, 64), (first + 3 * view.pitch, 65), (0, 8), (first, 0)]
+        edges += [(first, -1), (first, 2**63 - 1), (-(2**63), 8), (2**63 - 1, 8), (first, 2**62)]
+        edges += [(second + view.pitch * 4, 1)]
+        if strided:
+            edges += [(first, 65), (first + 64, 1), (first + 95, 2)]
+        for bad in edges:
+            for body in (
+                messages.ReadBytes(view.lease_id, spans((first, 8), bad)),
+                messages.WriteBytes(view.lease_id, spans(bad)),
+            ):
+                answer = ask(dealer, body)
+                assert isinstance(answer, messages.Refused), bad
+        for body in (b"", b"x", bytes(17)):
+            answer = ask(dealer, messages.ReadBytes(view.lease_id, body))
+            assert isinstance(answer, messages.Refused)
+        answer = ask(dealer, messages.ReadBytes(view.lease_id + 1, good))
+        assert isinstance(answer, messages.Refused)
+        for fetched in ((-5, 2**40), (3, 1)):
+            dealer.send(encode(Envelope(0, False, messages.Release(view.lease_id, fetched))))
+        assert isinstance(ask(dealer, messages.ReadBytes(view.lease_id, good)), messages.Refused)
+        dealer.send(encode(Envelope(0, False, messages.Unlink())))
+        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+    here.drop("rows")
+
+
+def test_flood(linked: tuple[Service, int]) -> None:
+    """Somebody who never stops talking doesn't keep others from being served."""
+    here, port = linked
+    with stranger(port) as dealer:
+        end = time.monotonic() + 1.0
+        junk = [b"x" * 10]
+        served = 0
+        here.allocate("room", 2, 4, 64, paged=True)
+        while time.monotonic() < end:
+            for _ in range(500):
+                dealer.send_multipart(junk, copy=False)
+            failure = here.attempt("pull_blocks", BlocksCacheKey(2, 9), Ref("room"), [0], [0])
+            assert failure is not None
+            assert failure.status == "LLM_KV_CACHE_NOT_EXIST"
+            served += 1
+        assert served

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors, mappings, threads and leases do not grow; the end of an instance disturbs nobody."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LLMException
+from llm_datadist_torch.links.messages import Done, Envelope
+from llm_datadist_torch.transports.local import LocalChannel
+from tests.peers import Ref, Service, settle
+from tests.transfer.helpers import OK, Peers
+
+PEER, ME = 2, 1
+MINE, THEIRS = BlocksCacheKey(ME, 0), BlocksCacheKey(PEER, 0)
+
+
+def transfer(service: Any, operation: str, key: BlocksCacheKey, name: str, ids: list[int]) -> Any:
+    return service(operation, key, Ref(name), ids, ids)
+
+
+@pytest.mark.parametrize("mover", ["here", "there"])
+def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: str) -> None:
+    port = here.start(ME)
+    peer = peers()
+    peer.ask("start", PEER)
+    assert peer.ask("link", ME, port) == OK
+
+    def local(name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(here, name)(*args, **kwargs)
+
+    work, own = (local, peer.ask) if mover == "here" else (peer.ask, local)
+    owner = PEER if mover == "here" else ME
+    work("allocate", "dst", 2, 4, 4096, paged=False)
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            cache_id = own("allocate", "src", 2, 4, 4096, paged=False)
+            key = CacheKeyByIdAndIndex(owner, cache_id, 1)
+            assert work("attempt", "pull_cache", key, Ref("dst")) is None
+            own("drop", "src")
+
+    def at_rest() -> Any:
+        return [{**side("resources"), **side("counters")} for side in (work, own)]
+
+    rounds(20)
+    assert settle(lambda: work("resources")["shared"] == 1)
+    assert settle(lambda: own("counters")["caches"] == 0)
+    before = at_rest()
+    rounds(200)
+
+    def no_growth() -> bool:
+        return all(
+            now[name] <= then[name] + (8 if name == "maps" else 0)
+            for now, then in zip(at_rest(), before, strict=True)
+            for name in then
+        )
+
+    assert settle(no_growth), (before, at_rest())
+
+
+def test_a_hundred_links_leave_nothing(here: Service, peers: Peers) -> None:
+    port = here.start(ME)
+    here.allocate("mine", 2, 4, 4096, paged=True, keys=MINE)
+    peer = peers()
+    port_there = peer.ask("start", PEER)
+    peer.ask("allocate", "theirs", 2, 4, 4096, paged=True)
+
+    def rounds(count: int) -> None:
+        for at in range(count):
+            assert (here.link(PEER, port_there) if at % 2 else peer.ask("link", ME, port)) == OK
+            assert (
+                transfer(
+                    lambda *args: peer.ask("attempt", *args), "pull_blocks", MINE, "theirs", [0]
+                )
+                is None
+            )
+            assert (
+                here.unlink(PEER, port_there) if at % 4 < 2 else peer.ask("unlink", ME, port)
+            ) == OK
+            assert settle(lambda: not here.link_states() and not peer.ask("link_states"))
+
+    def resources() -> list[dict[str, int]]:
+        return [here.resources(), peer.ask("resources")]
+
+    rounds(12)
+    time.sleep(0.3)
+    before = resources()
+    rounds(100)
+    assert settle(
+        lambda: all(
+            now[name] <= then[name] + (8 if name == "maps" else 1)
+            for now, then in zip(resources(), before, strict=True)
+            for name in then
+        )
+    ), (before, resources())
+
+
+def test_a_closed_instance_writes_to_no_descriptor(here: Service) -> None:
+    """The number of its wake-up descriptor belongs to somebody else by then."""
+    here.start(ME)
+    endpoint = here.instance.links.endpoint
+    number = endpoint._wake
+    here.dd.finalize()
+    other = os.eventfd(0, os.EFD_NONBLOCK)
+    try:
+        if other != number:
+            os.dup2(other, number)
+        endpoint.send(endpoint.new_route(), Envelope(0, False, Done()))
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(other)
+    finally:
+        os.close(other)
+        if other != number:
+            os.close(number)
+
+
+def pull_until_it_fails(manager: Any, cache: Any, errors: list[BaseException]) -> None:
+    try:
+        while True:
+            manager.pull_blocks(THEIRS, cache, [0, 1], [2, 3])
+    except Exception as error:  # noqa: BLE001
+        errors.append(error)
+
+
+def test_finalize_during_pulls(here: Service, services: Any) -> None:
+    """Pulls that run while the instance ends get typed errors, and everything ends."""
+    for _ in range(10):
+        near = services()
+        port = near.start(PEER)
+        near.allocate("theirs", 2, 4, 4096, paged=True, keys=THEIRS)
+        here.start(ME)
+        here.allocate("mine", 2, 4, 4096, paged=True)
+        assert here.link(PEER, port) == OK
+        errors: list[BaseException] = []
+        arguments = (here.manager, here.held["mine"].cache, errors)
+        threads = [threading.Thread(target=pull_until_it_fails, args=arguments) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.01)
+        here.finish()
+        for thread in threads:
+            thread.join(30)
+        assert len(errors) == 3
+        for error in errors:
+            assert isinstance(error, LLMException), error
+        near.finish()
+
+
+def test_ways_recorder_sees_moves(here: Service, services: Any, ways: list[str]) -> None:
+    """The fixture that other tests rely on sees what LocalChannel does."""
+    here.start(ME)
+    near = services()
+    assert here.link(PEER, near.start(PEER)) == OK
+    near.allocate("theirs", 1, 2, 64, paged=True, keys=THEIRS)
+    here.allocate("mine", 1, 2, 64, paged=True)
+    assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0]) is None
+    assert ways == ["same-process"]
+    assert LocalChannel.move.__name__ == "recorded"
