@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The prefill and the decode process of `pd_generate.py`: what runs inside each of them.
+
+Each process is one `LLMDataDist` instance with one blocks cache.  It takes messages from its inbox
+and sends events to the router; keys and values never pass through these queues, the library moves
+them from cache to cache.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import random
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from paged_model import (
+    BlockAllocator,
+    PagedCache,
+    blocks_for,
+    cache_shape,
+    decode,
+    load_model,
+    num_tensors,
+    prefill,
+)
+from pd_fleet import Event, Settings
+
+from llm_datadist_torch import (
+    BlocksCacheKey,
+    CacheDesc,
+    DataType,
+    LLMClusterInfo,
+    LLMConfig,
+    LLMDataDist,
+    LLMRole,
+    LLMStatusCode,
+)
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+    from typing_extensions import Self
+
+HOST = "127.0.0.1"
+SYNC_TIMEOUT_MS = 10_000
+PROGRESS_TOKENS = 64
+
+
+class Instance:
+    """One process's model, library instance and blocks cache; a context manager."""
+
+    def __init__(self, role: LLMRole, cluster_id: int, settings: Settings, listen: bool) -> None:
+        self.model = load_model()
+        self.cluster_id = cluster_id
+        self.datadist = LLMDataDist(role, cluster_id)
+        config = LLMConfig()
+        config.device_id = 0
+        config.enable_cache_manager = True
+        config.sync_kv_timeout = SYNC_TIMEOUT_MS
+        if listen:
+            config.listen_ip_info = f"{HOST}:0"  # port 0: any free one
+        self.datadist.init(config.generate_options())
+        shape = cache_shape(self.model.config, settings.num_blocks)
+        desc = CacheDesc(num_tensors(self.model.config), shape, DataType.DT_FLOAT)
+        self.cache_manager = self.datadist.cache_manager
+        self.cache = self.cache_manager.allocate_blocks_cache(desc, BlocksCacheKey(cluster_id, 0))
+        self.bytes_per_block = self.cache.nbytes // settings.num_blocks
+        self.pulled_from: set[int] = set()  # cluster ids
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cache_manager.deallocate_blocks_cache(self.cache)
+        self.datadist.finalize()
+
+
+def receive(inbox: Queue[Any], timeout_s: float) -> tuple[str, Any]:
+    """Waits for the router's next message, (kind, data), as long as there is a router."""
+    router = multiprocessing.parent_process()
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            kind, data = inbox.get(timeout=1.0)
+        except queue.Empty:
+            if router is not None and not router.is_alive():
+                raise RuntimeError("the router is gone") from None
+        else:
+            return kind, data
+    raise TimeoutError(f"no message from the router in {timeout_s:g} s")
+
+
+def prefill_process(
+    name: str, number: int, settings: Settings, inbox: Queue[Any], events: Queue[Any]
+) -> None:
+    """Reads prompts into blocks and keeps each one's blocks until the decode side has them."""
+    with Instance(LLMRole.PROMPT, 1 + number, settings, listen=True) as instance:
+        allocator = BlockAllocator(range(settings.num_blocks))
+        held: dict[int, PagedCache] = {}
+        waiting: deque[dict[str, Any]] = deque()
+        events.put(Event(name, "ready", describe(instance, instance.datadist.listen_address)))
+        while True:
+            kind, data = receive(inbox, settings.timeout_s)
+            if kind == "stop":
+                return
+            if kind == "release":
+                held.pop(data).release()
+            else:
+                waiting.append(data)
+            # A prompt waits while others hold the blocks it needs; if none do, it is too long.
+            while waiting and (
+                not held or blocks_for(len(waiting[0]["prompt"])) <= allocator.num_free
+            ):
+                job = waiting.popleft()
+                kv = PagedCache(instance.cache.tensors, allocator)
+                began = time.monotonic()
+                first = prefill(instance.model, kv, job["prompt"])
+                answer = {
+                    "request": job["request"],
+                    "first_token": first,
+                    "length": len(job["prompt"]),
+                    "blocks": list(kv.blocks),
+                    "seconds": time.monotonic() - began,
+                    "at": time.monotonic(),
+                    "digest": kv.digest(),
+                }
+                held[job["request"]] = kv
+                events.put(Event(name, "prefilled", answer))
+
+
+def decode_process(
+    name: str, number: int, settings: Settings, inbox: Queue[Any], events: Queue[Any]
+) -> None:
+    """Links to the prefill processes, pulls the blocks of each request and continues its text."""
+    with Instance(LLMRole.DECODER, 101 + number, settings, listen=False) as instance:
+        # From the top and shuffled: no block has the number that it had on the prefill side,
+        # except by chance, so what is decoded depends on every block arriving where it should.
+        order = list(range(settings.num_blocks))
+        random.Random(number).shuffle(order)
+        order.sort(key=lambda block: block < settings.num_blocks // 2)
+        allocator = BlockAllocator(order)
+        links: list[LLMClusterInfo] = []
+        events.put(Event(name, "ready", describe(instance, None)))
+        while True:
+            kind, data = receive(inbox, settings.timeout_s)
+            if kind == "stop":
+                break
+            if kind == "link":
+                links.append(link(instance, *data))
+                events.put(Event(name, "linked", {"cluster_id": data[0]}))
+            else:
+                continue_text(name, instance, allocator, settings, data, events)
+        require_success("unlink_clusters", instance.datadist.unlink_clusters(links, 3000))
+
+
+def describe(instance: Instance, address: tuple[str, int] | None) -> dict[str, Any]:
+    """Returns what the router shows of a process that has started."""
+    return {
+        "pid": os.getpid(),
+        "cluster_id": instance.cluster_id,
+        "address": address,
+        "num_blocks": instance.cache.cache_desc.shape[0],
+        "block_size": instance.cache.cache_desc.shape[1],
+        "num_tensors": instance.cache.cache_desc.num_tensors,
+        "bytes_per_block": instance.bytes_per_block,
+    }
+
+
+def link(instance: Instance, cluster_id: int, host: str, port: int) -> LLMClusterInfo:
+    """Links to one prefill process, and returns what the later unlink needs."""
+    info = LLMClusterInfo()
+    info.remote_cluster_id = cluster_id
+    info.append_local_ip_info(HOST, 0)
+    info.append_remote_ip_info(host, port)
+    require_success("link_clusters", instance.datadist.link_clusters([info], timeout=3000))
+    return info
+
+
+def require_success(what: str, result: tuple[LLMStatusCode, list[LLMStatusCode]]) -> None:
+    """Linking reports failures by status, not by exception; here a failure ends the process."""
+    overall, each = result
+    if overall != LLMStatusCode.LLM_SUCCESS:
+        raise RuntimeError(f"{what}: {overall}, per cluster {each}")
+
+
+def continue_text(
+    name: str,
+    instance: Instance,
+    allocator: BlockAllocator,
+    settings: Settings,
+    job: dict[str, Any],
+    events: Queue[Any],
+) -> None:
+    """Pulls one request's blocks into our own ones and generates the rest of its tokens."""
+    kv = PagedCache(instance.cache.tensors, allocator, length=job["length"])
+    began = time.monotonic()
+    instance.cache_manager.pull_blocks(
+        BlocksCacheKey(job["cluster_id"], 0), instance.cache, job["blocks"], kv.blocks
+    )
+    seconds = time.monotonic() - began
+    if settings.damage:
+        for tensor in instance.cache.tensors:
+            tensor[kv.blocks] = 0
+    pulled = {
+        "request": job["request"],
+        "src_blocks": job["blocks"],
+        "dst_blocks": list(kv.blocks),
+        "nbytes": len(kv.blocks) * instance.bytes_per_block,
+        "seconds": seconds,
+        "digest": kv.digest(),
+        "is_first": job["cluster_id"] not in instance.pulled_from,
+    }
+    instance.pulled_from.add(job["cluster_id"])
+    events.put(Event(name, "pulled", pulled))
+    tokens = [job["first_token"]]
+    began = time.monotonic()
+    for token in decode(instance.model, kv, tokens[0], job["count"] - 1):
+        tokens.append(token)
+        if len(tokens) % PROGRESS_TOKENS == 0 and len(tokens) < job["count"]:
+            progress = {"request": job["request"], "tokens": len(tokens)}
+            events.put(Event(name, "progress", progress))
+    done = {"request": job["request"], "tokens": tokens, "seconds": time.monotonic() - began}
+    kv.release()
+    events.put(Event(name, "done", done))
