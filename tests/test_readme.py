@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's claims that a machine can check: its example runs, its files and targets exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = ["README.md", "README.zh.md"]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_the_example_runs(name):
+    (code,) = re.findall(r"```python\n(.*?)```", text_of(name), flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_example_comes_early():
+    lines = text_of("README.md").splitlines()
+    assert lines.index("```python") < 40
+
+
+def test_both_languages_show_the_same_code():
+    def code(name: str) -> list[str]:
+        blocks = re.findall(r"```\w+\n(.*?)```", text_of(name), flags=re.DOTALL)
+        return [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+
+    assert code("README.md") == code("README.zh.md")
+
+
+@pytest.mark.parametrize(
+    "name", [*READMES, "CONTRIBUTING.md", *(p.name for p in ROOT.glob("docs/*.md"))]
+)
+def test_links_lead_somewhere(name):
+    path = ROOT / name if (ROOT / name).exists() else ROOT / "docs" / name
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert "://" in target or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", [*READMES, "CONTRIBUTING.md"])
+def test_make_targets_exist(name):
+    known = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text_of(name), flags=re.MULTILINE)) <= known
