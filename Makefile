@@ -69,6 +69,6 @@ $(VENV)/.deps: pyproject.toml
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@echo "building the C++ extension"
 	@if [ -e $(VENV)/.installed ]; then $(BIN)/python setup.py -q build_ext --inplace; \
-	else PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-build-isolation --no-deps -e . && \
+	else PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-build-isolation -e . && \
 	  touch $(VENV)/.installed; fi
 	@touch $@

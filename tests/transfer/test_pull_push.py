@@ -330,6 +330,19 @@ def test_what_is_not_consumed(linked: tuple[Service, Peer]) -> None:
     assert far.ask("counters")["keys"] == 3
 
 
+def test_by_id_of_a_row_with_a_prefix_key(linked: tuple[Service, Peer]) -> None:
+    """The id is looked up first (section 14, 17)."""
+    here, far = linked
+    keys = (CacheKey(PEER, 1), CacheKey(PEER, NONE, 0, 4))
+    cache_id = far.ask("allocate", "src", 2, 2, 16, paged=False, keys=keys)
+    far.ask("paint", "src", 5)
+    here.allocate("dst", 2, 1, 16, paged=False)
+    for _ in range(2):
+        assert pull(here, CacheKeyByIdAndIndex(PEER, cache_id, 1)) == ""
+    assert here.colours("dst") == [5]
+    assert far.ask("counters")["keys"] == 2
+
+
 def test_a_failed_pull_consumes_nothing(linked: tuple[Service, Peer]) -> None:
     here, far = linked
     key = CacheKey(PEER, 10)
