@@ -23,7 +23,7 @@ test: $(VENV)/.built  ## Run the tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 test-sanitize: $(VENV)/.built  ## Run the tests of the C++ code under AddressSanitizer and UBSan
-	PYTHON=$(BIN)/python scripts/test_sanitize.sh
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
 
 lint: $(VENV)/.built  ## Check style, types, sizes, and that the torch-free C++ compiles for aarch64
 	$(BIN)/ruff check .
@@ -68,7 +68,9 @@ $(VENV)/.deps: pyproject.toml
 # Warnings are off because setuptools shows one, in 8 lines, for every editable install.
 $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@echo "building the C++ extension"
-	@if [ -e $(VENV)/.installed ]; then $(BIN)/python setup.py -q build_ext --inplace; \
+	@mkdir -p build
+	@if [ -e $(VENV)/.installed ]; then \
+	  $(BIN)/python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }; \
 	else PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-build-isolation -e . && \
 	  touch $(VENV)/.installed; fi
 	@touch $@

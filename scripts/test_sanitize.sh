@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Builds the C++ with AddressSanitizer and UndefinedBehaviorSanitizer into build/sanitize, beside a copy of the package,
-# and runs the tests that reach C++ there. Arguments replace the list of tests; PYTHON chooses the interpreter.
+# and runs the tests that reach C++ there. Arguments replace the list of tests; PYTHON chooses the interpreter, by its
+# absolute path.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 out=$root/build/sanitize
 if [ $# -eq 0 ]; then
-  set -- tests/test_ops.py tests/test_runs.py tests/memory
+  set -- tests/test_ops.py tests/test_runs.py tests/memory tests/api/test_copy_bytes.py tests/api/test_copy_hazards.py \
+    tests/transfer/test_properties.py tests/transfer/test_hostile_input.py
 fi
 
 cd "$root"
-SANITIZE=1 "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$root/build/sanitize-objects"
+mkdir -p build
+echo "building with AddressSanitizer and UndefinedBehaviorSanitizer"
+SANITIZE=1 "$python" setup.py -q build_ext --build-lib "$out" --build-temp "$root/build/sanitize-objects" \
+  >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
 
 # The tests run on a copy, so that no other build of the extension can be imported by accident.
 rm -rf "$out/tests" "$out/examples"
