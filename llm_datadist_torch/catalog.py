@@ -97,6 +97,11 @@ class CacheEntry:
     covered: dict[KeyName, set[int]] = field(default_factory=dict)
 
     @property
+    def device(self) -> torch.device:
+        """Where its memory is; all tensors of a cache are on one device."""
+        return self.tensors[0].device
+
+    @property
     def reachable(self) -> bool:
         """Whether somebody may still start to use it.
 

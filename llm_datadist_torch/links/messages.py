@@ -93,6 +93,7 @@ class CacheView(Message):
         addrs: Addresses of the tensors in the owner's process, native int64 [num_tensors].
         region: Region that all tensors lie in, or None for memory its user registered.
         foreign: Registered by bare addresses.
+        device: Where it lies in the owner's process: "cpu", or such as "npu:0".
     """
 
     lease_id: int
@@ -106,6 +107,7 @@ class CacheView(Message):
     addrs: bytes
     region: RegionView | None
     foreign: bool
+    device: str
 
 
 class Release(Message):

@@ -124,6 +124,7 @@ class Owner:
             addrs=entry.addrs.numpy().tobytes(),
             region=None if entry.region is None else view_of(entry.region),
             foreign=entry.foreign,
+            device=str(entry.device),
         )
 
     def _find(self, ask: Resolve) -> Resolved:

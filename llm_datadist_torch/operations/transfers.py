@@ -163,6 +163,8 @@ def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: 
         lease_id=remote.view.lease_id,
         local_foreign=entry.foreign,
         remote_foreign=remote.view.foreign,
+        local_device=entry.device,
+        remote_device=remote.view.device,
     )
 
 

@@ -10,13 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
+import torch
 
 from llm_datadist_torch import _C
 
 if TYPE_CHECKING:
-    import torch
-
     from llm_datadist_torch.deadline import Deadline
+
+HOST_DEVICE = torch.device("cpu")
 
 
 class Direction(Enum):
@@ -60,6 +61,8 @@ class Movement:
         lease_id: The peer's name for the hold we have on its cache.
         local_foreign: The local memory was registered by bare addresses, so it may be gone.
         remote_foreign: The same of the peer's memory.
+        local_device: Where the local memory is.
+        remote_device: Where the peer says that its memory is: "cpu", or such as "npu:0".
     """
 
     direction: Direction
@@ -70,6 +73,13 @@ class Movement:
     lease_id: int
     local_foreign: bool = False
     remote_foreign: bool = False
+    local_device: torch.device = HOST_DEVICE
+    remote_device: str = HOST_DEVICE.type
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether the bytes of both sides are in host memory."""
+        return self.local_device.type == self.remote_device == HOST_DEVICE.type
 
     @cached_property
     def measures(self) -> tuple[int, int, int]:

@@ -71,6 +71,12 @@ class LocalChannel(Channel):
 
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`; returns the name of the way that served."""
+        if not movement.in_host_memory:
+            raise error_for(
+                LLMStatusCode.LLM_FAILED,
+                f"the local transport moves host memory only, not between {movement.local_device}"
+                f" and the peer's {movement.remote_device}",
+            )
         for way in tuple(self._ways):
             try:
                 way.move(movement, deadline)
