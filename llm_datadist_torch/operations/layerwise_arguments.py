@@ -100,7 +100,7 @@ def transfer_cache_async(
     dst_ids = _indices("dst_block_indices", dst_block_indices)
     src_ids = _indices("src_block_indices", src_block_indices)
     if dst_block_memory_size is not None:
-        check_uint64("dst_block_memory_size", dst_block_memory_size)
+        dst_block_memory_size = check_uint64("dst_block_memory_size", dst_block_memory_size)
     _check_indices(src_ids, dst_ids, dst_block_memory_size)
     check_isinstance("layer_synchronizer", layer_synchronizer, LayerSynchronizer, allow_none=False)
     kinds = (TransferConfig, TransferWithCacheKeyConfig)
@@ -127,9 +127,8 @@ def _indices(name: str, indices: Indices) -> torch.Tensor | None:
     if indices is None or not len(indices):
         return None
     if not isinstance(indices, torch.Tensor):
-        check_list_uint64(name, indices)
         # No cache has that many blocks; the range check will say so.
-        indices = [min(int(index), INT64_MAX) for index in indices]
+        indices = [min(int(index), INT64_MAX) for index in check_list_uint64(name, indices)]
     ids = ops.as_ids(indices, name)
     if int(ids.min()) < 0:
         raise ValueError(f"{name}[{int(ids.argmin())}]={int(ids.min())} is negative")

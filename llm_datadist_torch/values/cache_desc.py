@@ -53,13 +53,16 @@ class CacheDesc:
         kv_tensor_format: str | None = None,
     ) -> None:
         self._num_tensors = check_uint32("num_tensors", num_tensors)
-        self._shape = check_isinstance("shape", shape, (list, tuple), int, allow_none=False)
+        shape = check_isinstance("shape", shape, (list, tuple), int, allow_none=False)
+        self._shape = shape
         if isinstance(data_type, torch.dtype):
             data_type = from_torch_dtype(data_type)
         self._data_type: DataType = check_isinstance("data_type", data_type, DataType)
         self._placement = check_isinstance("placement", placement, Placement)
-        check_isinstance("batch_dim_index", batch_dim_index, int, allow_none=False)
-        check_int32("seq_len_dim_index", seq_len_dim_index)
+        batch_dim_index = check_isinstance(
+            "batch_dim_index", batch_dim_index, int, allow_none=False
+        )
+        seq_len_dim_index = check_int32("seq_len_dim_index", seq_len_dim_index)
         self._kv_tensor_format = check_isinstance("kv_tensor_format", kv_tensor_format, str)
         if not 0 <= batch_dim_index < len(shape):
             raise param_error(

@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validators of arguments: TypeError for a wrong type, ValueError outside the C width."""
+"""Validators of arguments: TypeError for a wrong type, ValueError outside the C width.
+
+Where an int is asked for, other integers (NumPy's) are taken too, and come back as int: what a
+validator returns is what to go on with. A container that has none of them comes back as it is.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar, overload
+from numbers import Integral
+from typing import Any, Literal, TypeVar, cast, overload
 
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
@@ -35,6 +41,22 @@ def _names(classes: _Classes) -> str:
     return " or ".join(member.__name__ for member in members)
 
 
+def _may_be_int(classes: _Classes) -> bool:
+    return int in classes if isinstance(classes, tuple) else classes is int
+
+
+def _with_ints(values: _T) -> _T:
+    """The elements of a list or tuple with every integer of another kind as an int."""
+    if not isinstance(values, (list, tuple)):
+        return values
+    if all(isinstance(value, int) or not isinstance(value, Integral) for value in values):
+        return values
+    converted = [
+        operator.index(value) if isinstance(value, Integral) else value for value in values
+    ]
+    return cast("_T", converted if isinstance(values, list) else tuple(converted))
+
+
 def check_isinstance(
     name: str,
     value: _T,
@@ -46,7 +68,7 @@ def check_isinstance(
     """Returns `value` if it is an instance of `classes`, and its elements of `inner_class`.
 
     As in the reference, None passes unless `allow_none` is False, subclasses pass, and so does bool
-    where int is asked for. Of a dict only the keys are looked at.
+    where int is asked for. Of a dict only the keys are looked at (and never converted).
 
     Args:
         name: name of the argument, for the message.
@@ -62,11 +84,14 @@ def check_isinstance(
     if value is None and allow_none:
         return value
     if not isinstance(value, classes):
+        if isinstance(value, Integral) and _may_be_int(classes):
+            return cast("_T", operator.index(value))
         raise TypeError(
             f"{name} only support {_names(classes)}, but got {type(value).__name__}{extra_fmt}"
         )
     if inner_class is not None and isinstance(value, Iterable):
         check_inner(name, value, inner_class)
+        return _with_ints(value) if _may_be_int(inner_class) else value
     return value
 
 
@@ -77,7 +102,9 @@ def check_inner(name: str, values: Iterable[Any], inner_class: _Classes) -> None
         TypeError: an element is of another type; the message says which.
     """
     for i, element in enumerate(values):
-        if not isinstance(element, inner_class):
+        if not isinstance(element, inner_class) and not (
+            isinstance(element, Integral) and _may_be_int(inner_class)
+        ):
             raise TypeError(
                 f"{name}[{i}] only support {_names(inner_class)}, "
                 f"but got {type(element).__name__} {shown(element)}"
@@ -102,12 +129,14 @@ def check_dict(
     check_isinstance(name, d, dict)
     for key, value in d.items():
         check_isinstance(f"key of {name}", key, k_class, allow_none=False)
-        check_isinstance(f"{name}[{key!r}]", value, v_class, v_inner_class, allow_none=False)
+        check_isinstance(f"{name}[{shown(key)}]", value, v_class, v_inner_class, allow_none=False)
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> int:
     if not isinstance(value, int):
-        raise TypeError(f"{name} only support int, but got {type(value).__name__} {value!r}")
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} only support int, but got {type(value).__name__} {value!r}")
+        value = operator.index(value)
     if not low <= value <= high:
         raise ValueError(f"{name}={shown(int(value))} is out of range [{low}, {high}]")
     return value
@@ -149,7 +178,7 @@ def _check_ints(name: str, values: _Ints, low: int, high: int) -> _Ints:
         # The message is built only for the offender: these lists have thousands of elements.
         if not isinstance(value, int) or not low <= value <= high:
             _check_int(f"{name}[{i}]", value, low, high)
-    return values
+    return _with_ints(values)
 
 
 def check_list_int32(name: str, values: _Ints) -> _Ints:
@@ -184,7 +213,7 @@ def check_addresses(name: str, values: _Ints) -> _Ints:
     check_isinstance(name, values, (list, tuple), allow_none=False)
     for i, value in enumerate(values):
         check_address(f"{name}[{i}]", value)
-    return values
+    return _with_ints(values)
 
 
 def check_positive_or_set_default(name: str, v: int | None, default: int = -1) -> int:
@@ -196,7 +225,7 @@ def check_positive_or_set_default(name: str, v: int | None, default: int = -1) -
     """
     if v is None:
         return default
-    check_isinstance(name, v, int)
+    v = check_isinstance(name, v, int)
     if v < 0:
         raise ValueError(f"{name}={shown(v)} must not be negative")
     return v

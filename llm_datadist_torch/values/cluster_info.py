@@ -47,8 +47,8 @@ def entry_to_host(ip: int | str) -> str:
 
 
 def _to_entry(name: str, ip: str | int, port: int) -> tuple[int | str, int]:
-    check_isinstance(name, ip, (str, int), allow_none=False)
-    check_uint16("port", port)
+    ip = check_isinstance(name, ip, (str, int), allow_none=False)
+    port = check_uint16("port", port)
     if isinstance(ip, int):
         if not 0 <= ip <= UINT32_MAX:
             raise ValueError(f"{name}={shown(ip)} is out of range [0, {UINT32_MAX}]")

@@ -156,9 +156,8 @@ class BlocksCacheKey:
         bound.setdefault("model_id", 0)
         for name in ("cluster_id", "model_id"):
             check_isinstance(name, bound[name], int, allow_none=False)
-            check_uint64(name, bound[name])
-        self._cluster_id: int = bound["cluster_id"]
-        self._model_id: int = bound["model_id"]
+        self._cluster_id = check_uint64("cluster_id", bound["cluster_id"])
+        self._model_id = check_uint64("model_id", bound["model_id"])
         by_prompt_id = not args and "cluster_id" not in kwargs
         self._id_name = "prompt_cluster_id" if by_prompt_id else "cluster_id"
 

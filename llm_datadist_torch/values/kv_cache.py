@@ -69,13 +69,15 @@ class KvCache:
                 addresses for a device.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
-        check_isinstance("addrs", addrs, list, (int, list), allow_none=False)
+        addrs = check_isinstance("addrs", addrs, list, (int, list), allow_none=False)
         nested = [entry for entry in addrs if isinstance(entry, list)]
         if nested and len(nested) < len(addrs):
             raise TypeError("addrs only support all int or all list, but got both")
         per_device = nested or [[entry for entry in addrs if isinstance(entry, int)]]
-        for device, device_addrs in enumerate(per_device):
+        per_device = [
             check_addresses(f"addrs[{device}]" if nested else "addrs", device_addrs)
+            for device, device_addrs in enumerate(per_device)
+        ]
         if cache_desc.placement != Placement.HOST:
             raise param_error(
                 f"create_cpu_cache wants placement HOST, got {cache_desc.placement!s}"

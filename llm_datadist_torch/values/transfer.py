@@ -141,7 +141,7 @@ class TransferWithCacheKeyConfig:
                 f"src_layer_range={shown(source)} and dst_layer_range={shown(target)} "
                 "differ in length."
             )
-        check_uint32("src_batch_index", src_batch_index)
+        src_batch_index = check_uint32("src_batch_index", src_batch_index)
         if src_batch_index != 0 and isinstance(cache_key, BlocksCacheKey):
             raise param_error(f"src_batch_index={src_batch_index} must be 0 with a BlocksCacheKey.")
         self._cache_key: BlocksCacheKey | CacheKeyByIdAndIndex | None = cache_key

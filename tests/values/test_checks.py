@@ -32,7 +32,7 @@ LISTS = {
     "check_list_uint64": WIDTHS["check_uint64"],
     "check_addresses": WIDTHS["check_uint64"],
 }
-NO_INTS = [None, 1.0, "1", [1], np.int64(1), torch.tensor(1)]
+NO_INTS = [None, 1.0, "1", [1], np.float64(1), np.bool_(True), torch.tensor(1)]
 
 
 def test_enumerations_are_the_reference_tables():
@@ -75,7 +75,9 @@ def test_isinstance_passes_and_returns_the_value(value, classes, inner):
     [
         (1, str, None, "x only support str, but got int"),
         (1, (str, bytes), None, "x only support str or bytes, but got int"),
-        (np.int64(1), int, None, "only support int"),
+        (np.int64(1), str, None, "only support str"),
+        (np.bool_(True), int, None, "only support int"),
+        ([np.float32(1)], list, int, r"x\[0\] only support int"),
         ([1, "2"], list, int, r"x\[1\] only support int, but got str '2'"),
         ([1, None], list, int, r"x\[1\] only support int"),
         ({"a": 1}, dict, int, r"x\[0\] only support int"),

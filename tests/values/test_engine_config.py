@@ -34,6 +34,7 @@ def test_engine_config_defaults():
     assert dataclasses.asdict(parse(ON)) == {
         "role": LLMRole.PROMPT,
         "device_id": 0,
+        "device": "auto",
         "listen": None,
         "sync_timeout_ms": 1000,
         "device_pool": None,
@@ -41,6 +42,7 @@ def test_engine_config_defaults():
         "remote_accessible": False,
         "local_comm_res": None,
         "transfer_backend": None,
+        "transport": None,
         "global_resource_config": None,
         "rdma_traffic_class": None,
         "rdma_service_level": None,
@@ -67,11 +69,13 @@ def test_engine_config_of_everything():
     config.global_resource_config = "{}"
     config.link_total_time = 7
     config.link_retry_count = 2
+    config.device = "npu"
     options = config.generate_options()
     before = dict(options)
     assert EngineConfig.from_options(LLMRole.MIX, options) == EngineConfig(
         role=LLMRole.MIX,
         device_id=3,
+        device="npu",
         listen=("127.0.0.1", 26000),
         sync_timeout_ms=250,
         device_pool=PoolConfig(1048576, 12),
@@ -79,6 +83,7 @@ def test_engine_config_of_everything():
         remote_accessible=True,
         local_comm_res="",
         transfer_backend="hixl",
+        transport="hixl",
         global_resource_config="{}",
         rdma_traffic_class=132,
         rdma_service_level=4,
@@ -121,6 +126,9 @@ def test_what_follows_from_other_options(options, accessible):
         ({**ON, "llm.LinkTotalTime": 1}, TypeError, "llm.LinkTotalTime"),
         ({**ON, "llm.LinkTotalTime": None}, TypeError, "llm.LinkTotalTime"),
         ({"ge.flowGraphMemMaxSize": 1}, TypeError, "flowGraphMemMaxSize"),
+        ({**ON, "llm.Device": "cuda"}, PI, "llm.Device='cuda' must be one of auto, npu, cpu"),
+        ({**ON, "llm.Device": ""}, PI, "llm.Device"),
+        ({**ON, **HIXL, **LISTEN, "llm.Transport": "local"}, PI, "contradict each other"),
         ({**ON, "ge.flowGraphMemMaxSize": "1,2"}, PI, "flowGraphMemMaxSize"),
         ({**ON, "ge.flowGraphMemMaxSize": ""}, PI, "flowGraphMemMaxSize"),
         ({**ON, "ge.flowGraphMemMaxSize": "1k"}, PI, "flowGraphMemMaxSize"),

@@ -72,7 +72,7 @@ def test_cache_key_arguments(args, kwargs, expected):
         ((1, None), {}, TypeError, "req_id"),
         ((1, 2, "3"), {}, TypeError, "model_id"),
         ((1, 2), {"prefix_id": 1.0}, TypeError, "prefix_id"),
-        ((np.int64(1), 2), {}, TypeError, "cluster_id"),
+        ((np.float64(1), 2), {}, TypeError, "cluster_id"),
         ((-1, 2), {}, ValueError, "cluster_id=-1"),
         ((1, TOO_LARGE), {}, ValueError, "req_id="),
         ((1, 2, -1), {}, ValueError, "model_id=-1"),
