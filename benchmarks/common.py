@@ -18,6 +18,13 @@ from typing import Any
 
 import torch
 
+from llm_datadist_torch.ascend_sim import is_active
+
+if is_active():
+    raise SystemExit(
+        "benchmarks: the Ascend runtime is simulated on host memory; no figures from it"
+    )
+
 ROOT = Path(__file__).resolve().parent.parent
 KIB = 1024
 

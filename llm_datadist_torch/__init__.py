@@ -1,42 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """KV caches that are PyTorch tensors, with the API of Huawei's LLM-DataDist.
 
-Importing this package starts nothing, touches no device and reads no environment variable.
+Importing this package starts nothing, touches no device and reads no environment variable. It does
+not even import torch: the public names do, on first use, because where torch_npu is installed, the
+simulated Ascend runtime and the tools that explain a missing one must come before torch.
 """
 
-from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.cache_manager import CacheManager
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from llm_datadist_torch.compat.switch import install as install
-from llm_datadist_torch.config import LLMConfig, LlmConfig
-from llm_datadist_torch.datadist import LLMDataDist
-from llm_datadist_torch.values.cache_desc import CacheDesc
-from llm_datadist_torch.values.cluster_info import LLMClusterInfo
-from llm_datadist_torch.values.data_type import DataType
-from llm_datadist_torch.values.enums import LLMRole, Memtype, Placement, RegisterMemStatus
-from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist_torch.values.kv_cache import KvCache
-from llm_datadist_torch.values.mem_info import MemInfo
-from llm_datadist_torch.values.status import (
-    LLMCacheNotFoundError,
-    LLMDeviceError,
-    LLMException,
-    LLMFeatureNotEnabledError,
-    LLMLinkError,
-    LLMNotLinkedError,
-    LLMOutOfMemoryError,
-    LLMParamError,
-    LLMPeerLostError,
-    LLMStatusCode,
-    LLMTimeoutError,
-    Status,
-)
-from llm_datadist_torch.values.synchronizers import EventSynchronizer
-from llm_datadist_torch.values.transfer import (
-    LayerSynchronizer,
-    TransferConfig,
-    TransferWithCacheKeyConfig,
-)
-from llm_datadist_torch.work import CacheTask
+
+if TYPE_CHECKING:
+    from llm_datadist_torch.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -67,6 +45,7 @@ __all__ = [
     "LLMStatusCode",
     "LLMTimeoutError",
     "LayerSynchronizer",
+    "LinkInfo",
     "LlmConfig",
     "MemInfo",
     "Memtype",
@@ -76,3 +55,18 @@ __all__ = [
     "TransferConfig",
     "TransferWithCacheKeyConfig",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Loads all public names when the first is used."""
+    if name == "ops":
+        return importlib.import_module("llm_datadist_torch.ops")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = importlib.import_module("llm_datadist_torch.public")
+    globals().update({each: getattr(public, each) for each in __all__})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

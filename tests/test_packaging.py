@@ -9,7 +9,7 @@ import pytest
 from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = {".py", ".pyi", ".typed"}
+SUFFIXES = {".py", ".pyi", ".typed", ".h", ".cpp"}
 
 
 def test_every_file_of_the_package_is_in_the_wheel(monkeypatch: pytest.MonkeyPatch):

@@ -1,27 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``python -m llm_datadist_torch``: run, shim-path, doctor."""
+"""The commands of ``python -m llm_datadist_torch``: run, sim, shim-path, doctor.
+
+Only what a command needs is imported: ``sim`` must not import torch, ``doctor`` decides how.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from llm_datadist_torch.cli import doctor, run
+from llm_datadist_torch.cli import run, sim
 from llm_datadist_torch.compat.switch import ShimConflictError, shim_path
+from llm_datadist_torch.environment import environment_text, set_environment
 
 PROG = "python -m llm_datadist_torch"
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def main(arguments: Sequence[str]) -> int:
     """Carry out one command.
 
     Returns:
-        The exit status. A program that ``run`` runs leaves by its own exceptions.
+        The exit status. A program that ``run`` runs leaves by its own exceptions, and ``sim``
+        becomes the command.
     """
     parser = _parser()
     ours, theirs = run.split(arguments)
+    if "sim" in arguments[:1]:
+        at = arguments.index("--") if "--" in arguments else len(arguments)
+        ours, theirs = list(arguments[:at]), list(arguments[at + 1 :])
     options = parser.parse_args(ours)
+    if options.command == "sim":
+        if not theirs:
+            parser.error("sim: no command given after --")
+        return sim.run(options, theirs)
     if options.command == "run":
         if not theirs:
             parser.error("run: no program given")
@@ -33,9 +47,21 @@ def main(arguments: Sequence[str]) -> int:
     if options.command == "shim-path":
         sys.stdout.write(shim_path(force=options.force) + "\n")
         return 0
+    doctor = _import_doctor()
     report = doctor.examine()
     sys.stdout.write(doctor.as_json(report) if options.json else doctor.as_text(report))
     return 1 if report.problems else 0
+
+
+def _import_doctor() -> ModuleType:
+    """Doctor explains a torch_npu that can't be loaded, so torch must not try to load it."""
+    wanted = environment_text(_AUTOLOAD)
+    set_environment({_AUTOLOAD: "0"})
+    try:
+        from llm_datadist_torch.cli import doctor
+    finally:
+        set_environment({_AUTOLOAD: wanted or None})
+    return doctor
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
         "-m", dest="module", action="store_true", help="run a module, as python -m"
     )
     _add_force(command)
+    text = "run a command on simulated NPUs: torch_npu over host memory, not for figures"
+    sim.add_options(
+        commands.add_parser("sim", help=text, description=text, usage=f"{PROG} {sim.USAGE_TAIL}")
+    )
     text = "print the directory that does the same on PYTHONPATH"
     _add_force(commands.add_parser("shim-path", help=text, description=text))
     text = (

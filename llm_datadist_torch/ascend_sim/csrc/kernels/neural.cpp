@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Layers of neural networks.
+
+#include <ATen/ops/_log_softmax.h>
+#include <ATen/ops/_softmax.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/glu.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/mse_loss.h>
+#include <ATen/ops/native_group_norm.h>
+#include <ATen/ops/native_layer_norm.h>
+#include <ATen/ops/nll_loss_forward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/threshold.h>
+
+#include "kernel.h"
+
+using namespace ascend_sim;  // NOLINT: the tables below are written in its words
+
+namespace {
+
+std::optional<Tensor> optional(const Tensor& tensor) {
+  return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
+}
+
+// x / sqrt(mean(x^2) + epsilon) * gamma over the dimensions that gamma has, summed in float.
+void rms_norm(const Tensor& x, const Tensor& gamma, double epsilon, const Out& y, const Out& rstd) {
+  Ints dims;
+  for (int64_t dim = x.dim() - gamma.dim(); dim < x.dim(); ++dim) dims.push_back(dim);
+  const Tensor wide = x.to(at::kFloat);
+  const Tensor scale = wide.square().mean(dims, /*keepdim=*/true).add(epsilon).rsqrt();
+  if (rstd) rstd = scale.reshape(rstd.get().sizes());
+  y = wide.mul(scale).mul(gamma.to(at::kFloat));
+}
+
+// How each half (mode 0), or each pair of neighbours (mode 1), of the last dimension turns by 90
+// degrees.
+Tensor rotated(const Tensor& x, int64_t mode) {
+  TORCH_CHECK(mode == 0 || mode == 1, "only rotary modes 0 (half) and 1 (interleave), not ", mode);
+  if (mode == 0) {
+    const auto halves = x.chunk(2, -1);
+    return at::cat({halves[1].neg(), halves[0]}, -1);
+  }
+  const Tensor pairs = x.unflatten(-1, {-1, 2});
+  return at::stack({pairs.select(-1, 1).neg(), pairs.select(-1, 0)}, -1).flatten(-2);
+}
+
+}  // namespace
+
+ACLNN(Softmax, [](Tensor self, int64_t dim, Out out) {
+  out = at::_softmax(self.to(out.dtype()), dim, /*half_to_float=*/false);
+})
+ACLNN(LogSoftmax, [](Tensor self, int64_t dim, Out out) {
+  out = at::_log_softmax(self.to(out.dtype()), dim, /*half_to_float=*/false);
+})
+ACLNN(LayerNorm, [](Tensor input, Ints shape, Tensor weight, Tensor bias, double epsilon, Out out,
+                    Out mean, Out rstd) {
+  const auto results =
+      at::native_layer_norm(input, shape, optional(weight), optional(bias), epsilon);
+  out = std::get<0>(results);
+  if (mean) mean = std::get<1>(results).reshape(mean.get().sizes());
+  if (rstd) rstd = std::get<2>(results).reshape(rstd.get().sizes());
+})
+ACLNN(RmsNorm, [](Tensor x, Tensor gamma, double epsilon, Out y, Out rstd) {
+  rms_norm(x, gamma, epsilon, y, rstd);
+})
+ACLNN(AddRmsNorm, [](Tensor x1, Tensor x2, Tensor gamma, double epsilon, Out y, Out rstd, Out sum) {
+  const Tensor x = x1.add(x2);
+  rms_norm(x, gamma, epsilon, y, rstd);
+  sum = x;
+})
+ACLNN(RotaryPositionEmbedding, [](Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
+  out = x.mul(cos).add(rotated(x, mode).mul(sin));
+})
+ACLNN(SwiGlu, [](Tensor self, int64_t dim, Out out) {
+  const auto halves = self.chunk(2, dim);
+  out = at::silu(halves[0]).mul(halves[1]);
+})
+ACLNN(Glu, [](Tensor self, int64_t dim, Out out) { out = at::glu(self, dim); })
+ACLNN(Elu, [](Tensor self, Scalar alpha, Scalar scale, Scalar input_scale, Out out) {
+  out = at::elu(self, alpha, scale, input_scale);
+})
+ACLNN(Hardtanh,
+      [](Tensor self, Scalar min, Scalar max, Out out) { out = at::hardtanh(self, min, max); })
+ACLNN(LeakyRelu, [](Tensor self, Scalar slope, Out out) { out = at::leaky_relu(self, slope); })
+ACLNN(Softplus, [](Tensor self, Scalar beta, Scalar threshold, Out out) {
+  out = at::softplus(self, beta, threshold);
+})
+ACLNN(Threshold, [](Tensor self, Scalar threshold, Scalar value, Out out) {
+  out = at::threshold(self, threshold, value);
+})
+ACLNN(GroupNorm, [](Tensor input, Tensor weight, Tensor bias, int64_t n, int64_t channels,
+                    int64_t area, int64_t groups, double epsilon, Out out, Out mean, Out rstd) {
+  const auto results = at::native_group_norm(input.contiguous(), optional(weight), optional(bias),
+                                             n, channels, area, groups, epsilon);
+  out = std::get<0>(results);
+  if (mean) mean = std::get<1>(results);
+  if (rstd) rstd = std::get<2>(results);
+})
+ACLNN(MseLoss, [](Tensor self, Tensor target, int64_t reduction, Out out) {
+  out = at::mse_loss(self, target, reduction);
+})
+ACLNN(NLLLoss, [](Tensor self, Tensor target, Tensor weight, int64_t reduction, int64_t ignored,
+                  Out out, Out total_weight) {
+  const auto results =
+      at::nll_loss_forward(self, target.to(at::kLong), optional(weight), reduction, ignored);
+  out = std::get<0>(results).reshape(out.get().sizes());
+  total_weight = std::get<1>(results).reshape(total_weight.get().sizes());
+})

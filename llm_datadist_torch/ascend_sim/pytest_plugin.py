@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests on simulated NPUs: ``pytest -p llm_datadist_torch.ascend_sim.pytest_plugin --ascend-sim``.
+
+It must be named by ``-p``: the simulator has to be there before any conftest.py imports torch.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_datadist_torch.ascend_sim.activation import activate, is_active
+from llm_datadist_torch.ascend_sim.settings import SCHEDULERS
+from llm_datadist_torch.environment import environment_text
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options."""
+    group = parser.getgroup("ascend-sim", "simulated Ascend runtime")
+    group.addoption(
+        "--ascend-sim",
+        nargs="?",
+        const=SCHEDULERS[0],
+        choices=SCHEDULERS,
+        help="put a simulated Ascend runtime under torch_npu, with this scheduler (lazy)",
+    )
+    group.addoption("--ascend-sim-seed", type=int, help="of its scheduler `random`")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Activate the simulator before the tests' own code is imported."""
+    options = early_config.known_args_namespace
+    if options.ascend_sim is not None and not is_active():
+        try:
+            activate(scheduler=options.ascend_sim, seed=options.ascend_sim_seed)
+        except (RuntimeError, ValueError) as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_report_header() -> str:
+    """Say what the tests ran on, so that a failure can be repeated."""
+    if not is_active():
+        return "ascend-sim: not active"
+    names = ("SCHEDULER", "SEED", "SOC", "DEVICES")
+    return "ascend-sim: SIMULATED NPUs, " + ", ".join(
+        f"{name.lower()} {environment_text(f'ASCEND_SIM_{name}')}" for name in names
+    )

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment variables. Tools read and set them: `cli`, `compat` and the simulator.
+
+Of the library itself only `link` does, for where the members of a communicator meet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+
+def environment_text(name: str) -> str:
+    """Returns an environment variable, "" if it isn't set."""
+    return os.environ.get(name, "")
+
+
+def set_environment(values: Mapping[str, str | None]) -> None:
+    """Sets variables for this process and its children; None removes one."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def add_to_path(name: str, directory: str) -> None:
+    """Puts a directory first in a variable that is a list of them, unless it is there."""
+    before = environment_text(name)
+    if directory not in before.split(os.pathsep):
+        os.environ[name] = f"{directory}{os.pathsep}{before}" if before else directory
+
+
+def add_to_pythonpath(directory: str) -> None:
+    """Puts a directory first on the PYTHONPATH that child processes get, unless it is there."""
+    add_to_path("PYTHONPATH", directory)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public names. The package itself loads them on first use, so that importing it is free."""
+
+from llm_datadist_torch.cache import Cache as Cache
+from llm_datadist_torch.cache_manager import CacheManager as CacheManager
+from llm_datadist_torch.config import LLMConfig as LLMConfig
+from llm_datadist_torch.config import LlmConfig as LlmConfig
+from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
+from llm_datadist_torch.links.info import LinkInfo as LinkInfo
+from llm_datadist_torch.values.cache_desc import CacheDesc as CacheDesc
+from llm_datadist_torch.values.cluster_info import LLMClusterInfo as LLMClusterInfo
+from llm_datadist_torch.values.data_type import DataType as DataType
+from llm_datadist_torch.values.enums import LLMRole as LLMRole
+from llm_datadist_torch.values.enums import Memtype as Memtype
+from llm_datadist_torch.values.enums import Placement as Placement
+from llm_datadist_torch.values.enums import RegisterMemStatus as RegisterMemStatus
+from llm_datadist_torch.values.keys import BlocksCacheKey as BlocksCacheKey
+from llm_datadist_torch.values.keys import CacheKey as CacheKey
+from llm_datadist_torch.values.keys import CacheKeyByIdAndIndex as CacheKeyByIdAndIndex
+from llm_datadist_torch.values.kv_cache import KvCache as KvCache
+from llm_datadist_torch.values.mem_info import MemInfo as MemInfo
+from llm_datadist_torch.values.status import LLMCacheNotFoundError as LLMCacheNotFoundError
+from llm_datadist_torch.values.status import LLMDeviceError as LLMDeviceError
+from llm_datadist_torch.values.status import LLMException as LLMException
+from llm_datadist_torch.values.status import LLMFeatureNotEnabledError as LLMFeatureNotEnabledError
+from llm_datadist_torch.values.status import LLMLinkError as LLMLinkError
+from llm_datadist_torch.values.status import LLMNotLinkedError as LLMNotLinkedError
+from llm_datadist_torch.values.status import LLMOutOfMemoryError as LLMOutOfMemoryError
+from llm_datadist_torch.values.status import LLMParamError as LLMParamError
+from llm_datadist_torch.values.status import LLMPeerLostError as LLMPeerLostError
+from llm_datadist_torch.values.status import LLMStatusCode as LLMStatusCode
+from llm_datadist_torch.values.status import LLMTimeoutError as LLMTimeoutError
+from llm_datadist_torch.values.status import Status as Status
+from llm_datadist_torch.values.synchronizers import EventSynchronizer as EventSynchronizer
+from llm_datadist_torch.values.transfer import LayerSynchronizer as LayerSynchronizer
+from llm_datadist_torch.values.transfer import TransferConfig as TransferConfig
+from llm_datadist_torch.values.transfer import (
+    TransferWithCacheKeyConfig as TransferWithCacheKeyConfig,
+)
+from llm_datadist_torch.work import CacheTask as CacheTask
