@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python face of what reaches into another process of this machine: mappings of its shareable
-// regions, and process_vm_readv/writev. Everything here releases the GIL.
+// regions, counters in them, and process_vm_readv/writev. What may take long releases the GIL.
 
 #include <torch/extension.h>
 
@@ -8,6 +8,7 @@
 #include "host_region.h"
 #include "process_memory.h"
 #include "tensor_args.h"
+#include "words.h"
 
 namespace llmdd {
 namespace {
@@ -53,6 +54,12 @@ std::pair<uint64_t, int> write_process(int64_t pid, const at::Tensor& local_base
   return move_bytes(Direction::kWrite, pid, local_bases, remote_bases, runs, deadline_ns);
 }
 
+uint64_t* word_at(uint64_t address) {
+  TORCH_CHECK_VALUE(address != 0 && address % sizeof(uint64_t) == 0, "address ", address,
+                    " is not that of a 64-bit word");
+  return reinterpret_cast<uint64_t*>(address);
+}
+
 }  // namespace
 
 void bind_transfer(py::module_& m) {
@@ -75,6 +82,12 @@ void bind_transfer(py::module_& m) {
   m.def("write_process", &write_process, py::arg("pid"), py::arg("local_bases"),
         py::arg("remote_bases"), py::arg("runs"), py::arg("deadline_ns") = 0, no_gil,
         "(bytes_done, errno) of copying runs into another process's memory.");
+  m.def(
+      "load_word", [](uint64_t address) { return load_word(word_at(address)); }, py::arg("address"),
+      "The counter at a mapped address, ordered after what was read before.");
+  m.def(
+      "bump_word", [](uint64_t address) { return bump_word(word_at(address)); }, py::arg("address"),
+      "Adds 1 to the counter at a mapped address, before anything that is written after.");
 }
 
 }  // namespace llmdd

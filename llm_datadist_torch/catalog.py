@@ -10,112 +10,13 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple
 
-import torch
-
+from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.geometry import Layout
-from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.memory.generations import Generations
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
-
-
-class KeyKind(str, Enum):
-    """The three name spaces of keys.
-
-    They never meet, so a blocks key can't hide a request (section 14, 16).
-    """
-
-    REQUEST = "request"
-    PREFIX = "prefix"
-    BLOCKS = "blocks"
-
-
-class KeyName(NamedTuple):
-    """A key as the catalog and the messages know it.
-
-    Without the cluster id, which only says where to look.
-    """
-
-    kind: KeyKind
-    value: int
-    model_id: int
-
-    def __str__(self) -> str:
-        """The key in the words of its public class."""
-        if self.kind is KeyKind.BLOCKS:
-            return f"BlocksCacheKey(model_id={self.model_id})"
-        name = "req_id" if self.kind is KeyKind.REQUEST else "prefix_id"
-        return f"CacheKey({name}={self.value}, model_id={self.model_id})"
-
-
-def name_of(key: CacheKey | BlocksCacheKey) -> KeyName:
-    """The catalog's name for a public key; a prefix wins over a request id (reference API, 8.5)."""
-    if isinstance(key, BlocksCacheKey):
-        return KeyName(KeyKind.BLOCKS, 0, key.model_id)
-    if key.is_prefix:
-        return KeyName(KeyKind.PREFIX, key.prefix_id, key.model_id)
-    return KeyName(KeyKind.REQUEST, key.req_id, key.model_id)
-
-
-@dataclass(eq=False)
-class CacheEntry:
-    """One cache of this instance.
-
-    Attributes:
-        cache_id: Its id, unique in this instance.
-        layout: Where its rows lie.
-        tensors: Its memory; the entry is what keeps it alive for peers.
-        addrs: Addresses of the tensors, int64 [num_tensors].
-        owned: Allocated by us; False for registered memory.
-        remote_accessible: Whether peers may read and write it.
-        region: The region that all its tensors lie in, or None for memory that isn't ours.
-        owns_region: The region is this cache's alone, and ends with it (else it is a pool's).
-        foreign: Registered as bare addresses: nothing keeps that memory alive.
-        keys: Key -> row.
-        held: Whether the user still holds the id.
-        leases: Transfers in flight that use its memory.
-        covered: Per key, the tensors that partial pulls have already fetched.
-    """
-
-    cache_id: int
-    layout: Layout
-    tensors: tuple[torch.Tensor, ...]
-    addrs: torch.Tensor
-    owned: bool
-    remote_accessible: bool
-    region: Region | None = None
-    owns_region: bool = False
-    foreign: bool = False
-    keys: dict[KeyName, int] = field(default_factory=dict)
-    held: bool = True
-    leases: int = 0
-    covered: dict[KeyName, set[int]] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its memory is; all tensors of a cache are on one device."""
-        return self.tensors[0].device
-
-    @property
-    def reachable(self) -> bool:
-        """Whether somebody may still start to use it.
-
-        A lease alone only finishes what is under way.
-        """
-        return self.held or bool(self.keys)
-
-
-class Resolved(NamedTuple):
-    """What a key leads to: a cache, a row of it, the request key that a pull of it consumes."""
-
-    entry: CacheEntry
-    row: int
-    consumes: KeyName | None
 
 
 class Catalog:
@@ -133,6 +34,7 @@ class Catalog:
         self._entries: dict[int, CacheEntry] = {}
         self._keys: dict[KeyName, CacheEntry] = {}
         self._ids = itertools.count(1)
+        self._generations = Generations()
         self._on_free = on_free
 
     def next_id(self) -> int:
@@ -157,6 +59,7 @@ class Catalog:
 
         Raises:
             LLMParamError: More keys than rows, a key given twice, a key that is bound already.
+            LLMOutOfMemoryError: No memory for the cache's counters.
         """
         layout = entry.layout
         if not layout.paged and len(keys) > layout.rows:
@@ -177,6 +80,7 @@ class Catalog:
                         f"{name} is bound to cache {bound} already",
                         remedy="remove_cache_key() first.",
                     )
+            entry.generation = self._generations.take()
             entry.keys = named
             self._entries[entry.cache_id] = entry
             self._keys.update(dict.fromkeys(named, entry))
@@ -214,7 +118,7 @@ class Catalog:
                     f"no cache has {name} (never bound, removed, or consumed by a pull)"
                 )
             consumes = name if name.kind is KeyKind.REQUEST else None
-            return Resolved(entry, entry.keys[name], consumes)
+            return Resolved(entry, entry.keys[name], consumes, entry.binding)
 
     def resolve_id(self, cache_id: int, row: int) -> Resolved:
         """The cache of an id, and the request key of ``row`` if it has one.
@@ -232,7 +136,7 @@ class Catalog:
                     f" {cache_id}"
                 )
             named = (n for n, r in entry.keys.items() if r == row and n.kind is KeyKind.REQUEST)
-            return Resolved(entry, row, next(named, None))
+            return Resolved(entry, row, next(named, None), entry.binding)
 
     def resolve_address(self, address: int) -> Resolved:
         """The cache one of whose tensors contains ``address``, int64 as in ``CacheEntry.addrs``.
@@ -248,12 +152,13 @@ class Catalog:
                 for entry in self._entries.values()
                 if entry.reachable and entry.layout.tensor_at(entry.addrs, address) is not None
             ]
-        if not inside:
-            raise param_error(
-                f"no cache contains the address {address:#x}",
-                remedy="only memory that is allocated or registered as a cache can be written to.",
-            )
-        return Resolved(max(inside, key=lambda entry: entry.remote_accessible), 0, None)
+            if inside:
+                best = max(inside, key=lambda entry: entry.remote_accessible)
+                return Resolved(best, 0, None, best.binding)
+        raise param_error(
+            f"no cache contains the address {address:#x}",
+            remedy="only memory that is allocated or registered as a cache can be written to.",
+        )
 
     # -- the ends of a cache ----------------------------------------------------------------------
 
@@ -271,6 +176,7 @@ class Catalog:
             entry = self._entries.get(cache_id)
             if entry is None or not entry.owned or not entry.held:
                 return False
+            entry.rebound()
             entry.held = False
             if entry.layout.paged:
                 self._drop_keys(entry, list(entry.keys))
@@ -343,7 +249,10 @@ class Catalog:
             entries = list(self._entries.values())
             self._entries.clear()
             self._keys.clear()
+            # The old counters go with the last entry that has some.
+            self._generations = Generations()
         for entry in entries:
+            entry.freed()
             entry.held = False
             entry.keys = {}
             if not entry.leases:
@@ -373,6 +282,7 @@ class Catalog:
     # -- helpers, called with the lock held -------------------------------------------------------
 
     def _drop_keys(self, entry: CacheEntry, names: Sequence[KeyName]) -> None:
+        entry.rebound()
         for name in names:
             del entry.keys[name], self._keys[name]
             entry.covered.pop(name, None)
@@ -380,12 +290,19 @@ class Catalog:
     def _collect(self, entry: CacheEntry) -> CacheEntry | None:
         if entry.reachable or entry.leases:
             return None
-        return self._entries.pop(entry.cache_id, None)
+        freed = self._entries.pop(entry.cache_id, None)
+        if freed is not None:
+            # Before anybody else can get the memory.
+            freed.freed()
+        return freed
 
     def _notify(self, freed: CacheEntry | None) -> None:
-        if freed is not None:
-            self._on_free(freed)
-            freed.tensors = ()
+        if freed is None:
+            return
+        self._on_free(freed)
+        freed.tensors = ()
+        if freed.generation is not None:
+            self._generations.give_back(freed.generation)
 
 
 def _not_found(message: str) -> LLMException:

@@ -30,6 +30,7 @@ class Hello(Message):
         remote_accessible: Its ``enable_remote_cache_accessible``; both sides must agree (reference
             API, 9.3).
         offers: Transport name -> that transport's offer.
+        hold: What the link is for; see :class:`Join`.
     """
 
     version: int
@@ -38,6 +39,7 @@ class Hello(Message):
     epoch: str
     remote_accessible: bool
     offers: dict[str, bytes]
+    hold: str = ""
 
 
 class Welcome(Message):
@@ -78,6 +80,22 @@ class Resolve(Message):
     write: bool
 
 
+class Words(msgspec.Struct, frozen=True, array_like=True):
+    """Two counters of a cache that its owner publishes, and their values when it answered.
+
+    Attributes:
+        region: The region they lie in.
+        offset: Of the first in the region, in bytes; the second follows.
+        binding: Changes with the keys of the cache and with its end.
+        memory: Changes when the memory of the cache may be somebody else's.
+    """
+
+    region: RegionView
+    offset: int
+    binding: int
+    memory: int
+
+
 class CacheView(Message):
     """A cache as a peer sees it, with a lease on it.
 
@@ -94,6 +112,7 @@ class CacheView(Message):
         region: Region that all tensors lie in, or None for memory its user registered.
         foreign: Registered by bare addresses.
         device: Where it lies in the owner's process: "cpu", or such as "npu:0".
+        words: By which the asker can see whether this still holds; None where it must ask.
     """
 
     lease_id: int
@@ -108,6 +127,7 @@ class CacheView(Message):
     region: RegionView | None
     foreign: bool
     device: str
+    words: Words | None
 
 
 class Release(Message):
@@ -147,6 +167,16 @@ class RegionFreed(Message):
     region_id: int
 
 
+class Join(Message):
+    """Keep this link for one more purpose. Answered by :class:`Done`.
+
+    Attributes:
+        hold: The purpose: "" for ``link_clusters``, else the token of a communicator.
+    """
+
+    hold: str
+
+
 class Unlink(Message):
     """The link ends here and now, answered by :class:`Done` when an answer is wanted."""
 
@@ -162,6 +192,7 @@ Body = (
     | WriteBytes
     | Done
     | RegionFreed
+    | Join
     | Unlink
 )
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.catalog import CacheEntry, Catalog, KeyKind, KeyName, Resolved
+from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved
+from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
     MAX_MESSAGE_BYTES,
@@ -24,6 +25,7 @@ from llm_datadist_torch.links.messages import (
     RegionFreed,
     Release,
     Resolve,
+    Words,
     WriteBytes,
 )
 from llm_datadist_torch.memory.region import Region
@@ -125,6 +127,7 @@ class Owner:
             region=None if entry.region is None else view_of(entry.region),
             foreign=entry.foreign,
             device=str(entry.device),
+            words=_words(found),
         )
 
     def _find(self, ask: Resolve) -> Resolved:
@@ -255,6 +258,16 @@ def _inside_any(starts: torch.Tensor, sizes: torch.Tensor, entry: CacheEntry) ->
         row_room = layout.row_bytes - offset % layout.pitch
         inside |= (offset >= 0) & (offset < layout.extent) & (sizes <= row_room)
     return inside
+
+
+def _words(found: Resolved) -> Words | None:
+    generation = found.entry.generation
+    if generation is None or not generation.region.shareable:
+        return None
+    # The binding is the one that the key was looked up under. The memory counter can't change
+    # before the lease on the cache ends.
+    region = view_of(generation.region)
+    return Words(region, generation.offset, found.binding, generation.memory)
 
 
 def view_of(region: Region) -> RegionView:

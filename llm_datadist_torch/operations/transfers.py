@@ -8,21 +8,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
+import msgspec
 
-from llm_datadist_torch import geometry
+from llm_datadist_torch import streams
 from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.catalog import CacheEntry, name_of
+from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import CacheView, Release, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
+from llm_datadist_torch.operations.plans import Plan, RemoteCache
+from llm_datadist_torch.streams import Stream, StreamPoint
 from llm_datadist_torch.transports.base import Direction, Movement
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+from llm_datadist_torch.values.status import (
+    LLMException,
+    LLMStatusCode,
+    LLMTimeoutError,
+    error_for,
+)
 
 
 class AddressKey(NamedTuple):
@@ -33,38 +40,6 @@ class AddressKey(NamedTuple):
 
 
 Key = CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey | AddressKey
-
-
-@dataclass
-class RemoteCache:
-    """A peer's cache while we have a lease on it.
-
-    Attributes:
-        view: What the peer said of it.
-        layout: Where its rows lie.
-        addrs: Its tensors' addresses in the peer's process, int64 [num_tensors].
-        fetched: Set when a pull has completely read tensors [start, stop) of the row.
-    """
-
-    view: CacheView
-    layout: Layout
-    addrs: torch.Tensor
-    fetched: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a transfer moves, once both caches are known.
-
-    Attributes:
-        local: Local tensors, by index.
-        remote: Their partners.
-        runs: int64 [n, 3], columns (local offset, remote offset, nbytes).
-    """
-
-    local: range
-    remote: range
-    runs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,18 +65,22 @@ class Transfer:
     plan: Callable[[Layout, RemoteCache], Plan | list[Plan]]
 
 
-def run(instance: Instance, transfer: Transfer) -> None:
+def run(instance: Instance, transfer: Transfer, wait_stream: Stream | None) -> None:
     """Carry out a transfer; blocks until the data has landed, at most for ``sync_kv_timeout``.
 
+    No byte moves before what is on ``wait_stream`` now is done (see :func:`streams.point`).
+
     Raises:
+        TypeError: ``wait_stream`` is no stream.
         LLMParamError: The peer is this instance, or something does not fit.
         LLMCacheNotFoundError: The local or the peer's cache does not exist.
         LLMNotLinkedError: No link, or it was lost meanwhile.
         LLMTimeoutError: Not done in time; nothing is written any more, the link stays usable.
     """
     check_peer(instance, transfer)
+    after = streams.point(wait_stream, transfer.cache.device)
     with instance.using(transfer.cache) as entry:
-        run_leased(instance, transfer, entry)
+        run_leased(instance, transfer, entry, after)
 
 
 def check_peer(instance: Instance, transfer: Transfer) -> None:
@@ -117,26 +96,105 @@ def check_peer(instance: Instance, transfer: Transfer) -> None:
         )
 
 
-def run_leased(instance: Instance, transfer: Transfer, entry: CacheEntry) -> None:
-    """As :func:`run`, for a caller that holds a lease on the local cache."""
+def run_leased(
+    instance: Instance, transfer: Transfer, entry: CacheEntry, after: StreamPoint | None = None
+) -> None:
+    """As :func:`run`, for a caller that holds a lease on the local cache.
+
+    ``after``: What must be done before a byte moves.
+    """
     _check_local(instance, transfer, entry)
     link = instance.links.find(transfer.key.cluster_id)
-    deadline = instance.deadline()
-    with link.transfer(deadline), _leased(link, transfer, deadline) as remote:
-        planned = transfer.plan(entry.layout, remote)
-        plans = planned if isinstance(planned, list) else [planned]
+    deadline, ask = instance.deadline(), _question(transfer)
+    # Only reads: what is written to must not be freed meanwhile, and only a lease sees to that.
+    keeps = instance.config.remote_accessible and transfer.direction is Direction.READ
+    if after is not None:
+        after.wait(deadline)
+    with link.transfer(deadline):
+        if keeps and _pull_known(link, transfer, entry, ask, deadline):
+            return
+        with _leased(link, ask, deadline) as remote:
+            ways = _move(link, transfer, entry, remote, deadline)
+            if transfer.direction is Direction.READ and not _memory_held(link, remote.view):
+                raise _freed_meanwhile(remote.view)
+            if keeps and not any(link.channel.needs_lease(way) for way in ways):
+                link.known.put(ask, msgspec.structs.replace(remote.view, lease_id=0))
+
+
+def _pull_known(
+    link: Link, transfer: Transfer, entry: CacheEntry, ask: Resolve, deadline: Deadline
+) -> bool:
+    """Pull by what the peer once said of this cache; no message is sent.
+
+    Returns:
+        Whether the bytes have landed and are right. If not, the peer has to be asked: it knows
+        what has become of the cache, and what is wrong with a request.
+
+    Raises:
+        LLMTimeoutError: Not done in time.
+        LLMPeerLostError: The link was lost.
+    """
+    view = link.known.get(ask)
+    if view is None:
+        return False
+    if _binding_holds(link, view):
         try:
-            for plan in plans:
-                if len(plan.runs):
-                    link.channel.move(_movement(transfer, entry, remote, plan), deadline)
-        except LLMException:
-            # Where the peer has gone, that is the news, and not what we met in its memory.
-            link.check_linked()
+            _move(link, transfer, entry, RemoteCache.of(view), deadline)
+        except LLMTimeoutError:
             raise
-        # Bytes that were read after the peer's lease on them ended may be anybody's.
+        except LLMException:
+            link.check_linked()
+        else:
+            if _memory_held(link, view):
+                return True
+    link.known.forget(ask)
+    return False
+
+
+def _move(
+    link: Link, transfer: Transfer, entry: CacheEntry, remote: RemoteCache, deadline: Deadline
+) -> list[str]:
+    """Move all bytes of a transfer; returns the ways they went."""
+    planned = transfer.plan(entry.layout, remote)
+    plans = planned if isinstance(planned, list) else [planned]
+    try:
+        ways = [
+            link.channel.move(_movement(transfer, entry, remote, plan), deadline)
+            for plan in plans
+            if len(plan.runs)
+        ]
+    except LLMException:
+        # Where the peer has gone, that is the news, and not what we met in its memory.
         link.check_linked()
-        if transfer.direction is Direction.READ:
-            remote.fetched = (plans[0].remote.start, plans[-1].remote.stop)
+        raise
+    # Bytes that were read after the peer's lease on them ended may be anybody's.
+    link.check_linked()
+    if transfer.direction is Direction.READ:
+        remote.fetched = (plans[0].remote.start, plans[-1].remote.stop)
+    return ways
+
+
+def _binding_holds(link: Link, view: CacheView) -> bool:
+    """Whether the key still leads to this cache."""
+    words = view.words
+    now = None if words is None else link.channel.read_words(words.region, words.offset)
+    return words is not None and now is not None and now[0] == words.binding
+
+
+def _memory_held(link: Link, view: CacheView) -> bool:
+    """Whether the cache's memory was the cache's until now, as far as we can see."""
+    words = view.words
+    now = None if words is None else link.channel.read_words(words.region, words.offset)
+    return words is None or now is None or now[1] == words.memory
+
+
+def _freed_meanwhile(view: CacheView) -> LLMException:
+    return error_for(
+        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        f"the peer's cache {view.cache_id} was freed while it was read; the destination holds"
+        " bytes of something else",
+        remedy="the peer ended the link or its instance; link again.",
+    )
 
 
 def _check_local(instance: Instance, transfer: Transfer, entry: CacheEntry) -> None:
@@ -169,22 +227,19 @@ def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: 
 
 
 @contextmanager
-def _leased(link: Link, transfer: Transfer, deadline: Deadline) -> Iterator[RemoteCache]:
+def _leased(link: Link, ask: Resolve, deadline: Deadline) -> Iterator[RemoteCache]:
     """Ask the peer for its cache, with a lease; the lease goes back in every case."""
-    view, _ = link.request(_question(transfer), deadline)
+    view, _ = link.request(ask, deadline)
     if not isinstance(view, CacheView):
         raise error_for(
             LLMStatusCode.LLM_FAILED, f"unexpected answer {type(view).__name__}", peer=link.peer
         )
-    remote = RemoteCache(
-        view,
-        Layout(view.num_tensors, view.rows, view.row_bytes, view.pitch, view.paged),
-        torch.frombuffer(bytearray(view.addrs), dtype=torch.int64),
-    )
+    remote = RemoteCache.of(view)
     try:
         yield remote
     finally:
-        if link.state is LinkState.LINKED:
+        # To a peer that has ended the link, too: it may keep what we used until we say so.
+        if link.state is not LinkState.LOST:
             link.post(Release(view.lease_id, remote.fetched))
 
 
@@ -196,99 +251,3 @@ def _question(transfer: Transfer) -> Resolve:
         return Resolve(RESOLVE_BY_ADDRESS, key.address, 0, transfer.paged, write)
     name = name_of(key)
     return Resolve(name.kind.value, name.value, name.model_id, transfer.paged, write)
-
-
-# -- plans ----------------------------------------------------------------------------------------
-
-
-def row_pull(
-    batch_index: int, size: int, src_layers: range | None, dst_layers: range | None, per_layer: int
-) -> Callable[[Layout, RemoteCache], Plan]:
-    """Plan of ``pull_cache``: the first bytes of the peer's row into row ``batch_index``."""
-
-    def plan(local: Layout, remote: RemoteCache) -> Plan:
-        dst, src = geometry.pulled_tensors(
-            local.num_tensors, remote.layout.num_tensors, dst_layers, src_layers, per_layer
-        )
-        nbytes = local.row_bytes if size == -1 else size
-        return Plan(
-            dst,
-            src,
-            geometry.row_to_row(local, remote.layout, batch_index, remote.view.row, nbytes),
-        )
-
-    return plan
-
-
-def block_pull(
-    src_blocks: torch.Tensor | None,
-    dst_blocks: torch.Tensor,
-    src_layers: range | None,
-    dst_layers: range | None,
-    per_layer: int,
-) -> Callable[[Layout, RemoteCache], Plan]:
-    """Plan of ``pull_blocks``.
-
-    The peer's blocks, or (``src_blocks`` None) its row, into ``dst_blocks``.
-    """
-
-    def plan(local: Layout, remote: RemoteCache) -> Plan:
-        dst, src = geometry.pulled_tensors(
-            local.num_tensors, remote.layout.num_tensors, dst_layers, src_layers, per_layer
-        )
-        if src_blocks is None:
-            return Plan(
-                dst, src, geometry.row_to_blocks(local, remote.layout, dst_blocks, remote.view.row)
-            )
-        return Plan(
-            dst, src, geometry.blocks_to_blocks(local, remote.layout, dst_blocks, src_blocks)
-        )
-
-    return plan
-
-
-def row_push(src_batch_index: int, src: range, dst: range) -> Callable[[Layout, RemoteCache], Plan]:
-    """Plan of ``push_cache``.
-
-    One whole local row into the peer's row (section 14, 11: it must fit).
-    """
-
-    def plan(local: Layout, remote: RemoteCache) -> Plan:
-        check_remote_tensors(dst, remote)
-        runs = geometry.row_to_row(
-            remote.layout, local, remote.view.row, src_batch_index, local.row_bytes
-        )
-        return Plan(src, dst, local_first(runs))
-
-    return plan
-
-
-def block_push(
-    src_blocks: torch.Tensor, dst_blocks: torch.Tensor, src: range, dst: range
-) -> Callable[[Layout, RemoteCache], Plan]:
-    """Plan of ``push_blocks``: local blocks into the peer's blocks."""
-
-    def plan(local: Layout, remote: RemoteCache) -> Plan:
-        check_remote_tensors(dst, remote)
-        runs = geometry.blocks_to_blocks(remote.layout, local, dst_blocks, src_blocks)
-        return Plan(src, dst, local_first(runs))
-
-    return plan
-
-
-def local_first(runs: torch.Tensor) -> torch.Tensor:
-    """Geometry's runs begin with the destination; a movement's begin with this side."""
-    return runs[:, [1, 0, 2]].contiguous()
-
-
-def check_remote_tensors(dst: range, remote: RemoteCache) -> None:
-    """Check that a push's destination tensors are in the peer's cache.
-
-    Raises:
-        LLMParamError: They aren't.
-    """
-    if dst.stop > remote.layout.num_tensors:
-        raise param_error(
-            f"dst_layer_range ends at tensor {dst.stop}, but the peer's cache has"
-            f" {remote.layout.num_tensors}"
-        )

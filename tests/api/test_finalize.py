@@ -10,7 +10,6 @@ import textwrap
 import threading
 
 import pytest
-import torch
 
 from llm_datadist_torch import (
     BlocksCacheKey,
@@ -36,7 +35,7 @@ from tests.api.support import (
     desc,
     host,
     raises,
-    shared_maps,
+    regions,
     tensors_of,
 )
 from tests.conftest import make_options
@@ -124,7 +123,7 @@ def test_caches_refuse_and_tensors_stay_after_finalize(instance_factory, pool):
             _ = cache.tensors
     del manager, caches, datadist
     gc.collect()
-    noise = [torch.full((1 << 16,), 99) for _ in range(8)]
+    noise = tensors_of(desc(8, (1 << 16,)), fill=99)
     for fill, tensors in enumerate(taken):
         assert all(bool((tensor == fill + 1).all()) for tensor in tensors)
     assert len(noise) == 8
@@ -132,26 +131,26 @@ def test_caches_refuse_and_tensors_stay_after_finalize(instance_factory, pool):
 
 @pytest.mark.parametrize("pool", [None, 1 << 20])
 def test_finalize_releases_memory_whatever_handles_are_left(instance_factory, pool):
-    before = shared_maps()
+    before = regions()
     datadist = instance_factory(pool=pool)
     manager = datadist.cache_manager
     cache = manager.allocate_cache(desc())
-    assert shared_maps() == before + 1
+    assert regions() == before + 2  # the cache or pool, and the counters
     datadist.finalize()
     gc.collect()
     assert (cache.ended, manager is not None) == (True, True)
-    assert shared_maps() == before
+    assert regions() == before
 
 
 def test_finalize_releases_memory_when_handles_are_gone(instance_factory):
-    before = shared_maps()
+    before = regions()
     for pool in (None, 1 << 20):
         datadist = instance_factory(pool=pool)
         datadist.cache_manager.allocate_cache(desc(), [CacheKey(1, 1)])
-        assert shared_maps() == before + 1
+        assert regions() == before + 2
         datadist.finalize()
         gc.collect()
-        assert shared_maps() == before
+        assert regions() == before
 
 
 def test_counters_restart_with_init(instance_factory):
@@ -220,14 +219,22 @@ HEAD = """
         datadist = LLMDataDist(LLMRole.MIX, cluster_id)
         datadist.init(make_options())
         return datadist
+    live(0).finalize()
+    for stream in (sys.stdout, sys.stderr):
+        print("started", file=stream, flush=True)
 """
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program. Its output is what follows the start, where torch_npu has things to say."""
     program = textwrap.dedent(HEAD) + textwrap.dedent(body)
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
+    done.stdout, done.stderr = (
+        text.partition("started\n")[2] or text for text in (done.stdout, done.stderr)
+    )
+    return done
 
 
 def test_exit_finalizes_all_live_instances():

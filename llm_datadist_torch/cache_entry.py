@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One cache as the catalog knows it, and the names that lead to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from llm_datadist_torch.geometry import Layout
+from llm_datadist_torch.memory.generations import Generation
+from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
+
+
+class KeyKind(str, Enum):
+    """The three name spaces of keys.
+
+    They never meet, so a blocks key can't hide a request (section 14, 16).
+    """
+
+    REQUEST = "request"
+    PREFIX = "prefix"
+    BLOCKS = "blocks"
+
+
+class KeyName(NamedTuple):
+    """A key as the catalog and the messages know it.
+
+    Without the cluster id, which only says where to look.
+    """
+
+    kind: KeyKind
+    value: int
+    model_id: int
+
+    def __str__(self) -> str:
+        """The key in the words of its public class."""
+        if self.kind is KeyKind.BLOCKS:
+            return f"BlocksCacheKey(model_id={self.model_id})"
+        name = "req_id" if self.kind is KeyKind.REQUEST else "prefix_id"
+        return f"CacheKey({name}={self.value}, model_id={self.model_id})"
+
+
+def name_of(key: CacheKey | BlocksCacheKey) -> KeyName:
+    """The catalog's name for a public key; a prefix wins over a request id (reference API, 8.5)."""
+    if isinstance(key, BlocksCacheKey):
+        return KeyName(KeyKind.BLOCKS, 0, key.model_id)
+    if key.is_prefix:
+        return KeyName(KeyKind.PREFIX, key.prefix_id, key.model_id)
+    return KeyName(KeyKind.REQUEST, key.req_id, key.model_id)
+
+
+@dataclass(eq=False)
+class CacheEntry:
+    """One cache of this instance.
+
+    Attributes:
+        cache_id: Its id, unique in this instance.
+        layout: Where its rows lie.
+        tensors: Its memory; the entry is what keeps it alive for peers.
+        addrs: Addresses of the tensors, int64 [num_tensors].
+        owned: Allocated by us; False for registered memory.
+        remote_accessible: Whether peers may read and write it.
+        region: The region that all its tensors lie in, or None for memory that isn't ours.
+        owns_region: The region is this cache's alone, and ends with it (else it is a pool's).
+        foreign: Registered as bare addresses: nothing keeps that memory alive.
+        keys: Key -> row.
+        held: Whether the user still holds the id.
+        leases: Transfers in flight that use its memory.
+        covered: Per key, the tensors that partial pulls have already fetched.
+        generation: Tells peers when what they know of it is out of date; the catalog gives it.
+    """
+
+    cache_id: int
+    layout: Layout
+    tensors: tuple[torch.Tensor, ...]
+    addrs: torch.Tensor
+    owned: bool
+    remote_accessible: bool
+    region: Region | None = None
+    owns_region: bool = False
+    foreign: bool = False
+    keys: dict[KeyName, int] = field(default_factory=dict)
+    held: bool = True
+    leases: int = 0
+    covered: dict[KeyName, set[int]] = field(default_factory=dict)
+    generation: Generation | None = None
+
+    @property
+    def binding(self) -> int:
+        """Changes with its keys and with its end; 0 outside a catalog."""
+        return 0 if self.generation is None else self.generation.binding
+
+    def rebound(self) -> None:
+        """What peers know of it is out of date."""
+        if self.generation is not None:
+            self.generation.rebound()
+
+    def freed(self) -> None:
+        """Its memory may be somebody else's from now on."""
+        if self.generation is not None:
+            self.generation.freed()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its memory is; all tensors of a cache are on one device."""
+        return self.tensors[0].device
+
+    @property
+    def reachable(self) -> bool:
+        """Whether somebody may still start to use it.
+
+        A lease alone only finishes what is under way.
+        """
+        return self.held or bool(self.keys)
+
+
+class Resolved(NamedTuple):
+    """What a key leads to.
+
+    A cache, a row of it, the request key that a pull of it consumes, and the cache's binding at
+    that moment.
+    """
+
+    entry: CacheEntry
+    row: int
+    consumes: KeyName | None
+    binding: int

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we know of a peer's caches in remote-accessible mode, so that a pull need not ask."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TypeAlias
+
+from llm_datadist_torch.links.messages import CacheView, Resolve
+
+MAX_KNOWN = 65536
+"""Keys remembered per link, about 1 KiB each; beyond that those used longest ago are forgotten."""
+
+Question: TypeAlias = tuple[str, int, int, bool | None]
+
+
+def _question(ask: Resolve) -> Question:
+    return ask.kind, ask.value, ask.index, ask.paged
+
+
+class KnownCaches:
+    """The peer's answers, by question.
+
+    An answer holds as long as the peer's counters (``CacheView.words``) say so, which the user of
+    this table has to check.
+
+    Thread safety: all methods may be called from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._views: OrderedDict[Question, CacheView] = OrderedDict()
+
+    def get(self, ask: Resolve) -> CacheView | None:
+        """The peer's last answer to this question."""
+        with self._lock:
+            view = self._views.get(_question(ask))
+            if view is not None:
+                self._views.move_to_end(_question(ask))
+            return view
+
+    def put(self, ask: Resolve, view: CacheView) -> None:
+        """Remember an answer."""
+        with self._lock:
+            self._views[_question(ask)] = view
+            self._views.move_to_end(_question(ask))
+            if len(self._views) > MAX_KNOWN:
+                self._views.popitem(last=False)
+
+    def forget(self, ask: Resolve) -> None:
+        """The answer is out of date."""
+        with self._lock:
+            self._views.pop(_question(ask), None)
+
+    def __len__(self) -> int:
+        """Answers remembered."""
+        return len(self._views)

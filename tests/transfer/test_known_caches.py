@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Remote-accessible mode: a pull whose cache is known asks nobody, and never gets stale bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist_torch.links import known_caches
+from llm_datadist_torch.links.known_caches import KnownCaches
+from llm_datadist_torch.links.link import Link
+from llm_datadist_torch.links.messages import Resolve
+from llm_datadist_torch.transports.choice import LinkChannel
+from tests.peers import Peer, Ref, Service
+from tests.transfer.helpers import OK, Peers, Services
+
+ME, PEER = 1, 2
+THEIRS = BlocksCacheKey(PEER, 0)
+BLOCKS = [0, 1, 2, 3]
+SIZE = (2, 4, 4096)
+POOL = '{"memory_size": 65536, "page_shift": 12}'
+
+
+@pytest.fixture
+def peer(here: Service, peers: Peers) -> Peer:
+    """A process, linked, with a painted blocks cache under THEIRS; and room for it here."""
+    here.start(ME, remote=True)
+    other = peers()
+    assert here.link(PEER, other.ask("start", PEER, remote=True)) == OK
+    here.allocate("mine", *SIZE, paged=True)
+    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+    other.ask("paint", "theirs", 7)
+    return other
+
+
+def pull(here: Service, key: Any = THEIRS) -> Any:
+    return here.attempt("pull_blocks", key, Ref("mine"), BLOCKS, BLOCKS)
+
+
+def status(failure: Any) -> str:
+    return "LLM_SUCCESS" if failure is None else failure.status
+
+
+@contextmanager
+def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What this process says on its links meanwhile."""
+    said: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        real = getattr(Link, name)
+
+        def call(link: Link, body: Any, *args: Any) -> Any:
+            said.append(type(body).__name__)
+            return real(link, body, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("request", "post"):
+            patch.setattr(Link, name, noted(name))
+        yield said
+
+
+@contextmanager
+def just_after_the_bytes(
+    monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]
+) -> Iterator[None]:
+    """The first movement meanwhile is followed by ``action``, before anybody can check anything."""
+    move, left = LinkChannel.move, [action]
+
+    def moved(channel: LinkChannel, movement: Any, deadline: Any) -> str:
+        way = move(channel, movement, deadline)
+        if left:
+            left.pop()()
+        return way
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinkChannel, "move", moved)
+        yield
+    assert not left
+
+
+def test_only_the_first_pull_asks(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with messages(monkeypatch) as said:
+        assert pull(here) is None
+        assert said == ["Resolve", "Release"]
+        peer.ask("paint", "theirs", 8)
+        said.clear()
+        # The owner sleeps: nothing but its memory can answer.
+        with peer.stopped():
+            assert pull(here) is None
+            assert here.colours("mine") == [8]
+        assert said == []
+
+
+def test_every_other_key_and_pushes_ask(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_id = CacheKeyByIdAndIndex(PEER, peer.ask("cache_id", "theirs"), 0)
+    with messages(monkeypatch) as said:
+        for _ in range(2):
+            assert here.attempt("push_blocks", THEIRS, Ref("mine"), BLOCKS, BLOCKS) is None
+        assert said == ["Resolve", "Release"] * 2
+        assert pull(here) is None
+        assert pull(here, by_id).status == "LLM_PARAM_INVALID"  # an id means a contiguous cache
+
+
+def test_two_sided_pulls_always_ask(
+    here: Service, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.start(ME)
+    other = peers()
+    assert here.link(PEER, other.ask("start", PEER)) == OK
+    here.allocate("mine", *SIZE, paged=True)
+    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+    with messages(monkeypatch) as said:
+        assert pull(here) is None
+        assert pull(here) is None
+    assert said == ["Resolve", "Release"] * 2
+
+
+@pytest.mark.parametrize("kind", ["allocated", "tensors", "ints"])
+def test_an_ended_cache_is_not_read(here: Service, peer: Peer, kind: str) -> None:
+    key = BlocksCacheKey(PEER, 1)
+    peer.ask("make", kind, "other", *SIZE, paged=True, keys=key)
+    peer.ask("paint", "other", 9)
+    for _ in range(2):
+        assert pull(here, key) is None
+    here.paint("mine", 1)
+    peer.ask("drop", "other")
+    assert status(pull(here, key)) == "LLM_KV_CACHE_NOT_EXIST"
+    assert here.colours("mine") == [1]
+
+
+@pytest.mark.parametrize("kind", ["allocated", "tensors", "ints"])
+def test_the_key_of_another_cache_now(here: Service, peer: Peer, kind: str) -> None:
+    key = BlocksCacheKey(PEER, 1)
+    for colour in (9, 10, 11):
+        peer.ask("make", kind, "other", *SIZE, paged=True, keys=key)
+        peer.ask("paint", "other", colour)
+        for _ in range(2):
+            assert pull(here, key) is None
+            assert here.colours("mine") == [colour]
+        peer.ask("drop", "other")
+
+
+def test_rows_and_removed_keys(here: Service, peer: Peer) -> None:
+    keys = (CacheKey(PEER, req_id=5), CacheKey(PEER, req_id=6))
+    peer.ask("allocate", "rows", 2, 2, 4096, paged=False, keys=keys)
+    peer.ask("paint", "rows", 3)
+    by_id = CacheKeyByIdAndIndex(PEER, peer.ask("cache_id", "rows"), 1)
+    here.allocate("row", 2, 1, 4096, paged=False)
+    for key in (*keys, by_id) * 2:
+        assert here.attempt("pull_cache", key, Ref("row")) is None
+        assert here.colours("row") == [3]
+    peer.ask("run", "remove_cache_key", keys[0])
+    gone = here.attempt("pull_cache", keys[0], Ref("row"))
+    assert gone.status == "LLM_KV_CACHE_NOT_EXIST"
+    for key in (keys[1], by_id):
+        assert here.attempt("pull_cache", key, Ref("row")) is None
+    # The key that is left keeps the cache, until it goes as well.
+    peer.ask("drop", "rows")
+    for key in (keys[1], by_id):
+        assert here.attempt("pull_cache", key, Ref("row")) is None
+    peer.ask("run", "remove_cache_key", keys[1])
+    for key in (keys[1], by_id):
+        gone = here.attempt("pull_cache", key, Ref("row"))
+        assert gone.status == "LLM_KV_CACHE_NOT_EXIST"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_memory_that_is_freed_while_it_is_read(
+    here: Service, services: Services, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    """In a pool the next cache gets the same pages at once."""
+    other = services()
+    here.start(ME, remote=remote)
+    assert here.link(PEER, other.start(PEER, remote=remote, pool=POOL)) == OK
+    here.allocate("mine", *SIZE, paged=True)
+    other.allocate("theirs", *SIZE, paged=True, keys=THEIRS)
+    other.paint("theirs", 7)
+    assert pull(here) is None
+
+    def free_and_reuse() -> None:
+        if not remote:
+            # Two-sided pulls have a lease; it ends when the owner ends the link.
+            for link in other.instance.links.links():
+                other.instance.links._owner.end_grants(link)
+        other.drop("theirs")
+        other.allocate("others", *SIZE, paged=True)
+        other.paint("others", 99)
+
+    with just_after_the_bytes(monkeypatch, free_and_reuse):
+        assert status(pull(here)) == "LLM_KV_CACHE_NOT_EXIST"
+
+
+def test_one_piece_of_memory_under_changing_keys(here: Service, peer: Peer) -> None:
+    """Whatever is pulled by key k is k: never what the memory was before, or became after."""
+    keys, stop = 2, threading.Event()
+    here.allocate("sixteen", 1, 16, 1 << 16, paged=True)
+    blocks = list(range(16))
+    seen: dict[str, int] = {}
+
+    def read() -> None:
+        count = 0
+        while not stop.is_set():
+            model = count % keys
+            count += 1
+            key = BlocksCacheKey(PEER, model)
+            here.paint("sixteen", 200)
+            failure = here.attempt("pull_blocks", key, Ref("sixteen"), blocks, blocks)
+            if failure is None:
+                assert here.colours("sixteen") == [model]
+            seen[status(failure)] = seen.get(status(failure), 0) + 1
+
+    peer.ask("drop", "theirs")
+    with ThreadPoolExecutor(1) as pool:
+        reader = pool.submit(read)
+        try:
+            peer.ask("churn", keys, 400)
+        finally:
+            stop.set()
+        reader.result(30)
+    assert set(seen) == {"LLM_SUCCESS", "LLM_KV_CACHE_NOT_EXIST"}
+
+
+def test_a_wrong_request_is_refused_by_what_is_known(here: Service, peer: Peer) -> None:
+    assert pull(here) is None
+    failure = here.attempt("pull_blocks", THEIRS, Ref("mine"), [4], [0])
+    assert failure.status == "LLM_PARAM_INVALID"
+    assert pull(here) is None
+
+
+def test_relayed_bytes_need_a_lease(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.only_relay(PEER)
+    with messages(monkeypatch) as said:
+        for _ in range(2):
+            assert pull(here) is None
+    assert said == ["Resolve", "ReadBytes", "Release"] * 2
+
+
+def test_a_link_made_anew_knows_nothing(here: Service, peer: Peer) -> None:
+    assert pull(here) is None
+    link = here.instance.links.find(PEER)
+    assert len(link.known) == 1
+    port = peer.ask("finish") or peer.ask("start", PEER, remote=True)
+    assert here.unlink(PEER, force=True) == OK
+    assert here.link(PEER, port) == OK
+    assert len(here.instance.links.find(PEER).known) == 0
+    assert status(pull(here)) == "LLM_KV_CACHE_NOT_EXIST"
+
+
+def test_those_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_caches, "MAX_KNOWN", 2)
+    known = KnownCaches()
+    asks = [Resolve("request", number, 0, None, False) for number in range(3)]
+    views: list[Any] = [object(), object(), object()]
+    known.put(asks[0], views[0])
+    known.put(asks[1], views[1])
+    assert known.get(asks[0]) is views[0]
+    known.put(asks[2], views[2])
+    assert [known.get(ask) for ask in asks] == [views[0], None, views[2]]
+    known.forget(asks[0])
+    assert len(known) == 1
