@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -158,6 +159,7 @@ class Cache:
             LLMCacheNotFoundError: The cache has ended.
         """
         tensors = self.tensors
+        index, tensor_num_per_layer = operator.index(index), operator.index(tensor_num_per_layer)
         if tensor_num_per_layer < 1:
             raise param_error(f"tensor_num_per_layer={tensor_num_per_layer} must be at least 1")
         layers = len(tensors) // tensor_num_per_layer

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From option texts to a typed EngineConfig. The one place that may read environment variables."""
+"""From option texts to a typed EngineConfig."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,13 @@ from llm_datadist_torch.values.checks import (
 )
 from llm_datadist_torch.values.cluster_info import trans_str_ip
 from llm_datadist_torch.values.enums import LLMRole
-from llm_datadist_torch.values.llm_config import LLM_CONFIG_KEYS, LLMConfig, LlmConfig
+from llm_datadist_torch.values.llm_config import (
+    DEVICES,
+    LLM_CONFIG_KEYS,
+    LLMConfig,
+    LlmConfig,
+    check_device_text,
+)
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 __all__ = [
@@ -39,6 +44,8 @@ LISTEN_KEY = "llm.listenIpInfo"
 """Option key of the address to listen on."""
 _LOCAL_COMM_RES = "llm.LocalCommRes"
 _BACKEND = "llm.TransferBackend"
+_DEVICE = "llm.Device"
+_TRANSPORT = "llm.Transport"
 _DEVICE_POOL = "llm.MemPoolConfig"
 _HOST_POOL = "llm.HostMemPoolConfig"
 # llm.Role is what init itself would add: it may come back in a dict that was used before.
@@ -60,20 +67,12 @@ def role_to_str(role: LLMRole) -> str:
     return _ROLE_TEXTS[role]
 
 
-def environment_text(name: str) -> str:
-    """Returns an environment variable, "" if it isn't set. Only tools ask: `cli` and `compat`."""
-    return os.environ.get(name, "")
-
-
-def add_to_pythonpath(directory: str) -> None:
-    """Puts a directory first on the PYTHONPATH that child processes get, unless it is there."""
-    before = environment_text("PYTHONPATH")
-    if directory not in before.split(os.pathsep):
-        os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{before}" if before else directory
-
-
-def parse_listen_ip_info(text: str) -> tuple[str, int]:
+def parse_listen_ip_info(text: str, name: str = LISTEN_KEY) -> tuple[str, int]:
     """Parses "ip:port", or "[ipv6]:port" (not in the reference).
+
+    Args:
+        text: what to parse.
+        name: where it comes from, for the message.
 
     Returns:
         The host as text, which only binding will judge, and the port; 0 means any free port.
@@ -86,14 +85,14 @@ def parse_listen_ip_info(text: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host or not separator:
         raise param_error(
-            f"{LISTEN_KEY}={text!r} is not of the form ip:port.", remedy="write IPv6 as [ip]:port"
+            f"{name}={text!r} is not of the form ip:port.", remedy="write IPv6 as [ip]:port"
         )
     try:
         port = int(port_text)
     except ValueError:
-        raise param_error(f"{LISTEN_KEY}={text!r}: port {port_text!r} is not a number.") from None
+        raise param_error(f"{name}={text!r}: port {port_text!r} is not a number.") from None
     if not 0 <= port <= UINT16_MAX:
-        raise param_error(f"{LISTEN_KEY}={text!r}: the port is out of range [0, {UINT16_MAX}].")
+        raise param_error(f"{name}={text!r}: the port is out of range [0, {UINT16_MAX}].")
     return host, port
 
 
@@ -164,6 +163,7 @@ class EngineConfig:
     Attributes:
         role: role of the instance.
         device_id: index of the device.
+        device: what DEVICE caches are on: "npu", "cpu", or "auto".
         listen: host text and port to listen on, None for no listener; port 0 means any.
         sync_timeout_ms: how long a pull or push may take.
         device_pool: pool for DEVICE caches, None for none.
@@ -171,6 +171,7 @@ class EngineConfig:
         remote_accessible: whether peers may keep a copy of the cache table.
         local_comm_res: description of local resources; "" differs from None.
         transfer_backend: None for the default, or "hixl".
+        transport: name of the only transport to use, None for the best of what is available.
         global_resource_config: text for the transfer engine, as it is.
         rdma_traffic_class: uint32, None for the engine's default.
         rdma_service_level: uint32, None for the engine's default.
@@ -180,6 +181,7 @@ class EngineConfig:
 
     role: LLMRole
     device_id: int = 0
+    device: str = DEVICES[0]
     listen: tuple[str, int] | None = None
     sync_timeout_ms: int = 1000
     device_pool: PoolConfig | None = None
@@ -187,6 +189,7 @@ class EngineConfig:
     remote_accessible: bool = False
     local_comm_res: str | None = None
     transfer_backend: str | None = None
+    transport: str | None = None
     global_resource_config: str | None = None
     rdma_traffic_class: int | None = None
     rdma_service_level: int | None = None
@@ -220,15 +223,11 @@ class EngineConfig:
         sync_timeout_ms = _number(settled, "llm.SyncKvCacheWaitTime", 1, INT32_MAX)
         link_total_time = _number(settled, "llm.LinkTotalTime", 0, INT32_MAX)
         link_retry_count = _number(settled, "llm.LinkRetryCount", 1, 100)
-        backend = settled.get(_BACKEND)
-        if backend not in (None, "hixl"):
-            raise param_error(
-                f"{_BACKEND}={backend!r} is not a transfer backend.",
-                remedy='use "hixl", or leave LLMConfig.transfer_backend unset',
-            )
+        backend, transport = _transports(settled)
         config = cls(
             role=role,
             device_id=0 if device_id is None else device_id,
+            device=check_device_text(_DEVICE, settled.get(_DEVICE, DEVICES[0])),
             listen=listen,
             sync_timeout_ms=1000 if sync_timeout_ms is None else sync_timeout_ms,
             device_pool=_pool(settled, _DEVICE_POOL),
@@ -236,6 +235,7 @@ class EngineConfig:
             remote_accessible=remote_accessible,
             local_comm_res=settled.get(_LOCAL_COMM_RES),
             transfer_backend=backend,
+            transport=transport,
             global_resource_config=settled.get("llm.GlobalResourceConfig"),
             rdma_traffic_class=_number(settled, "llm.RdmaTrafficClass", 0, UINT32_MAX),
             rdma_service_level=_number(settled, "llm.RdmaServiceLevel", 0, UINT32_MAX),
@@ -279,6 +279,22 @@ def _settle_mode(options: dict[str, str]) -> None:
             "cache-manager mode here.",
             remedy=_SET_CACHE_MANAGER,
         )
+
+
+def _transports(options: Mapping[str, str]) -> tuple[str | None, str | None]:
+    """The reference's transfer backend, and the one transport to use: a backend is one, too."""
+    backend, transport = options.get(_BACKEND), options.get(_TRANSPORT)
+    if backend not in (None, "hixl"):
+        raise param_error(
+            f"{_BACKEND}={backend!r} is not a transfer backend.",
+            remedy='use "hixl", or leave LLMConfig.transfer_backend unset',
+        )
+    if backend is not None and transport not in (None, backend):
+        raise param_error(
+            f"{_BACKEND}={backend!r} and {_TRANSPORT}={transport!r} contradict each other.",
+            remedy="leave one of LLMConfig.transfer_backend and LLMConfig.transport unset",
+        )
+    return backend, backend if transport is None else transport
 
 
 def _is_digits(text: str) -> bool:

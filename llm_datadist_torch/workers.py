@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
@@ -30,11 +31,13 @@ class WorkerPool:
     Args:
         name: What its threads are called.
         limit: Most pieces of work that run at a time.
+        on_start: Called first in each thread; must not raise.
     """
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: int, on_start: Callable[[], None] = lambda: None) -> None:
         self._name = name
         self._limit = limit
+        self._on_start = on_start
         self._changed = threading.Condition()
         self._queue: deque[Work] = deque()
         self._running: set[Work] = set()
@@ -116,6 +119,7 @@ class WorkerPool:
     def _work(self) -> None:
         thread = threading.current_thread()
         try:
+            self._on_start()
             mine = True
             while mine and (work := self._next()) is not None:
                 mine = work.run(lambda: self._replace(thread))

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Literal
 
 from llm_datadist_torch import __version__
+from llm_datadist_torch.ascend_sim import is_active
 from llm_datadist_torch.cli import probes
 
 State = Literal["ok", "no", "note", "wrong"]
@@ -104,15 +105,16 @@ def _versions() -> dict[str, str]:
 
 
 def _transports() -> list[Finding]:
-    return [
-        Finding("local", "ok", "embedded; between hosts its last way only"),
-        Finding(
-            "hixl",
-            "no",
-            "not in this version",
-            'leave transfer_backend unset: init refuses transfer_backend="hixl"',
-        ),
-    ]
+    found = {name: _transport(name, reason) for name, reason in probes.transports().items()}
+    found["local"] = Finding("local", "ok", "embedded; between hosts its last way only")
+    return list(found.values())
+
+
+def _transport(name: str, reason: str) -> Finding:
+    if not reason:
+        return Finding(name, "ok", "available")
+    detail, _, remedy = reason.partition(": ")
+    return Finding(name, "no", detail, remedy)
 
 
 def _ways() -> list[Finding]:
@@ -131,7 +133,7 @@ def _way(name: str, what: str, why_not: str) -> Finding:
 
 
 def _system() -> list[Finding]:
-    looks: list[Callable[[], Finding]] = [_yama, _huge_pages, _npu]
+    looks: list[Callable[[], Finding]] = [_yama, _huge_pages, _npu, _device]
     return [look() for look in looks]
 
 
@@ -167,10 +169,16 @@ def _npu() -> Finding:
     state = probes.npu_runtime()
     if not state.installed:
         return Finding("torch_npu", "note", "not installed; caches are in CPU memory")
+    if is_active():
+        detail = "installed, over the SIMULATED Ascend runtime: nothing here is an NPU"
+        return Finding("torch_npu", "ok", detail)
     if state.library:
         return Finding("torch_npu", "ok", f"installed, Ascend runtime at {state.library}")
     problem = "installed, but the Ascend runtime (libascendcl.so) is not found: "
-    remedy = "source set_env.sh of the CANN toolkit, or uninstall torch_npu"
+    remedy = (
+        "source set_env.sh of the CANN toolkit; or, without an NPU, simulate one: python -m"
+        " llm_datadist_torch sim -- python program.py; or uninstall torch_npu"
+    )
     if state.autoload:
         return Finding(
             "torch_npu",
@@ -184,3 +192,10 @@ def _npu() -> Finding:
         problem + "it can't be imported; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch working",
         remedy,
     )
+
+
+def _device() -> Finding:
+    choice = probes.default_device()
+    if choice.problem:
+        return Finding("Placement.DEVICE", "wrong", f"init would fail: {choice.problem}")
+    return Finding("Placement.DEVICE", "ok", f"means {choice.device}: {choice.reason}")

@@ -8,20 +8,26 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.config import environment_text
+from llm_datadist_torch.environment import environment_text
+from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.transports.local.host import why_forbidden
+from llm_datadist_torch.transports.registry import why_unavailable
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 _ASCEND = Path("/usr/local/Ascend")
 _PROBE_BYTES = 4096
+_CHOICE_S = 60
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,90 @@ def npu_runtime() -> NpuRuntime:
         _find_library("ascendcl"),
         environment_text("TORCH_DEVICE_BACKEND_AUTOLOAD") != "0",
     )
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """What ``Placement.DEVICE`` means where ``LLMConfig`` says nothing.
+
+    Attributes:
+        device: Such as "cpu" or "npu:0".
+        reason: Why.
+        problem: Why there is none, else "".
+    """
+
+    device: str
+    reason: str
+    problem: str = ""
+
+
+def default_device() -> DeviceChoice:
+    """Choose a device as ``init`` would; a process of its own does what needs torch_npu."""
+    if not npu_runtime().installed:
+        choice = choose_device("auto", 0)
+        return DeviceChoice(str(choice.device), choice.reason)
+    try:
+        device, reason = _in_a_child(
+            "choice = choose_device('auto', 0)",
+            "print(json.dumps([str(choice.device), choice.reason]))",
+        )
+    except _ChildError as error:
+        return DeviceChoice("", "", str(error))
+    return DeviceChoice(device, reason)
+
+
+def transports() -> dict[str, str]:
+    """All transports that are installed -> why an instance here would not have it, "" if it would.
+
+    As for an instance that listens on loopback.
+    """
+    if not npu_runtime().installed:
+        return why_unavailable(choose_device("auto", 0).device)
+    try:
+        return dict(
+            _in_a_child(
+                "from llm_datadist_torch.transports.registry import why_unavailable",
+                "print(json.dumps(list(why_unavailable(choose_device('auto', 0).device).items())))",
+            )
+        )
+    except _ChildError:
+        # Which the finding on Placement.DEVICE tells more of.
+        return why_unavailable(torch.device("cpu"))
+
+
+class _ChildError(Exception):
+    """Why a program in a process of its own came to nothing."""
+
+
+def _in_a_child(*lines: str) -> list[Any]:
+    """The JSON list that a program prints last, run as if it had come past ``import torch``.
+
+    ``_npu`` of the doctor is about those that don't.
+
+    Raises:
+        _ChildError: It failed.
+    """
+    program = (
+        "import json, os",
+        "os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'",
+        "from llm_datadist_torch.memory.device import choose_device",
+        *lines,
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(program)],
+            capture_output=True,
+            text=True,
+            timeout=_CHOICE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _ChildError(f"choosing a device took more than {_CHOICE_S} s") from None
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise _ChildError(last[0] if last else f"status {done.returncode}")
+    printed: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return printed
 
 
 def _find_library(name: str) -> str:

@@ -9,7 +9,11 @@ from collections.abc import Sequence
 import torch
 
 from llm_datadist_torch import _C
+from llm_datadist_torch.memory import npu_address
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+
+HOST = torch.device("cpu")
+"""The device of host memory."""
 
 _UINT64_END = 1 << 64
 _INT64_END = 1 << 63
@@ -32,10 +36,11 @@ def address_tensor(addrs: Sequence[int] | torch.Tensor) -> torch.Tensor:
     return torch.tensor(wrapped, dtype=torch.int64)
 
 
-def probe(addrs: Sequence[int] | torch.Tensor, nbytes: int) -> None:
-    """Check that every extent ``[addr, addr + nbytes)`` is mapped, readable and writable.
+def probe(addrs: Sequence[int] | torch.Tensor, nbytes: int, device: torch.device = HOST) -> None:
+    """Check that every extent ``[addr, addr + nbytes)`` is memory that may be read and written.
 
-    Reads the kernel's list of mappings once. The answer holds for the moment it was taken in.
+    In host memory the kernel's list of mappings says so, on an NPU the runtime and torch_npu's
+    allocator. The answer holds for the moment it was taken in.
 
     Raises:
         LLMParamError: The first bad address, with its index and what is wrong with it.
@@ -43,28 +48,39 @@ def probe(addrs: Sequence[int] | torch.Tensor, nbytes: int) -> None:
         OSError: The kernel doesn't show this process its mappings (no /proc).
     """
     wrapped = address_tensor(addrs)
-    index, reason = _C.probe_extents(wrapped, nbytes)
+    if device.type == HOST.type:
+        index, reason = _C.probe_extents(wrapped, nbytes)
+    else:
+        index, reason = npu_address.why_unusable(wrapped, nbytes, device, thorough=True)
     if index >= 0:
         raise _bad_address(wrapped, index, nbytes, reason)
 
 
-def check_alive(addrs: Sequence[int] | torch.Tensor, nbytes: int) -> None:
+def check_alive(
+    addrs: Sequence[int] | torch.Tensor, nbytes: int, device: torch.device = HOST
+) -> None:
     """Check that every extent ``[addr, addr + nbytes)`` is still mapped.
 
-    Cheap enough for every transfer: one system call per address.
+    Cheap enough for every transfer: one or two calls of the system or the runtime per address.
 
     Raises:
         LLMParamError: The first address that isn't, with its index.
         ValueError: An int outside uint64, or ``nbytes`` not positive.
     """
     wrapped = address_tensor(addrs)
-    index = _C.check_mapped(wrapped, nbytes)
+    reason = "no longer mapped"
+    if device.type == HOST.type:
+        index = _C.check_mapped(wrapped, nbytes)
+    else:
+        index, reason = npu_address.why_unusable(wrapped, nbytes, device, thorough=False)
     if index >= 0:
-        raise _bad_address(wrapped, index, nbytes, "no longer mapped")
+        raise _bad_address(wrapped, index, nbytes, reason)
 
 
-def tensor_over(address: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A CPU tensor over memory that somebody else owns.
+def tensor_over(
+    address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device = HOST
+) -> torch.Tensor:
+    """A tensor over memory that somebody else owns.
 
     Nothing keeps that memory alive: using the tensor after its owner has freed it crashes the
     process. Probe the address first.
@@ -74,11 +90,41 @@ def tensor_over(address: int, shape: Sequence[int], dtype: torch.dtype) -> torch
             dimension that is not positive.
     """
     try:
-        return _C.tensor_over(address, list(shape), dtype)
+        if device.type == HOST.type:
+            return _C.tensor_over(address, list(shape), dtype)
+        return npu_address.tensor_over(address, shape, dtype, device)
     except (ValueError, TypeError) as error:
         raise error_for(
             LLMStatusCode.LLM_PARAM_INVALID, f"no tensor at address {address:#x}: {error}"
         ) from error
+
+
+def tensors_over(
+    addrs: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device = HOST
+) -> list[torch.Tensor]:
+    """Tensors over memory that somebody else owns, after a look at what is there.
+
+    Nothing keeps that memory alive: its owner must outlive the tensors.
+
+    Args:
+        addrs: One address per tensor; they may overlap.
+        shape: Shape of each tensor.
+        dtype: Their element type.
+        device: Where the memory is: the CPU, or an NPU with its index.
+
+    Raises:
+        LLMParamError: An address that isn't memory of this device over the whole tensor, with its
+            index; one that is no multiple of the element size; a dimension that is not positive; a
+            device without an index.
+        ValueError: An int outside uint64.
+    """
+    if device.type != HOST.type and device.index is None:
+        raise _param_error(f"device={device} has no index", remedy=f'write "{device}:0".')
+    nbytes = math.prod(shape) * dtype.itemsize
+    if any(dim <= 0 for dim in shape):
+        raise _param_error(f"shape={list(shape)} has a dimension that is not positive")
+    probe(addrs, nbytes, device)
+    return [tensor_over(address, shape, dtype, device) for address in addrs]
 
 
 def describe_tensors(

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 
-from llm_datadist_torch.memory.address import describe_tensors, probe, tensor_over
+from llm_datadist_torch.memory import npu_address, pinned
+from llm_datadist_torch.memory.address import HOST, describe_tensors, tensors_over
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.data_type import DataType, itemsize, to_torch_dtype
 
@@ -49,11 +52,13 @@ def check_given(addrs: object) -> None:
         raise TypeError(
             f"addrs must be a list of int or of torch.Tensor, got {type(addrs).__name__}"
         )
-    wanted = torch.Tensor if addrs and isinstance(addrs[0], torch.Tensor) else int
+    tensors = bool(addrs) and isinstance(addrs[0], torch.Tensor)
+    wanted = torch.Tensor if tensors else Integral
     for at, item in enumerate(addrs):
         if not isinstance(item, wanted) or isinstance(item, bool):
-            raise TypeError(f"addrs[{at}] must be {wanted.__name__}, got {type(item).__name__}")
-        if isinstance(item, int) and not 0 <= item < UINT64_END:
+            name = "torch.Tensor" if tensors else "int"
+            raise TypeError(f"addrs[{at}] must be {name}, got {type(item).__name__}")
+        if isinstance(item, Integral) and not 0 <= operator.index(item) < UINT64_END:
             raise ValueError(f"addrs[{at}]={item} is no address: it must be in [0, 2**64)")
 
 
@@ -72,34 +77,44 @@ def storage_form(shape: Sequence[int], data_type: DataType) -> tuple[tuple[int, 
     return tuple(shape), to_torch_dtype(data_type)
 
 
-def adopt(given: list[int] | list[torch.Tensor], desc: CacheDesc, layout: Layout) -> Adopted:
+def adopt(
+    given: list[int] | list[torch.Tensor],
+    desc: CacheDesc,
+    layout: Layout,
+    device: torch.device = HOST,
+) -> Adopted:
     """Check the caller's memory and wrap it. Does not block, copies nothing.
 
     Args:
         given: One entry per tensor, checked by :func:`check_given`.
         desc: What the memory shall be.
         layout: The layout of densely packed tensors of ``desc``.
+        device: Where it must be: the CPU, or an NPU with its index.
 
     Raises:
-        LLMParamError: Wrong count, address 0, memory that isn't mapped, readable and writable,
-            tensors that don't fit ``desc``, or that overlap.
+        LLMParamError: Wrong count, address 0, memory that isn't this device's, or not mapped,
+            readable and writable; tensors that don't fit ``desc``, or that overlap.
     """
     if len(given) != desc.num_tensors:
         raise param_error(
             f"{len(given)} addrs for a cache_desc with num_tensors={desc.num_tensors}"
         )
     shape, dtype = storage_form(desc.dims, desc.data_type)
-    if isinstance(given[0], torch.Tensor):
-        tensors = tuple(item for item in given if isinstance(item, torch.Tensor))
-        addrs, pitch = describe_tensors(tensors, shape, dtype, torch.device("cpu"))
-        return Adopted(
-            _in_shape(tensors, shape), addrs, replace(layout, pitch=pitch), foreign=False
-        )
-    numbers = [item for item in given if isinstance(item, int)]
-    _check_apart(numbers, desc.size)
-    probe(numbers, desc.size)
-    views = tuple(tensor_over(address, shape, dtype) for address in numbers)
-    return Adopted(views, torch.tensor(numbers, dtype=torch.int64), layout, foreign=True)
+    foreign = not isinstance(given[0], torch.Tensor)
+    if foreign:
+        numbers = [operator.index(item) for item in given if isinstance(item, Integral)]
+        _check_apart(numbers, desc.size)
+        tensors = tuple(tensors_over(numbers, shape, dtype, device))
+        addrs = torch.tensor(numbers, dtype=torch.int64)
+    else:
+        items = tuple(item for item in given if isinstance(item, torch.Tensor))
+        addrs, pitch = describe_tensors(items, shape, dtype, device)
+        tensors, layout = _in_shape(items, shape), replace(layout, pitch=pitch)
+    if device == HOST:
+        pinned.warn_of_pageable(tensors)
+    else:
+        npu_address.warn_of_expandable(tensors)
+    return Adopted(tensors, addrs, layout, foreign)
 
 
 def _in_shape(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,48 +61,23 @@ class HostMemory(CacheMemory):
         return Allocation(*allocate_tensors(shape, dtype, count))
 
 
-class PinnedMemory(CacheMemory):
-    """Host memory from torch's pinned allocator, for DMA. Peers can't map it.
+def tensors_in(
+    base: torch.Tensor, offsets: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """Tensors at byte offsets of ``base``; each keeps the memory of all of them alive.
 
-    Thread safety: stateless.
+    They are no views in autograd's sense, so that a write to one doesn't count as one to another.
     """
-
-    def allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
-        """See :meth:`CacheMemory.allocate`. Starts where torch's allocator puts it; not zeroed.
-
-        Raises:
-            LLMOutOfMemoryError: The memory could not be had or not be pinned.
-            LLMFeatureNotEnabledError: torch has no accelerator.
-        """
-        offsets, total = _offsets(count, tensor_nbytes(shape, dtype))
-        if not has_accelerator():
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                "pinned memory needs an accelerator, and torch has none available",
-                remedy="use HostMemory.",
+    size = tuple(shape)
+    stride = tuple(math.prod(size[at + 1 :]) for at in range(len(size)))
+    start = base.storage_offset()
+    with torch.inference_mode(mode=False):
+        return tuple(
+            torch.empty(0, dtype=dtype, device=base.device).set_(
+                base.untyped_storage(), (start + offset) // dtype.itemsize, size, stride
             )
-        try:
-            base = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-        except (RuntimeError, MemoryError) as error:
-            raise _out_of_memory(f"pinning {total} bytes failed: {error}", total) from error
-        if base.data_ptr() == 0:
-            raise _out_of_memory(
-                f"pinning {total} bytes failed: the allocator gave address 0", total
-            )
-        nbytes = tensor_nbytes(shape, dtype)
-        views = tuple(base[at : at + nbytes].view(dtype).view(tuple(shape)) for at in offsets)
-        reason = "pinned memory belongs to the device's allocator"
-        return Allocation(views, Region(base.data_ptr(), total, reason=reason, keepalive=base))
-
-
-def default_host_memory() -> CacheMemory:
-    """Pinned memory where torch has an accelerator, else ordinary host memory."""
-    return PinnedMemory() if has_accelerator() else HostMemory()
-
-
-def has_accelerator() -> bool:
-    """Whether torch has an accelerator that could use pinned memory."""
-    return torch.accelerator.is_available()
+            for offset in offsets
+        )
 
 
 def allocate_tensors(
@@ -127,7 +102,7 @@ def allocate_tensors(
         LLMOutOfMemoryError: More than this machine could ever give, or the kernel refused.
         LLMParamError: ``count`` or a dimension is not positive.
     """
-    offsets, total = _offsets(count, tensor_nbytes(shape, dtype))
+    offsets, total = offsets_of(count, tensor_nbytes(shape, dtype), check_obtainable)
     host = _create_host_region(total, shareable=shareable)
     return tuple(host.tensors(offsets, list(shape), dtype)), region_of(host)
 
@@ -178,31 +153,50 @@ def check_obtainable(nbytes: int) -> None:
     memory = _meminfo_bytes()
     limit = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
     if limit and nbytes > limit:
-        raise _out_of_memory(f"asked for {nbytes} bytes, this machine has {limit}", nbytes, memory)
+        raise out_of_memory(f"asked for {nbytes} bytes, this machine has {limit}", nbytes, memory)
 
 
 def _create_host_region(nbytes: int, *, shareable: bool) -> _C.HostRegion:
     try:
         return _C.HostRegion.create(nbytes, shareable)
     except OSError as error:
-        raise _out_of_memory(
+        raise out_of_memory(
             f"asked for {nbytes} bytes, the kernel refused: {error}", nbytes
         ) from error
 
 
-def _offsets(count: int, nbytes: int) -> tuple[list[int], int]:
-    """Starts of ``count`` tensors of ``nbytes``, and the (obtainable) bytes of all of them."""
+def offsets_of(
+    count: int, nbytes: int, check_total: Callable[[int], None]
+) -> tuple[list[int], int]:
+    """Where ``count`` tensors of ``nbytes`` start in a region, and the bytes of all of them.
+
+    Args:
+        count: Number of tensors.
+        nbytes: Bytes of one.
+        check_total: Refuses more bytes than there can be, before a list is made that would not fit
+            either.
+
+    Raises:
+        LLMParamError: ``count`` is not positive.
+    """
     if count <= 0:
         raise error_for(LLMStatusCode.LLM_PARAM_INVALID, f"{count} tensors: at least 1 is needed")
     step = -(-nbytes // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
     total = (count - 1) * step + nbytes
-    check_obtainable(total)  # before a list that would not fit either
+    check_total(total)
     return list(range(0, count * step, step)), total
 
 
-def _out_of_memory(
+def out_of_memory(
     message: str, requested: int, memory: dict[str, int] | None = None
 ) -> LLMOutOfMemoryError:
+    """The error for host memory that can't be had, with what is available now.
+
+    Args:
+        message: What was asked for, and why it can't be had.
+        requested: Its bytes.
+        memory: /proc/meminfo, if it has been read already.
+    """
     memory = _meminfo_bytes() if memory is None else memory
     available = memory.get("MemAvailable")
     return LLMOutOfMemoryError(

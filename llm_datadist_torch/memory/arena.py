@@ -63,12 +63,15 @@ class ArenaMemory(CacheMemory):
         self,
         pool: PoolSize,
         reserve: Callable[[int], tuple[torch.Tensor, Region]] = allocate_bytes,
+        settle: Callable[[], None] | None = None,
     ) -> None:
         """Reserve the region. Touches no page of it.
 
         Args:
             pool: ``memory_size`` in bytes and ``page_shift``.
             reserve: Makes the region and the uint8 tensor over it; host memory by default.
+            settle: Waits until nothing that was started with earlier tensors still uses their
+                pages; None where nothing can.
 
         Raises:
             LLMOutOfMemoryError: The region can't be had; also for a ``memory_size`` of 0
@@ -93,6 +96,7 @@ class ArenaMemory(CacheMemory):
             )
         base, self.region = reserve(pool.memory_size)
         self._page_shift = pool.page_shift
+        self._settle = settle
         self._arena = _C.Arena(base, pool.page_shift)
 
     @property
@@ -118,6 +122,8 @@ class ArenaMemory(CacheMemory):
             tensors = self._arena.allocate(count, list(shape), dtype)
         if tensors is None:
             raise self._out_of_memory(count, nbytes)
+        if self._settle is not None:
+            self._settle()
         return Allocation(tuple(tensors), self.region)
 
     def _out_of_memory(self, count: int, nbytes: int) -> LLMOutOfMemoryError:

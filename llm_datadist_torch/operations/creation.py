@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.catalog import CacheEntry, name_of
+from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.instance import Instance
@@ -74,7 +74,7 @@ def register(
     if not given:
         raise param_error("addrs is empty")
     layout = layout_of(desc.num_tensors, desc.dims, _size(desc), paged=paged)
-    adopted: Adopted = adopt(given, desc, layout)
+    adopted: Adopted = adopt(given, desc, layout, instance.device_of(desc.placement))
     if remote_accessible is None:
         # In two-sided mode the reference moves host memory by copies of its own, so it needs no
         # flag (reference API, 8.6 and 9.3).
@@ -125,7 +125,7 @@ def deallocate(instance: Instance, cache: Cache, *, paged: bool) -> None:
 
 def unregister(instance: Instance, cache_id: int, deadline: Deadline) -> None:
     """Forget a registered cache after its transfers; refuse an allocated one (section 14, 23)."""
-    check_int64("cache_id", cache_id)
+    cache_id = check_int64("cache_id", cache_id)
     entry = instance.catalog.get(cache_id)
     if entry is None:
         return
@@ -153,7 +153,7 @@ def _publish(instance: Instance, desc: CacheDesc, entry: CacheEntry, keys: Keys)
             unregister(instance, cache.cache_id, instance.deadline())
 
     try:
-        instance.catalog.add(entry, keys)
+        instance.publish(entry, keys)
     except LLMException:
         # The traceback keeps this frame, and so the entry, for as long as the caller looks at the
         # error; the memory must be free for another attempt by then.

@@ -23,6 +23,21 @@ _Check = Callable[[str, Any], Any]
 _ToText = Callable[[Any], "str | None"]
 
 
+DEVICES = ("auto", "npu", "cpu")
+"""What the option of the device may be; the first is the default."""
+
+
+def check_device_text(name: str, text: str) -> str:
+    """Returns the text of a device option.
+
+    Raises:
+        LLMParamError: it is none of `DEVICES`.
+    """
+    if text not in DEVICES:
+        raise param_error(f"{name}={text!r} must be one of {', '.join(DEVICES)}.")
+    return text
+
+
 class _Option(Generic[_T]):
     """A property of LLMConfig that knows its check and its option (reference API, 4).
 
@@ -111,9 +126,14 @@ def _number_text(value: int | None) -> str | None:
     return None if value is None else str(int(value))
 
 
+def _check_device(name: str, value: str | None) -> str | None:
+    check_isinstance(name, value, str)
+    return value if value is None else check_device_text(name, value)
+
+
 def _check_within(low: int, high: int) -> _Check:
     def check(name: str, value: int) -> int:
-        check_isinstance(name, value, int, allow_none=False)
+        value = check_isinstance(name, value, int, allow_none=False)
         if not low <= value <= high:
             raise param_error(f"{name}={shown(value)} is out of range [{low}, {high}].")
         return value
@@ -122,7 +142,7 @@ def _check_within(low: int, high: int) -> _Check:
 
 
 def _check_device_id(name: str, value: Any) -> Any:  # noqa: ANN401 (whatever the user assigns)
-    check_isinstance(name, value, (int, list, tuple), int, allow_none=False)
+    value = check_isinstance(name, value, (int, list, tuple), int, allow_none=False)
     for device_id in value if isinstance(value, (list, tuple)) else (value,):
         if device_id < 0:
             raise param_error(f"{name}={shown(device_id)} must not be negative.")
@@ -138,7 +158,7 @@ def _device_id_text(value: int | list[int] | tuple[int, ...]) -> str:
 
 
 def _check_timeout(name: str, value: int | str) -> int | str:
-    check_isinstance(name, value, (int, str), allow_none=False)
+    value = check_isinstance(name, value, (int, str), allow_none=False)
     if isinstance(value, str) and not (value.isascii() and value.isdigit()):
         raise param_error(f"{name}={value!r} is not a number.", remedy="give milliseconds")
     if int(value) <= 0:
@@ -185,6 +205,15 @@ class LLMConfig:
         _device_id_text,
         "Index of the device: an int from 0, or a list of one.",
     )
+    # Not in the reference.
+    device = _Option[str](
+        "llm.Device",
+        DEVICES[0],
+        _check_device,
+        lambda value: value,
+        'What Placement.DEVICE means: "npu", "cpu", or "auto" (the NPU where one can be used).',
+        none_unsets=True,
+    )
     sync_kv_timeout = _Option[Any](
         "llm.SyncKvCacheWaitTime",
         None,
@@ -193,6 +222,9 @@ class LLMConfig:
         "How long a pull or push may take, in ms, as int or digits; 1000 if unset.",
     )
     listen_ip_info = _text_if_any("llm.listenIpInfo", 'Where to listen: "ip:port".')
+    transport = _text_if_any(
+        "llm.Transport", "What moves bytes, by name (not in the reference); unset: the best."
+    )
     enable_cache_manager = _flag("llm.EnableCacheManager", "Must be True here.")
     enable_remote_cache_accessible = _flag(
         "llm.EnableRemoteCacheAccessible", "Whether peers may keep a copy of the cache table."

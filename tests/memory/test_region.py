@@ -20,11 +20,10 @@ from llm_datadist_torch.memory import allocate
 from llm_datadist_torch.memory.allocate import (
     TENSOR_ALIGNMENT,
     HostMemory,
-    PinnedMemory,
     allocate_bytes,
     allocate_tensors,
-    default_host_memory,
 )
+from llm_datadist_torch.memory.pinned import PinnedMemory, allocate_pinned_bytes
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.values.status import (
     LLMFeatureNotEnabledError,
@@ -247,7 +246,6 @@ def test_nonsense_is_refused(count: int, shape: tuple[int, ...]) -> None:
 
 def test_pinned_memory_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert isinstance(default_host_memory(), HostMemory)
     with pytest.raises(LLMFeatureNotEnabledError, match="accelerator"):
         PinnedMemory().allocate(1, (4,), torch.uint8)
 
@@ -262,8 +260,12 @@ class _FakePinning:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setattr(torch, "empty", self)
 
-    def __call__(self, nbytes: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        assert pin_memory
+    def __call__(
+        self, nbytes: int, *, dtype: torch.dtype, device: object, pin_memory: bool = False
+    ) -> torch.Tensor:
+        assert device in ("cpu", torch.device("cpu"))
+        if not pin_memory:
+            return self._empty(nbytes, dtype=dtype)
         self.asked.append(nbytes)
         if isinstance(self._result, Exception):
             raise self._result
@@ -272,9 +274,7 @@ class _FakePinning:
 
 def test_pinned_tensors_share_one_pinned_span(monkeypatch: pytest.MonkeyPatch) -> None:
     pinning = _FakePinning(monkeypatch, None)
-    memory = default_host_memory()
-    assert isinstance(memory, PinnedMemory)
-    allocation = memory.allocate(3, (4, 5), torch.float16)
+    allocation = PinnedMemory().allocate(3, (4, 5), torch.float16)
     assert pinning.asked == [2 * TENSOR_ALIGNMENT + 40]
     region = allocation.region
     assert [t.data_ptr() - region.address for t in allocation.tensors] == [0, 65536, 131072]
@@ -288,6 +288,8 @@ def test_a_failed_pin_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, result: 
     _FakePinning(monkeypatch, result)
     with pytest.raises(LLMOutOfMemoryError, match="pinning 40 bytes failed"):
         PinnedMemory().allocate(1, (4, 5), torch.float16)
+    with pytest.raises(LLMOutOfMemoryError, match="pinning 99 bytes failed"):
+        allocate_pinned_bytes(99)
 
 
 def test_a_kernel_without_meminfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: what it says, that it tells the truth, and its status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from llm_datadist_torch.cli import doctor, probes
+from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, NpuRuntime
+from tests.compat.programs import run_module
+
+FINE = NpuRuntime(False, "", True)
+
+
+def found(report: doctor.Report, name: str) -> doctor.Finding:
+    every = [*report.transports, *report.ways, *report.system]
+    (finding,) = [finding for finding in every if finding.name == name]
+    return finding
+
+
+def test_json():
+    done = run_module("doctor", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["problems"] == 0
+    assert {"llm_datadist_torch", "python", "torch", "pyzmq", "msgspec"} <= set(report["versions"])
+    names = [way["name"] for way in report["ways"]]
+    assert names == ["same-process", "shared-mapping", "process-memory", "relay"]
+    assert all(finding["detail"] for part in ("ways", "system") for finding in report[part])
+
+
+def test_the_child_leaves_nothing_behind():
+    def left() -> tuple[int, int, set[str]]:
+        maps = Path("/proc/self/maps").read_text().count("memfd")
+        children = {
+            child
+            for task in Path("/proc/self/task").iterdir()
+            for child in (task / "children").read_text().split()
+        }
+        return len(list(Path("/proc/self/fd").iterdir())), maps, children
+
+    probes.look_from_a_child()
+    before = left()
+    for _ in range(10):
+        probes.look_from_a_child()
+    assert left() == before
+
+
+def test_what_the_child_can_not_do_is_said(monkeypatch):
+    monkeypatch.setattr(probes, "look_from_a_child", lambda: ChildView("no memfd", "no reading"))
+    report = doctor.examine()
+    for name, reason in (("shared-mapping", "no memfd"), ("process-memory", "no reading")):
+        finding = found(report, name)
+        assert (finding.state, bool(finding.remedy)) == ("no", True)
+        assert reason in finding.detail
+        assert reason in doctor.as_text(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "word"),
+    [(None, "ok", "not in this kernel"), ("0\n", "ok", "=0"), ("1\n", "note", "own children")],
+)
+def test_yama(monkeypatch, tmp_path, text: str | None, state: str, word: str):
+    path = tmp_path / "ptrace_scope"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(probes, "_YAMA", path)
+    finding = found(doctor.examine(), "yama")
+    assert finding.state == state
+    assert word in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        (None, "note"),
+        ("always within_size advise [never] deny force\n", "note"),
+        ("always within_size [advise] never deny force\n", "ok"),
+    ],
+)
+def test_huge_pages(monkeypatch, tmp_path, text: str | None, state: str):
+    path = tmp_path / "shmem_enabled"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(probes, "_SHMEM_ENABLED", path)
+    assert found(doctor.examine(), "huge pages").state == state
+
+
+@pytest.mark.parametrize(
+    ("runtime", "state", "problems"),
+    [
+        (FINE, "note", 0),
+        (NpuRuntime(True, "/lib/libascendcl.so", True), "ok", 0),
+        (NpuRuntime(True, "", True), "wrong", 1),
+        (NpuRuntime(True, "", False), "note", 0),
+    ],
+)
+def test_states_of_the_device_runtime(monkeypatch, runtime, state: str, problems: int):
+    monkeypatch.setattr(probes, "npu_runtime", lambda: runtime)
+    monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    report = doctor.examine()
+    assert found(report, "torch_npu").state == state
+    assert len(report.problems) == json.loads(doctor.as_json(report))["problems"] == problems
+    last = doctor.as_text(report).splitlines()[-1]
+    assert last == ("1 problem(s)" if problems else "no problem found")
+
+
+@pytest.mark.parametrize(
+    ("program", "state", "word"),
+    [
+        ("raise ImportError('no libhccl')", "ok", "means cpu: .*no libhccl"),
+        ("import os; os._exit(3)", "wrong", "init would fail: status 3"),
+    ],
+)
+def test_what_a_device_cache_is_on(monkeypatch, tmp_path, program: str, state: str, word: str):
+    (tmp_path / "torch_npu.py").write_text(program)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "", False))
+    finding = found(doctor.examine(), "Placement.DEVICE")
+    assert finding.state == state
+    assert re.search(word, finding.detail)
+
+
+@pytest.mark.parametrize("autoload", ["0", "1"])
+def test_a_torch_npu_that_can_not_be_imported(monkeypatch, tmp_path, autoload: str):
+    """It raises when it is imported; torch loads it by its entry point, which is not there."""
+    (tmp_path / "torch_npu").mkdir()
+    (tmp_path / "torch_npu" / "__init__.py").write_text("raise ImportError('libascendcl.so')\n")
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", autoload)
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/no/such/place")
+    done = run_module("doctor", path=str(tmp_path))
+    assert done.returncode == int(autoload), done.stdout
+    assert "Ascend runtime (libascendcl.so) is not found" in done.stdout
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
+
+
+@pytest.mark.parametrize("variable", ["LD_LIBRARY_PATH", "ASCEND_HOME_PATH"])
+def test_where_the_runtime_is_looked_for(monkeypatch, tmp_path, variable: str):
+    monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
+    library = tmp_path / "lib64" / "libascendcl.so"
+    library.parent.mkdir()
+    library.touch()
+    home = tmp_path if variable == "ASCEND_HOME_PATH" else library.parent
+    monkeypatch.setenv(variable, str(home))
+    assert probes.npu_runtime().library == str(library)
