@@ -7,6 +7,7 @@
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of llm_datadist_torch: copies, host memory, transfers within one host.";
   llmdd::bind_copy(m);
+  llmdd::bind_device(m);
   llmdd::bind_memory(m);
   llmdd::bind_transfer(m);
 }

@@ -2,8 +2,6 @@
 
 #include "copy_engine.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -11,6 +9,7 @@
 #include <system_error>
 #include <thread>
 
+#include "clock.h"
 #include "stream_copy.h"
 
 namespace llmdd {
@@ -47,15 +46,6 @@ void copy_bytes(uint8_t* dst, const uint8_t* src, size_t nbytes, bool stream,
   } else {
     std::memcpy(dst, src, nbytes);
   }
-}
-
-bool passed(int64_t deadline_ns) {
-  if (deadline_ns == 0) {
-    return false;
-  }
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec >= deadline_ns;
 }
 
 int threads_for(int64_t total, int max_threads) {
@@ -96,7 +86,7 @@ int64_t copy_runs(const TensorPairs& tensors, const Run* runs, size_t count,
 
   in_threads(threads_for(total, limits.max_threads), [&] {
     int64_t mine = 0;
-    while (!passed(limits.deadline_ns)) {
+    while (!deadline_passed(limits.deadline_ns)) {
       const size_t item = next_item.fetch_add(1, std::memory_order_relaxed);
       if (item >= items) {
         break;

@@ -21,11 +21,11 @@ bool row_is_contiguous(const at::Tensor& tensor) {
   return true;
 }
 
-Rows layout_of(const char* name, size_t index, const at::Tensor& tensor, c10::DeviceType device) {
+Rows layout_of(const char* name, size_t index, const at::Tensor& tensor, at::Device device) {
   TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, name, "[", index, "] has layout ",
                     tensor.layout(), ", only strided tensors can be copied");
-  TORCH_CHECK_VALUE(tensor.device().type() == device, name, "[", index, "] is on ", tensor.device(),
-                    ", expected ", c10::DeviceTypeName(device, /*lower_case=*/true));
+  TORCH_CHECK_VALUE(tensor.device() == device, name, "[", index, "] is on ", tensor.device(),
+                    ", but ", name, "[0] on ", device, ": one call works on one device");
   TORCH_CHECK_VALUE(
       !tensor.is_quantized() && !tensor.is_conj() && !tensor.is_neg(), name, "[", index,
       "] is quantized, conjugated or negated lazily, so its bytes are not its values");
@@ -55,13 +55,16 @@ Rows layout_of(const char* name, size_t index, const at::Tensor& tensor, c10::De
 
 }  // namespace
 
-TensorRows rows_of(const char* name, at::TensorList tensors, c10::DeviceType device) {
+TensorRows rows_of(const char* name, at::TensorList tensors) {
   TensorRows all;
+  if (!tensors.empty()) {
+    all.device = tensors.front().device();
+  }
   all.tensors.reserve(tensors.size());
   all.bases.reserve(tensors.size());
   size_t pitch_from = 0;  // the tensor whose pitch counts: the first of more than one row
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const Rows layout = layout_of(name, i, tensors[i], device);
+    const Rows layout = layout_of(name, i, tensors[i], all.device);
     if (i == 0) {
       all.rows = layout.rows;
       all.nbytes = layout.nbytes;

@@ -20,12 +20,13 @@ struct TensorRows {
   int64_t rows = 0;    // of the shortest tensor
   int64_t pitch = 0;   // bytes from one row to the next
   int64_t nbytes = 0;  // bytes of one row
+  at::Device device = at::kCPU;
 };
 
 // Reads the layout of `tensors`, which messages call `name`. ValueError if a tensor is on another
-// device than `device`, is not strided, has no dimension, has rows that are not contiguous or that
+// device than the first, is not strided, has no dimension, has rows that are not contiguous or that
 // overlap, or is cut unlike the first.
-TensorRows rows_of(const char* name, at::TensorList tensors, c10::DeviceType device);
+TensorRows rows_of(const char* name, at::TensorList tensors);
 
 // Block ids as their raw values, made contiguous if they aren't. ValueError unless a 1-D int64 CPU
 // tensor.

@@ -3,7 +3,6 @@
 
 #include <sched.h>
 #include <sys/uio.h>
-#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -11,6 +10,8 @@
 #include <exception>
 #include <thread>
 #include <vector>
+
+#include "clock.h"
 
 namespace llmdd {
 namespace {
@@ -22,12 +23,6 @@ constexpr uint64_t kBytesPerCall = uint64_t{4} << 20;
 // Below two of these a second thread costs more to start than it saves.
 constexpr uint64_t kBytesPerThread = uint64_t{4} << 20;
 constexpr unsigned kMaxThreads = 4;
-
-int64_t now_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
-}
 
 // A place in the sequence of all bytes: tensor by tensor, run by run.
 struct Cursor {
@@ -117,7 +112,7 @@ class Worker {
       if (begin != position) at = cursor_at(copy_, progress->bytes_per_tensor, begin);
       position = std::min(begin + kBytesPerCall, progress->total);
       for (uint64_t left = position - begin; left > 0;) {
-        const bool late = deadline_ns_ != 0 && now_ns() >= deadline_ns_;
+        const bool late = deadline_passed(deadline_ns_);
         if (late || progress->stop.load(std::memory_order_relaxed)) return result;
         gather(at, left);
         const ssize_t moved = call();

@@ -17,6 +17,17 @@ def copy_runs(
     dst_bases: torch.Tensor, src_bases: torch.Tensor, runs: torch.Tensor, deadline_ns: int = 0
 ) -> int: ...
 
+# --- copies that involve device memory: device_copy.h
+
+def copy_runs_on_device(
+    dst_bases: torch.Tensor,
+    src_bases: torch.Tensor,
+    runs: torch.Tensor,
+    dst_device: torch.device,
+    src_device: torch.device,
+    deadline_ns: int = 0,
+) -> int: ...
+
 # --- memory: host_region.h, arena.h, address_probe.h; transfers: process_memory.h ---
 
 class HostRegion:
@@ -67,6 +78,8 @@ def read_process(
     runs: torch.Tensor,
     deadline_ns: int = 0,
 ) -> tuple[int, int]: ...
+def load_word(address: int) -> int: ...
+def bump_word(address: int) -> int: ...
 def write_process(
     pid: int,
     local_bases: torch.Tensor,

@@ -7,13 +7,14 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch import ops
+from llm_datadist_torch import ops, streams
 from tests import reference
 
 CANARY = 0xA5
@@ -22,22 +23,31 @@ CANARY = 0xA5
 class Blocks:
     """A tensor of blocks with canary bytes before, between and behind them."""
 
-    def __init__(self, blocks: int, nbytes: int, gap: int, seed: int, lead: int = 1) -> None:
-        self.whole = torch.full((lead + blocks * (nbytes + gap) + 64,), CANARY, dtype=torch.uint8)
-        self.tensor = self.whole.as_strided((blocks, nbytes), (nbytes + gap, 1), lead)
+    def __init__(
+        self,
+        blocks: int,
+        nbytes: int,
+        gap: int,
+        seed: int,
+        lead: int = 1,
+        place: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+    ) -> None:
+        layout = (blocks, nbytes), (nbytes + gap, 1), lead
+        whole = torch.full((lead + blocks * (nbytes + gap) + 64,), CANARY, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(seed)
-        self.tensor.copy_(
-            torch.randint(0, 256, (blocks, nbytes), dtype=torch.uint8, generator=generator)
-        )
-        self.model = bytearray(self.tensor.contiguous().numpy().tobytes())
+        data = torch.randint(0, 256, (blocks, nbytes), dtype=torch.uint8, generator=generator)
+        whole.as_strided(*layout).copy_(data)
+        self.whole = place(whole)
+        self.tensor = self.whole.as_strided(*layout)
+        self.model = bytearray(data.numpy().tobytes())
 
     def check(self) -> None:
-        assert self.tensor.contiguous().numpy().tobytes() == bytes(self.model)
-        outside = torch.ones_like(self.whole, dtype=torch.bool)
-        outside.as_strided(
-            self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset()
-        ).fill_(False)
-        assert bool((self.whole[outside] == CANARY).all()), "wrote outside the blocks"
+        whole = self.whole.cpu()
+        layout = self.tensor.shape, self.tensor.stride(), self.tensor.storage_offset()
+        assert whole.as_strided(*layout).contiguous().numpy().tobytes() == bytes(self.model)
+        outside = torch.ones_like(whole, dtype=torch.bool)
+        outside.as_strided(*layout).fill_(False)
+        assert bool((whole[outside] == CANARY).all()), "wrote outside the blocks"
 
 
 @st.composite
@@ -252,6 +262,16 @@ def test_nothing_to_do():
     assert unchanged(tensor)
 
 
+def test_non_blocking_is_done_on_return_in_host_memory():
+    tensor, other = good(), torch.zeros(4, 2, dtype=torch.int64)
+    ops.copy_blocks([tensor], [0], [3], non_blocking=True)
+    ops.swap_blocks([other], [tensor], [1], [3], non_blocking=True)
+    ops.copy_rows([other], [tensor], 2, 1, 0, 8, non_blocking=True)
+    assert tensor[3].tolist() == [0, 1]
+    assert other.tolist() == [[0, 0], [0, 1], [2, 0], [0, 0]]
+    assert len(streams.in_flight) == 0
+
+
 def test_as_ids_is_a_copy_that_nobody_else_can_change():
     ids = torch.tensor([1, 2])
     mine = ops.as_ids(ids)
@@ -280,9 +300,10 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("options", [{}, {"non_blocking": True}], ids=["", "non_blocking"])
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck(name):
-    torch.library.opcheck(getattr(OPS, name).default, SAMPLES[name]())
+def test_opcheck(name, options):
+    torch.library.opcheck(getattr(OPS, name).default, SAMPLES[name](), options)
 
 
 @pytest.mark.filterwarnings("ignore")

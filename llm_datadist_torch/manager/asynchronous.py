@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.manager.base import ManagerBase
 from llm_datadist_torch.operations import arguments, layerwise, layerwise_arguments
+from llm_datadist_torch.streams import Stream
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.values.status import LLMStatusCode
 from llm_datadist_torch.values.transfer import (
@@ -94,6 +95,7 @@ class AsynchronousMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        wait_stream: Stream | None = None,
     ) -> CacheTask:
         """``pull_cache`` in the background. Not in the reference.
 
@@ -110,6 +112,7 @@ class AsynchronousMovement(ManagerBase):
             src_layer_range: Layers of the peer's cache; None for all.
             dst_layer_range: Layers of ``cache``; None for all.
             tensor_num_per_layer: Tensors of a layer.
+            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
 
         Returns:
             The task, with one result.
@@ -130,7 +133,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer)
+        return layerwise.start_one(instance, transfer, wait_stream)
 
     def pull_blocks_async(
         self,
@@ -142,6 +145,7 @@ class AsynchronousMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        wait_stream: Stream | None = None,
     ) -> CacheTask:
         """``pull_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -153,6 +157,7 @@ class AsynchronousMovement(ManagerBase):
             src_layer_range: Layers of the peer's cache; None for all.
             dst_layer_range: Layers of ``dst_cache``; None for all.
             tensor_num_per_layer: Tensors of a layer.
+            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
 
         Returns:
             The task, with one result.
@@ -173,7 +178,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer)
+        return layerwise.start_one(instance, transfer, wait_stream)
 
     def push_cache_async(
         self,
@@ -184,6 +189,8 @@ class AsynchronousMovement(ManagerBase):
         dst_layer_range: range | None = None,
         size: int = -1,
         tensor_num_per_layer: int = 2,
+        *,
+        wait_stream: Stream | None = None,
     ) -> CacheTask:
         """``push_cache`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -195,6 +202,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
             size: Only -1.
             tensor_num_per_layer: Tensors of a layer.
+            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
 
         Returns:
             The task, with one result.
@@ -215,7 +223,7 @@ class AsynchronousMovement(ManagerBase):
             size,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer)
+        return layerwise.start_one(instance, transfer, wait_stream)
 
     def push_blocks_async(
         self,
@@ -226,6 +234,8 @@ class AsynchronousMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        *,
+        wait_stream: Stream | None = None,
     ) -> CacheTask:
         """``push_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -237,6 +247,7 @@ class AsynchronousMovement(ManagerBase):
             src_layer_range: Layers read; None for all.
             dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
             tensor_num_per_layer: Tensors of a layer.
+            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
 
         Returns:
             The task, with one result.
@@ -258,4 +269,4 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer)
+        return layerwise.start_one(instance, transfer, wait_stream)

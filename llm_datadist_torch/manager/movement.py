@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.manager.base import ManagerBase
 from llm_datadist_torch.operations import arguments, copies, transfers
+from llm_datadist_torch.streams import Stream
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.values.status import LLMStatusCode
 
@@ -30,6 +31,8 @@ class CacheMovement(ManagerBase):
         offset: int = 0,
         size: int = -1,
         req_id: int | None = None,
+        *,
+        non_blocking: bool = False,
     ) -> None:
         """Copy part of a row in every tensor.
 
@@ -44,6 +47,9 @@ class CacheMovement(ManagerBase):
             offset: Bytes from the start of both rows.
             size: Bytes per tensor; -1 for the rest of the source row.
             req_id: Only checked.
+            non_blocking: Leave the copies on the device's current stream: they come after what is
+                on it now, and before what is launched on it later. The memory is kept until they
+                are done. Not in the reference.
 
         Raises:
             LLMParamError: A blocks cache, other number of tensors, rows or bytes out of range.
@@ -58,10 +64,15 @@ class CacheMovement(ManagerBase):
             offset,
             size,
             req_id,
+            non_blocking=non_blocking,
         )
 
     def copy_blocks(
-        self, cache: Cache, copy_block_info: Mapping[int, list[int]] | torch.Tensor
+        self,
+        cache: Cache,
+        copy_block_info: Mapping[int, list[int]] | torch.Tensor,
+        *,
+        non_blocking: bool = False,
     ) -> None:
         """Copy whole blocks within a cache, in every tensor (reference API, 9.2).
 
@@ -72,16 +83,27 @@ class CacheMovement(ManagerBase):
             cache: Blocks cache.
             copy_block_info: Source block -> list of destination blocks; or an int64 tensor [n, 2]
                 of (source, destination).
+            non_blocking: As for :meth:`copy_cache`.
 
         Raises:
             LLMParamError: A contiguous cache, a block out of range, a destination named twice; no
                 byte has moved then.
             LLMCacheNotFoundError: The cache has ended or belongs to another instance.
         """
-        copies.copy_blocks(self._open(LLMStatusCode.LLM_PARAM_INVALID), cache, copy_block_info)
+        copies.copy_blocks(
+            self._open(LLMStatusCode.LLM_PARAM_INVALID),
+            cache,
+            copy_block_info,
+            non_blocking=non_blocking,
+        )
 
     def swap_blocks(
-        self, src_cache: Cache, dst_cache: Cache, src_to_dst: Mapping[int, int] | torch.Tensor
+        self,
+        src_cache: Cache,
+        dst_cache: Cache,
+        src_to_dst: Mapping[int, int] | torch.Tensor,
+        *,
+        non_blocking: bool = False,
     ) -> None:
         """Copy whole blocks from a HOST cache to a DEVICE cache or back, in every tensor.
 
@@ -92,6 +114,8 @@ class CacheMovement(ManagerBase):
             dst_cache: Blocks cache written, in the other placement, with as many tensors and blocks
                 of the same size.
             src_to_dst: Source block -> destination block; or an int64 tensor [n, 2].
+            non_blocking: As for :meth:`copy_cache`. Host memory that isn't page-locked is copied
+                before the return nevertheless.
 
         Raises:
             AttributeError: A cache or the mapping is None.
@@ -99,7 +123,11 @@ class CacheMovement(ManagerBase):
                 out of range, a destination named twice; no byte has moved then.
         """
         copies.swap_blocks(
-            self._open(LLMStatusCode.LLM_PARAM_INVALID), src_cache, dst_cache, src_to_dst
+            self._open(LLMStatusCode.LLM_PARAM_INVALID),
+            src_cache,
+            dst_cache,
+            src_to_dst,
+            non_blocking=non_blocking,
         )
 
     # -- transfers --------------------------------------------------------------------------------
@@ -114,6 +142,7 @@ class CacheMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        wait_stream: Stream | None = None,
     ) -> None:
         """Pull the beginning of a row of a peer's contiguous cache (reference API, 9.3).
 
@@ -129,6 +158,9 @@ class CacheMovement(ManagerBase):
             src_layer_range: Layers of the peer's cache; None for all.
             dst_layer_range: Layers of ``cache``; None for all.
             tensor_num_per_layer: Tensors of a layer; matters only with a layer range.
+            wait_stream: No byte moves before what is on this stream now is done. None: the calling
+                thread's current stream of the cache's device or, for host memory, of the NPU in
+                use; ``torch.cpu.current_stream()`` waits for nothing. Not in the reference.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
@@ -150,6 +182,7 @@ class CacheMovement(ManagerBase):
                 dst_layer_range,
                 tensor_num_per_layer,
             ),
+            wait_stream,
         )
 
     def pull_blocks(
@@ -162,6 +195,7 @@ class CacheMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        wait_stream: Stream | None = None,
     ) -> None:
         """Pull blocks of a peer's cache into blocks of ours (reference API, 9.3).
 
@@ -178,6 +212,7 @@ class CacheMovement(ManagerBase):
             src_layer_range: Layers of the peer's cache; None for all.
             dst_layer_range: Layers of ``dst_cache``; None for all.
             tensor_num_per_layer: Tensors of a layer; matters only with a layer range.
+            wait_stream: As for :meth:`pull_cache`.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
@@ -198,6 +233,7 @@ class CacheMovement(ManagerBase):
                 dst_layer_range,
                 tensor_num_per_layer,
             ),
+            wait_stream,
         )
 
     def push_cache(
@@ -209,6 +245,8 @@ class CacheMovement(ManagerBase):
         dst_layer_range: range | None = None,
         size: int = -1,
         tensor_num_per_layer: int = 2,
+        *,
+        wait_stream: Stream | None = None,
     ) -> None:
         """Push a whole row of a contiguous cache into a row of a peer's (reference API, 9.4).
 
@@ -223,6 +261,7 @@ class CacheMovement(ManagerBase):
             size: Only -1.
             tensor_num_per_layer: Tensors of a layer; ``src_cache`` must be a whole number of
                 layers.
+            wait_stream: As for :meth:`pull_cache`.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
@@ -243,6 +282,7 @@ class CacheMovement(ManagerBase):
                 size,
                 tensor_num_per_layer,
             ),
+            wait_stream,
         )
 
     def push_blocks(
@@ -254,6 +294,8 @@ class CacheMovement(ManagerBase):
         src_layer_range: range | None = None,
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
+        *,
+        wait_stream: Stream | None = None,
     ) -> None:
         """Push blocks of ours into blocks of a peer's cache (reference API, 9.4).
 
@@ -268,6 +310,7 @@ class CacheMovement(ManagerBase):
             dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
             tensor_num_per_layer: Tensors of a layer; ``src_cache`` must be a whole number of
                 layers.
+            wait_stream: As for :meth:`pull_cache`.
 
         Raises:
             AttributeError: ``dst_cache_key`` is None.
@@ -289,4 +332,5 @@ class CacheMovement(ManagerBase):
                 dst_layer_range,
                 tensor_num_per_layer,
             ),
+            wait_stream,
         )

@@ -10,7 +10,7 @@ import torch
 from llm_datadist_torch import geometry, ops
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.geometry import Layout
-from llm_datadist_torch.operations import transfers
+from llm_datadist_torch.operations import plans
 from llm_datadist_torch.operations.transfers import Transfer
 from llm_datadist_torch.transports.base import Direction
 from llm_datadist_torch.values.checks import (
@@ -42,15 +42,15 @@ def pull_cache(
     """Check the arguments of ``pull_cache``."""
     check_isinstance("cache_key", cache_key, (CacheKey, CacheKeyByIdAndIndex), allow_none=False)
     check_isinstance("cache", cache, Cache, allow_none=False)
-    check_uint32("batch_index", batch_index)
-    check_int64("size", size)
+    batch_index = check_uint32("batch_index", batch_index)
+    size = check_int64("size", size)
     if cache.is_blocks_cache:
         raise param_error(
             "cache is a blocks cache, pull_cache is for contiguous ones", remedy="use pull_blocks."
         )
     if size != -1 and size <= 0:
         raise param_error(f"size={size} must be -1 or positive")
-    _check_per_layer(tensor_num_per_layer)
+    tensor_num_per_layer = _checked_per_layer(tensor_num_per_layer)
     _check_key(cache_key)
     _check_pull_ranges(src_layer_range, dst_layer_range)
 
@@ -63,9 +63,7 @@ def pull_cache(
                 "dst_layer_range", dst_layer_range, tensor_num_per_layer, layout.num_tensors
             )
 
-    plan = transfers.row_pull(
-        batch_index, size, src_layer_range, dst_layer_range, tensor_num_per_layer
-    )
+    plan = plans.row_pull(batch_index, size, src_layer_range, dst_layer_range, tensor_num_per_layer)
     return Transfer("pull_cache", Direction.READ, cache_key, cache, False, check_local, plan)
 
 
@@ -86,7 +84,7 @@ def pull_blocks(
     dst_ids = ops.as_ids(dst_blocks, "dst_blocks")
     _check_paged("dst_cache", dst_cache)
     _check_listed("dst_blocks", dst_ids)
-    _check_per_layer(tensor_num_per_layer)
+    tensor_num_per_layer = _checked_per_layer(tensor_num_per_layer)
     paged = isinstance(src_cache_key, BlocksCacheKey)
     if paged:
         _check_listed("src_blocks", src_ids)
@@ -108,7 +106,7 @@ def pull_blocks(
                 "dst_layer_range", dst_layer_range, tensor_num_per_layer, layout.num_tensors
             )
 
-    plan = transfers.block_pull(
+    plan = plans.block_pull(
         src_ids if paged else None, dst_ids, src_layer_range, dst_layer_range, tensor_num_per_layer
     )
     return Transfer(
@@ -128,15 +126,15 @@ def push_cache(
     """Check the arguments of ``push_cache``."""
     check_isinstance("dst_cache_key", dst_cache_key, CacheKeyByIdAndIndex, allow_none=False)
     check_isinstance("src_cache", src_cache, Cache, allow_none=False)
-    check_uint32("src_batch_index", src_batch_index)
+    src_batch_index = check_uint32("src_batch_index", src_batch_index)
     if src_cache.is_blocks_cache:
         raise param_error(
             "src_cache is a blocks cache, push_cache is for contiguous ones",
             remedy="use push_blocks.",
         )
-    _check_per_layer(tensor_num_per_layer)
+    tensor_num_per_layer = _checked_per_layer(tensor_num_per_layer)
     src, dst = _pushed(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
-    check_int64("size", size)
+    size = check_int64("size", size)
     if size != -1:
         raise param_error(f"size={size}: push_cache moves whole rows, only -1 is supported")
     _check_key(dst_cache_key)
@@ -144,7 +142,7 @@ def push_cache(
     def check_local(layout: Layout) -> None:
         geometry.check_row("src_batch_index", src_batch_index, layout)
 
-    plan = transfers.row_push(src_batch_index, src, dst)
+    plan = plans.row_push(src_batch_index, src, dst)
     return Transfer(
         "push_cache", Direction.WRITE, dst_cache_key, src_cache, False, check_local, plan
     )
@@ -167,7 +165,7 @@ def push_blocks(
     dst_ids = ops.as_ids(dst_blocks, "dst_blocks")
     _check_paged("src_cache", src_cache)
     _check_listed("dst_blocks", dst_ids)
-    _check_per_layer(tensor_num_per_layer)
+    tensor_num_per_layer = _checked_per_layer(tensor_num_per_layer)
     src, dst = _pushed(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
 
     def check_local(layout: Layout) -> None:
@@ -175,16 +173,17 @@ def push_blocks(
         _check_equal_lengths(src_ids, dst_ids)
         geometry.check_rows("src_blocks", src_ids, layout)
 
-    plan = transfers.block_push(src_ids, dst_ids, src, dst)
+    plan = plans.block_push(src_ids, dst_ids, src, dst)
     return Transfer(
         "push_blocks", Direction.WRITE, dst_cache_key, src_cache, True, check_local, plan
     )
 
 
-def _check_per_layer(tensor_num_per_layer: int) -> None:
-    check_uint32("tensor_num_per_layer", tensor_num_per_layer)
+def _checked_per_layer(tensor_num_per_layer: int) -> int:
+    tensor_num_per_layer = check_uint32("tensor_num_per_layer", tensor_num_per_layer)
     if tensor_num_per_layer < 1:
         raise param_error(f"tensor_num_per_layer={tensor_num_per_layer} must be at least 1")
+    return tensor_num_per_layer
 
 
 def _check_key(key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey) -> None:

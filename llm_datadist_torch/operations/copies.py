@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-from llm_datadist_torch import ops
+from llm_datadist_torch import ops, streams
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.address import check_alive
@@ -32,14 +32,16 @@ def copy_cache(
     offset: int,
     size: int,
     req_id: int | None,
+    *,
+    non_blocking: bool,
 ) -> None:
     """Copy part of one row, in every tensor."""
     check_isinstance("dst", dst, Cache, allow_none=False)
     check_isinstance("src", src, Cache, allow_none=False)
-    check_uint32("dst_batch_index", dst_batch_index)
-    check_uint32("src_batch_index", src_batch_index)
-    check_uint64("offset", offset)
-    check_int64("size", size)
+    dst_batch_index = check_uint32("dst_batch_index", dst_batch_index)
+    src_batch_index = check_uint32("src_batch_index", src_batch_index)
+    offset = check_uint64("offset", offset)
+    size = check_int64("size", size)
     for name, cache in (("src", src), ("dst", dst)):
         if cache.is_blocks_cache:
             raise param_error(f"{name} is a blocks cache, copy_cache is for contiguous ones")
@@ -47,7 +49,7 @@ def copy_cache(
         raise param_error(f"size={size} must be -1 or positive")
     if req_id is not None:
         check_uint64("req_id", req_id)
-    with instance.using(src), instance.using(dst), as_param_errors():
+    with _held(instance, [src, dst], (src, dst), non_blocking=non_blocking):
         _check_rows_first(src, dst)
         nbytes = src.layout.row_bytes - offset if size == -1 else size
         for name, cache in (("src", src), ("dst", dst)):
@@ -57,11 +59,23 @@ def copy_cache(
                     f" {cache.layout.row_bytes} bytes"
                 )
         _check_memory(src, dst)
-        ops.copy_rows(dst.tensors, src.tensors, dst_batch_index, src_batch_index, offset, nbytes)
+        ops.copy_rows(
+            dst.tensors,
+            src.tensors,
+            dst_batch_index,
+            src_batch_index,
+            offset,
+            nbytes,
+            non_blocking=non_blocking,
+        )
 
 
 def copy_blocks(
-    instance: Instance, cache: Cache, copy_block_info: Mapping[int, list[int]] | torch.Tensor
+    instance: Instance,
+    cache: Cache,
+    copy_block_info: Mapping[int, list[int]] | torch.Tensor,
+    *,
+    non_blocking: bool,
 ) -> None:
     """Copy whole blocks within a cache.
 
@@ -71,10 +85,10 @@ def copy_blocks(
     src_blocks, dst_blocks = _fan_out(copy_block_info)
     if not cache.is_blocks_cache:
         raise param_error("cache is contiguous, copy_blocks is for blocks caches")
-    with instance.using(cache), as_param_errors():
+    with _held(instance, [cache], (cache,), non_blocking=non_blocking):
         _check_rows_first(cache)
         _check_memory(cache)
-        ops.copy_blocks(cache.tensors, src_blocks, dst_blocks)
+        ops.copy_blocks(cache.tensors, src_blocks, dst_blocks, non_blocking=non_blocking)
 
 
 def swap_blocks(
@@ -82,6 +96,8 @@ def swap_blocks(
     src_cache: Cache,
     dst_cache: Cache,
     src_to_dst: Mapping[int, int] | torch.Tensor,
+    *,
+    non_blocking: bool,
 ) -> None:
     """Copy whole blocks from a cache in one placement to one in the other."""
     check_isinstance("src_cache", src_cache, Cache)
@@ -91,13 +107,31 @@ def swap_blocks(
             raise param_error(f"{name} is contiguous, swap_blocks is for blocks caches")
     src_blocks, dst_blocks = _pairs(src_to_dst)
     _check_swappable(src_cache, dst_cache)
-    with ExitStack() as stack, as_param_errors():
-        for cache in (src_cache, dst_cache):
-            # Caches from create_cpu_cache, or of another instance, are held by their tensors alone.
-            if instance.owns(cache):
-                stack.enter_context(instance.using(cache))
+    # Caches from create_cpu_cache, or of another instance, are held by their tensors alone.
+    owned = [cache for cache in (src_cache, dst_cache) if instance.owns(cache)]
+    with _held(instance, owned, (src_cache, dst_cache), non_blocking=non_blocking):
         _check_memory(src_cache, dst_cache)
-        ops.swap_blocks(dst_cache.tensors, src_cache.tensors, dst_blocks, src_blocks)
+        ops.swap_blocks(
+            dst_cache.tensors,
+            src_cache.tensors,
+            dst_blocks,
+            src_blocks,
+            non_blocking=non_blocking,
+        )
+
+
+@contextmanager
+def _held(
+    instance: Instance, owned: Sequence[Cache], used: Sequence[Cache], *, non_blocking: bool
+) -> Iterator[None]:
+    """Leases on our caches while they are copied, which ``non_blocking`` may be after the call."""
+    with ExitStack() as leases, as_param_errors():
+        for cache in owned:
+            leases.enter_context(instance.using(cache))
+        yield
+        if non_blocking:
+            device = streams.device_of(cache.device for cache in used)
+            streams.keep_until_done(device, leases.pop_all().close)
 
 
 @contextmanager
@@ -188,4 +222,4 @@ def _check_memory(*caches: Cache) -> None:
     """
     for cache in caches:
         if cache.is_foreign:
-            check_alive(cache.tensor_addrs, cache.layout.extent)
+            check_alive(cache.tensor_addrs, cache.layout.extent, cache.device)

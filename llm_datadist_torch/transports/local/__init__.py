@@ -9,10 +9,22 @@ from __future__ import annotations
 import logging
 
 import msgspec
+import torch
 
+from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.transports.base import Channel, Movement, Relay, Transport
+from llm_datadist_torch.transports.base import (
+    Capabilities,
+    Channel,
+    Fit,
+    MemoryKind,
+    Movement,
+    RegionView,
+    Relay,
+    Transport,
+)
 from llm_datadist_torch.transports.local.host import HostIdentity
+from llm_datadist_torch.transports.local.mappings import PeerMappings
 from llm_datadist_torch.transports.local.ways import (
     ProcessMemory,
     Relayed,
@@ -30,9 +42,25 @@ class LocalTransport(Transport):
     """Moves bytes between the processes of one host, in C++."""
 
     name = "local"
+    preference = 100
+    capabilities = Capabilities(
+        host_memory=True,
+        device_memory=True,  # of peers in this process
+        same_process=True,
+        same_host=True,
+        between_hosts=True,
+        cancel=True,
+        needs_registration=False,
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        super().__init__(config, device)
         self._identity = HostIdentity.of_this_process()
+
+    @classmethod
+    def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
+        """It needs nothing but the kernel."""
+        return None
 
     def offer(self) -> bytes:
         """This process's identity."""
@@ -56,28 +84,45 @@ class LocalChannel(Channel):
     def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
         self._peer = peer
         self._reported: set[str] = set()
-        unreachable = peer.unreachable_from(here)
+        self._words = PeerMappings(peer.pid)
+        self._unreachable = peer.unreachable_from(here)
+        self._same_process = here == peer
         relayed = Relayed(relay)
         self._ways: list[Way]
-        if here == peer:
+        if self._same_process:
             self._ways = [SameProcess()]
-        elif unreachable:
+        elif self._unreachable:
             self._ways = [relayed]
-            self._report(
-                relayed, f"{unreachable}: bytes go through the control connection, which is slow"
-            )
         else:
             self._ways = [SharedMapping(peer), ProcessMemory(peer), relayed]
 
+    def fit(self, kind: MemoryKind) -> Fit:
+        """Well inside one process; between processes host memory only.
+
+        Once only the relay is left, anything else is better.
+        """
+        if kind is not MemoryKind.HOST and not self._same_process:
+            return Fit.none("between processes it moves host memory only")
+        if isinstance(self._ways[0], Relayed):
+            reason = self._unreachable or "the kernel forbids the other ways"
+            return Fit.last_resort(f"through the control connection, {reason}")
+        return Fit.good("same process" if self._same_process else "same host")
+
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`; returns the name of the way that served."""
-        if not movement.in_host_memory:
+        if not movement.in_host_memory and not self._same_process:
             raise error_for(
-                LLMStatusCode.LLM_FAILED,
-                f"the local transport moves host memory only, not between {movement.local_device}"
-                f" and the peer's {movement.remote_device}",
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                "between processes the local transport moves host memory only, not between"
+                f" {movement.local_device} and the peer's {movement.remote_device}",
+                remedy="use HOST caches, or the transport hixl.",
             )
         for way in tuple(self._ways):
+            if self._unreachable:
+                self._report(
+                    way,
+                    f"{self._unreachable}: bytes go through the control connection, which is slow",
+                )
             try:
                 way.move(movement, deadline)
             except WayClosedError as reason:
@@ -92,6 +137,14 @@ class LocalChannel(Channel):
             LLMStatusCode.LLM_FAILED, f"no way to the memory of process {self._peer.pid}"
         )
 
+    def read_words(self, region: RegionView, offset: int) -> tuple[int, int] | None:
+        """See :meth:`Channel.read_words`: out of a mapping, so in nanoseconds."""
+        return None if self._unreachable else self._words.read_words(region, offset)
+
+    def needs_lease(self, way: str) -> bool:
+        """The peer relays bytes only out of caches that are leased."""
+        return way == Relayed.name
+
     def _report(self, way: Way, reason: str) -> None:
         if reason not in self._reported:
             self._reported.add(reason)
@@ -101,10 +154,12 @@ class LocalChannel(Channel):
 
     def forget(self, region_id: int) -> None:
         """Unmap a region."""
+        self._words.forget(region_id)
         for way in self._ways:
             way.forget(region_id)
 
     def close(self) -> None:
         """Unmap everything."""
+        self._words.close()
         for way in self._ways:
             way.close()

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import errno
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 
-from llm_datadist_torch import _C
+from llm_datadist_torch import _C, streams
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.memory.spans import gather, scatter
-from llm_datadist_torch.transports.base import Direction, Movement, RegionView, Relay
+from llm_datadist_torch.transports.base import (
+    Direction,
+    Movement,
+    RegionView,
+    Relay,
+    timed_out,
+)
 from llm_datadist_torch.transports.local.host import HostIdentity, why_forbidden
+from llm_datadist_torch.transports.local.mappings import PeerMappings
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMPeerLostError,
@@ -31,6 +37,9 @@ RELAY_SPANS = 1 << 16
 """Spans of one relayed message: 16 bytes each, so that many small blocks make no large request."""
 
 _SWAPPED = torch.tensor([1, 0, 2])
+
+Side: TypeAlias = tuple[torch.Tensor, torch.device]
+"""Addresses, int64 [n], and where they are."""
 
 
 class WayClosedError(Exception):
@@ -71,10 +80,11 @@ class SameProcess(Way):
     name = "same-process"
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
-        """Copy in memory."""
+        """Copy in memory, of whatever device."""
         if movement.remote_foreign:
+            device = torch.device(movement.remote_device)
             try:
-                check_alive(movement.remote_addrs, movement.measures[2])
+                check_alive(movement.remote_addrs, movement.measures[2], device)
             except LLMException as error:
                 raise _unmapped() from error
         _copy(movement, movement.remote_addrs, deadline)
@@ -90,8 +100,7 @@ class SharedMapping(Way):
 
     def __init__(self, peer: HostIdentity) -> None:
         self._peer = peer
-        self._lock = threading.Lock()
-        self._mappings: dict[int, _C.PeerMapping] = {}
+        self._mappings = PeerMappings(peer.pid)
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Copy between local memory and the mapping."""
@@ -114,35 +123,24 @@ class SharedMapping(Way):
         _copy(movement, remote_addrs, deadline)
 
     def _mapping(self, region: RegionView) -> _C.PeerMapping:
-        with self._lock:
-            mapping = self._mappings.get(region.region_id)
-            if mapping is None:
-                try:
-                    mapping = _C.PeerMapping.open(
-                        self._peer.pid, region.fd, region.inode, region.device, region.nbytes
-                    )
-                except OSError as error:
-                    reason = why_forbidden(error.errno or 0, self._peer.pid)
-                    raise WayClosedError(
-                        f"mapping it failed: {error}; {reason}", lasting=False
-                    ) from error
-                self._mappings[region.region_id] = mapping
-            return mapping
+        try:
+            return self._mappings.get(region)
+        except OSError as error:
+            reason = why_forbidden(error.errno or 0, self._peer.pid)
+            raise WayClosedError(f"mapping it failed: {error}; {reason}", lasting=False) from error
 
     def forget(self, region_id: int) -> None:
         """Unmap it as soon as no copy uses it."""
-        with self._lock:
-            self._mappings.pop(region_id, None)
+        self._mappings.forget(region_id)
 
     def close(self) -> None:
         """Unmap everything."""
-        with self._lock:
-            self._mappings.clear()
+        self._mappings.close()
 
     @property
     def mapped_bytes(self) -> int:
         """Bytes of the peer's memory that are mapped here."""
-        return sum(mapping.nbytes for mapping in self._mappings.values())
+        return self._mappings.nbytes
 
 
 class ProcessMemory(Way):
@@ -223,10 +221,7 @@ def relay_chunks(movement: Movement) -> Iterator[tuple[torch.Tensor, torch.Tenso
     Yields:
         Local addresses (int64 [n]) and remote spans (int64 [n, 2]: address, nbytes).
     """
-    runs = movement.runs
-    local = (movement.local_addrs[:, None] + runs[None, :, 0]).flatten().tolist()
-    remote = (movement.remote_addrs[:, None] + runs[None, :, 1]).flatten().tolist()
-    sizes = runs[:, 2].repeat(len(movement.local_addrs)).tolist()
+    local, remote, sizes = (column.tolist() for column in movement.spelled_out())
     here: list[int] = []
     there: list[tuple[int, int]] = []
     room = RELAY_CHUNK
@@ -251,16 +246,6 @@ def _pieces(nbytes: int, room: int) -> Iterator[tuple[int, int]]:
         at, room = at + piece, RELAY_CHUNK
 
 
-def timed_out(deadline: Deadline) -> LLMException:
-    """The error of a movement whose time is up."""
-    return error_for(
-        LLMStatusCode.LLM_TIMEOUT,
-        f"the transfer did not finish within {deadline.budget_ms} ms; the destination is partly"
-        " written",
-        remedy="raise sync_kv_timeout; the link stays usable.",
-    )
-
-
 def _unmapped() -> LLMException:
     """The error for memory that the peer registered by addresses and then freed."""
     return error_for(
@@ -275,13 +260,23 @@ def _unmapped() -> LLMException:
 
 def _copy(movement: Movement, remote_addrs: torch.Tensor, deadline: Deadline) -> None:
     if movement.local_foreign:
-        check_alive(movement.local_addrs, movement.measures[1])
+        check_alive(movement.local_addrs, movement.measures[1], movement.local_device)
+    here = (movement.local_addrs, movement.local_device)
+    there = (remote_addrs, torch.device(movement.remote_device))
     if movement.direction is Direction.READ:
-        done = _C.copy_runs(movement.local_addrs, remote_addrs, movement.runs, deadline.at_ns)
+        done = _move(here, there, movement.runs, deadline)
     else:
-        runs = movement.runs.index_select(1, _SWAPPED)
-        done = _C.copy_runs(remote_addrs, movement.local_addrs, runs, deadline.at_ns)
+        done = _move(there, here, movement.runs.index_select(1, _SWAPPED), deadline)
     _check_done(movement, done, deadline)
+
+
+def _move(dst: Side, src: Side, runs: torch.Tensor, deadline: Deadline) -> int:
+    """Copy runs between addresses of this process; returns the bytes, fewer if time was up."""
+    device = streams.device_of((dst[1], src[1]))
+    if device.type == streams.HOST:
+        return _C.copy_runs(dst[0], src[0], runs, deadline.at_ns)
+    with streams.own_stream(device):
+        return _C.copy_runs_on_device(dst[0], src[0], runs, dst[1], src[1], deadline.at_ns)
 
 
 def _check_done(movement: Movement, done: int, deadline: Deadline) -> None:

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arguments of the copy ops, checked, and what they ask for: the part that all devices share.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "block_order.h"
+#include "op_checks.h"
+#include "runs.h"
+
+namespace llmdd {
+
+// Blocks copied within each tensor of a list.
+struct BlocksPlan {
+  TensorRows all;
+  at::Tensor dst_ids;
+  at::Tensor src_ids;
+  IdTable table;           // of the destinations
+  bool nothing = false;    // no byte is to move
+  bool interfere = false;  // some block is both read and written, so that the order matters
+
+  // What to copy if nothing interferes; blocks copied onto themselves are left out.
+  std::vector<Run> runs() const;
+  BlockOrder order() const;
+};
+
+// Rows copied from a list of tensors to another one.
+struct RowsPlan {
+  TensorRows to;
+  TensorRows from;
+  std::vector<Run> runs;  // empty if no byte is to move
+};
+
+// Each throws ValueError or IndexError for what is wrong with its arguments, before a byte moves.
+BlocksPlan plan_copy_blocks(at::TensorList tensors, const at::Tensor& src_ids,
+                            const at::Tensor& dst_ids);
+RowsPlan plan_swap_blocks(at::TensorList dst, at::TensorList src, const at::Tensor& dst_ids,
+                          const at::Tensor& src_ids);
+RowsPlan plan_copy_rows(at::TensorList dst, at::TensorList src, int64_t dst_row, int64_t src_row,
+                        int64_t offset, int64_t nbytes);
+
+}  // namespace llmdd
