@@ -6,22 +6,30 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.catalog import CacheEntry, Catalog
-from llm_datadist_torch.config import EngineConfig, PoolConfig
+from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.communicators import Communicators
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.table import LinkTable
-from llm_datadist_torch.memory.allocate import CacheMemory, HostMemory, default_host_memory
+from llm_datadist_torch.memory.address import HOST
+from llm_datadist_torch.memory.allocate import CacheMemory
 from llm_datadist_torch.memory.arena import ArenaMemory
-from llm_datadist_torch.transports.base import Transport
-from llm_datadist_torch.transports.local import LocalTransport
+from llm_datadist_torch.memory.device import choose_device
+from llm_datadist_torch.transports.base import MemorySpan, joined_spans
+from llm_datadist_torch.transports.choice import TransportSet
+from llm_datadist_torch.transports.registry import open_transports
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.enums import Placement
-from llm_datadist_torch.values.status import LLMStatusCode, error_for
+from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 from llm_datadist_torch.workers import WorkerPool
 
 MAX_TRANSFERS = 8
@@ -29,6 +37,10 @@ MAX_TRANSFERS = 8
 
 MAX_LAYERWISE = 32
 """Layer by layer transfers that run at a time; most of the time they wait for a layer."""
+
+
+MAX_LINKING = 16
+"""Communicators that are prepared at a time (reference API, 11.4)."""
 
 
 class Instance:
@@ -41,8 +53,15 @@ class Instance:
         cluster_id: Its id, unique among linked peers.
         config: Checked configuration.
 
+    Attributes:
+        cluster_id: Its id.
+        config: Its configuration.
+        device: What ``Placement.DEVICE`` means.
+
     Raises:
         LLMOutOfMemoryError: A pool could not be had.
+        LLMFeatureNotEnabledError: The device can't be used.
+        LLMParamError: There is no device of this index.
         LLMException: ``listen_ip_info`` can't be bound.
     """
 
@@ -52,27 +71,36 @@ class Instance:
         self._open = True
         self._pid = os.getpid()
         self.catalog = Catalog(self._on_free)
+        self.device = choose_device(config.device, config.device_id)
         self._memories: dict[Placement, CacheMemory] = {
-            Placement.DEVICE: _memory(config.device_pool, HostMemory()),
-            Placement.HOST: _memory(config.host_pool, default_host_memory()),
+            Placement.DEVICE: self.device.memory(config.device_pool),
+            Placement.HOST: self.device.host_memory(config.host_pool),
         }
         # Apart, so that transfers that wait for layers don't keep others waiting.
-        self.transfer_workers = WorkerPool("transfer", MAX_TRANSFERS)
-        self.layer_workers = WorkerPool("layers", MAX_LAYERWISE)
+        self.transfer_workers = WorkerPool("transfer", MAX_TRANSFERS, self.device.enter_thread)
+        self.layer_workers = WorkerPool("layers", MAX_LAYERWISE, self.device.enter_thread)
         self._caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
         self._caches_lock = threading.Lock()
-        self._transports: dict[str, Transport] = {LocalTransport.name: LocalTransport()}
+        self._transports: TransportSet = open_transports(config, self.device.device)
         owner = Owner(self.catalog, consume_keys=not config.remote_accessible)
         self.links = LinkTable(
             cluster_id, owner, self._transports, remote_accessible=config.remote_accessible
         )
+        self.communicators = Communicators(self.links, WorkerPool("link", MAX_LINKING))
         try:
-            self.links.endpoint.start(config.listen)
+            self._transports.register(self._pool_spans())
+            self._listen()
+        except LLMException:
+            self.links.close(self.deadline())
+            self._transports.close()
+            raise
+
+    def _listen(self) -> None:
+        try:
+            self.links.endpoint.start(self.config.listen, self.device.enter_thread)
         except ValueError as error:
-            self.links.close()
             raise param_error(f"listen_ip_info: {error}", remedy="give ip:port.") from error
         except OSError as error:
-            self.links.close()
             raise error_for(LLMStatusCode.LLM_FAILED, str(error), op="init") from error
 
     def close(self) -> None:
@@ -86,11 +114,11 @@ class Instance:
         # A forked child has neither the endpoint's thread nor any right to its sockets.
         if os.getpid() == self._pid:
             deadline = self.deadline()
+            self.communicators.close(deadline)
             for workers in (self.transfer_workers, self.layer_workers):
                 workers.close(deadline)
-            self.links.close()
-        for transport in self._transports.values():
-            transport.close()
+            self.links.close(deadline)
+            self._transports.close()
         with self._caches_lock:
             caches = list(self._caches.values())
         for cache in caches:
@@ -112,6 +140,10 @@ class Instance:
         if placement not in self._memories:
             raise param_error(f"placement={placement!r} of the cache_desc is no Placement")
         return self._memories[placement]
+
+    def device_of(self, placement: Placement) -> torch.device:
+        """Where memory of a placement must be."""
+        return self.device.device if placement == Placement.DEVICE else HOST
 
     def deadline(self) -> Deadline:
         """The time that one transfer has: ``sync_kv_timeout``."""
@@ -157,10 +189,43 @@ class Instance:
         finally:
             self.catalog.end_lease(entry)
 
+    # -- what transports must know ----------------------------------------------------------------
+
+    def publish(self, entry: CacheEntry, keys: Sequence[CacheKey | BlocksCacheKey]) -> None:
+        """Enter a new cache in the catalog, its memory reachable for peers; all or nothing.
+
+        Raises:
+            LLMParamError: As :meth:`Catalog.add`, or memory that a transport can't register.
+            LLMException: A transport could not register it.
+        """
+        spans = self._spans_of(entry)
+        self._transports.register(spans)
+        try:
+            self.catalog.add(entry, keys)
+        except LLMException:
+            self._transports.unregister(spans)
+            raise
+
+    def _pool_spans(self) -> list[MemorySpan]:
+        return [
+            MemorySpan(memory.region.address, memory.region.nbytes, self.device_of(placement))
+            for placement, memory in self._memories.items()
+            if isinstance(memory, ArenaMemory)
+        ]
+
+    def _spans_of(self, entry: CacheEntry) -> list[MemorySpan]:
+        """What must be registered for a cache; the region of a pool has been, once for all."""
+        region = entry.region
+        if region is not None:
+            span = MemorySpan(region.address, region.nbytes, entry.device)
+            return [span] if entry.owns_region else []
+        # Nobody else may reach it in this mode, and we may not move it either.
+        if self.config.remote_accessible and not entry.remote_accessible:
+            return []
+        return joined_spans(entry.addrs.tolist(), entry.layout.extent, entry.device)
+
     def _on_free(self, entry: CacheEntry) -> None:
+        # First of all: the engines must not reach memory that is being freed.
+        self._transports.unregister(self._spans_of(entry))
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)
-
-
-def _memory(pool: PoolConfig | None, without_pool: CacheMemory) -> CacheMemory:
-    return without_pool if pool is None else ArenaMemory(pool)

@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import msgspec
 import torch
 
 from llm_datadist_torch import _C
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
+    from llm_datadist_torch.config import EngineConfig
     from llm_datadist_torch.deadline import Deadline
 
 HOST_DEVICE = torch.device("cpu")
@@ -25,6 +28,15 @@ class Direction(Enum):
 
     READ = "read"
     WRITE = "write"
+
+
+class MemoryKind(Enum):
+    """What a movement needs its transport for."""
+
+    HOST = "host"
+    """Both sides are in host memory."""
+    DEVICE = "device"
+    """At least one side is in device memory."""
 
 
 class RegionView(msgspec.Struct, frozen=True, array_like=True):
@@ -81,6 +93,11 @@ class Movement:
         """Whether the bytes of both sides are in host memory."""
         return self.local_device.type == self.remote_device == HOST_DEVICE.type
 
+    @property
+    def kind(self) -> MemoryKind:
+        """Which kind of memory is moved."""
+        return MemoryKind.HOST if self.in_host_memory else MemoryKind.DEVICE
+
     @cached_property
     def measures(self) -> tuple[int, int, int]:
         """Of one tensor pair: bytes moved, end of the last local byte, of the last remote one."""
@@ -90,6 +107,22 @@ class Movement:
     def nbytes(self) -> int:
         """Bytes of all runs in all tensors."""
         return self.measures[0] * len(self.local_addrs)
+
+    def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Every run of every tensor: local addresses, remote addresses and bytes, int64 [n]."""
+        local = (self.local_addrs[:, None] + self.runs[None, :, 0]).flatten()
+        remote = (self.remote_addrs[:, None] + self.runs[None, :, 1]).flatten()
+        return local, remote, self.runs[:, 2].repeat(len(self.local_addrs))
+
+
+def timed_out(deadline: Deadline) -> LLMException:
+    """The error of a movement whose time is up."""
+    return error_for(
+        LLMStatusCode.LLM_TIMEOUT,
+        f"the transfer did not finish within {deadline.budget_ms} ms; the destination is partly"
+        " written",
+        remedy="raise sync_kv_timeout; the link stays usable.",
+    )
 
 
 class Relay(Protocol):
@@ -108,6 +141,33 @@ class Relay(Protocol):
         """Write ``data`` over ``spans`` of the leased cache of the peer."""
 
 
+class Fit(NamedTuple):
+    """How well a channel serves one kind of memory.
+
+    Attributes:
+        level: 0 not at all, 1 when nothing better can, 2 well.
+        reason: Why, in a few words for logs and ``LinkInfo``: "same host".
+    """
+
+    level: int
+    reason: str
+
+    @classmethod
+    def none(cls, reason: str) -> Fit:
+        """It can't serve."""
+        return cls(0, reason)
+
+    @classmethod
+    def last_resort(cls, reason: str) -> Fit:
+        """It works, and anything else is better."""
+        return cls(1, reason)
+
+    @classmethod
+    def good(cls, reason: str) -> Fit:
+        """It is made for this."""
+        return cls(2, reason)
+
+
 class Channel(ABC):
     """The way to one peer.
 
@@ -116,6 +176,10 @@ class Channel(ABC):
     the peer has freed a region. 4. :meth:`close` when the link ends; idempotent, a move that is
     under way finishes or fails with a typed error.
     """
+
+    @abstractmethod
+    def fit(self, kind: MemoryKind) -> Fit:
+        """How well it can serve ``kind`` with this peer, as far as is known now. Does not block."""
 
     @abstractmethod
     def move(self, movement: Movement, deadline: Deadline) -> str:
@@ -131,24 +195,115 @@ class Channel(ABC):
             LLMException: Anything else, typed.
         """
 
+    def read_words(self, region: RegionView, offset: int) -> tuple[int, int] | None:  # noqa: ARG002
+        """Two neighbouring 64-bit counters in a region of the peer, without asking it.
+
+        They are read after the bytes of every movement that has returned, and before those of one
+        that begins later.
+
+        Returns:
+            Their values; None where that is impossible or would take more than a message.
+        """
+        return None
+
+    def needs_lease(self, way: str) -> bool:  # noqa: ARG002
+        """Whether moves that go the way ``way`` (as :meth:`move` names it) need a lease."""
+        return False
+
     @abstractmethod
     def forget(self, region_id: int) -> None:
-        """The peer has freed this region: let go of what was set up for it."""
+        """The peer has freed this region: let go of what was set up for it. Must not block."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Let go of everything. Must not block: it is called from the thread that serves links."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a transport can do, whatever the peer; :meth:`Channel.fit` says what it can with one.
+
+    Attributes:
+        host_memory: It moves host memory.
+        device_memory: It moves device memory.
+        same_process: It serves peers in this process.
+        same_host: It serves other processes of this host.
+        between_hosts: It serves other hosts.
+        cancel: It can stop a movement; else it has to break its connection to be rid of one.
+        needs_registration: It moves only memory that both owners have registered with it.
+    """
+
+    host_memory: bool
+    device_memory: bool
+    same_process: bool
+    same_host: bool
+    between_hosts: bool
+    cancel: bool
+    needs_registration: bool
+
+
+class MemorySpan(NamedTuple):
+    """A stretch of this process's memory that peers may reach."""
+
+    address: int
+    nbytes: int
+    device: torch.device
+
+    @property
+    def kind(self) -> MemoryKind:
+        """Which kind of memory it is."""
+        return MemoryKind.HOST if self.device.type == HOST_DEVICE.type else MemoryKind.DEVICE
+
+
+def joined_spans(addrs: Iterable[int], nbytes: int, device: torch.device) -> list[MemorySpan]:
+    """The memory of tensors of ``nbytes``; those that lie between each other are one span."""
+    spans: list[MemorySpan] = []
+    for address in sorted(addrs):
+        if spans and address < spans[-1].address + spans[-1].nbytes:
+            first = spans.pop().address
+            spans.append(MemorySpan(first, address + nbytes - first, device))
+        else:
+            spans.append(MemorySpan(address, nbytes, device))
+    return spans
 
 
 class Transport(ABC):
     """One engine, for one instance.
 
-    Life cycle: 1. constructed when the instance is initialised. 2. :meth:`offer` is sent to each
-    peer in the handshake. 3. :meth:`connect` with the peer's offer gives the :class:`Channel` of
-    that link. 4. :meth:`close` at finalize.
+    Life cycle: 1. :meth:`availability` is asked before anything is made. 2. Constructed when the
+    instance is initialised. 3. :meth:`register` and :meth:`unregister` as memory comes and goes,
+    before and after linking. 4. :meth:`offer` is sent to each peer in the handshake.
+    5. :meth:`connect` with the peer's offer gives the :class:`Channel` of that link.
+    6. :meth:`close` at finalize, after all channels.
+
+    Thread safety: all methods may be called from any thread.
+
+    Args:
+        config: The configuration of the instance.
+        device: What ``Placement.DEVICE`` is in it.
+
+    Raises:
+        LLMException: The engine does not start. Unless the transport was asked for by name, the
+            instance then does without it.
     """
 
     name: ClassVar[str]
+    """Its name in ``LLMConfig.transport``, logs and handshakes; the same on both ends."""
+    capabilities: ClassVar[Capabilities]
+    preference: ClassVar[int]
+    """Among transports that serve equally well the highest is taken."""
+
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+
+    @classmethod
+    @abstractmethod
+    def availability(cls, config: EngineConfig, device: torch.device) -> str | None:
+        """Why an instance with this configuration can't have it, and the fix; None if it can.
+
+        Must not start anything.
+        """
 
     @abstractmethod
     def offer(self) -> bytes:
@@ -159,7 +314,28 @@ class Transport(ABC):
 
     @abstractmethod
     def connect(self, offer: bytes, relay: Relay) -> Channel:
-        """The channel to the peer that made ``offer``. Does not block."""
+        """The channel to the peer that made ``offer``. Does not block.
+
+        Raises:
+            LLMException: ``offer`` is from a version that this one can't talk to.
+            msgspec.DecodeError: ``offer`` is none.
+        """
+
+    def register(self, span: MemorySpan) -> None:  # noqa: B027  most transports need none
+        """Make a span reachable for peers and usable for movements.
+
+        Called only if the capabilities say ``needs_registration`` and name the kind of memory. The
+        same span may be registered several times; it ends with the last ``unregister``.
+
+        Raises:
+            LLMException: It could not be; nothing has changed.
+        """
+
+    def unregister(self, span: MemorySpan) -> None:  # noqa: B027
+        """End one :meth:`register` of ``span``, if there was one, so that it may be freed.
+
+        Never fails.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What users are told of a link."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.transports.choice import Choice
+
+
+@dataclass(frozen=True)
+class LinkInfo:
+    """One link, as it was when ``LLMDataDist.links()`` looked.
+
+    Attributes:
+        peer: The peer's cluster id.
+        state: "linked", or "lost": the peer is gone and has not been unlinked.
+        since: When it came into this state, as ``time.time()`` has it.
+        dialed: Whether this side called for it; else the peer did.
+        reason: Why it was lost; empty while it is linked.
+        choices: Which transport moves which kind of memory, and why; empty for a lost link.
+    """
+
+    peer: int
+    state: str
+    since: float
+    dialed: bool
+    reason: str
+    choices: tuple[Choice, ...]
+
+    @classmethod
+    def of(cls, link: Link) -> LinkInfo:
+        """Look at a link."""
+        choices = link.channel.choices if link.state is LinkState.LINKED else ()
+        return cls(link.peer, link.state.value, link.since, link.dialed, link.lost_because, choices)
+
+    def transport(self, memory: str = "device") -> str | None:
+        """Name of the transport for "host" or "device" memory; None if none moves it."""
+        return next((choice.transport for choice in self.choices if choice.memory == memory), None)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A service whose caches are on an NPU, and processes that run it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from llm_datadist_torch import CacheDesc, DataType, LLMException
+from llm_datadist_torch.ascend_sim import faults, is_active
+from tests.peers import Failure, Peer, Service, spawn
+
+
+class NpuService(Service):
+    """As its base, with bytes that go through the device's own copies."""
+
+    def start(self, cluster_id: int, **arguments: Any) -> int:
+        self._before = faults.counts() if is_active() else {}
+        return super().start(cluster_id, **arguments)
+
+    def _tensors(self, name: str) -> tuple[torch.Tensor, ...]:
+        return self.held[name].cache.tensors
+
+    def fill(self, name: str, seed: int) -> bytes:
+        """Random bytes in every tensor, there when this returns."""
+        stream, data = random.Random(seed), b""
+        for tensor in self._tensors(name):
+            part = stream.randbytes(tensor.numel())
+            tensor.copy_(torch.frombuffer(bytearray(part), dtype=torch.uint8).view(tensor.shape))
+            data += part
+        self.settle()
+        return data
+
+    def paint(self, name: str, value: int) -> None:
+        """Every byte of every tensor becomes ``value``, when this returns."""
+        for tensor in self._tensors(name):
+            tensor.fill_(value)
+        self.settle()
+
+    def dump(self, name: str) -> bytes:
+        """The bytes of all tensors."""
+        return b"".join(tensor.cpu().numpy().tobytes() for tensor in self._tensors(name))
+
+    def rows(self, name: str) -> list[list[int]]:
+        """The first byte of each row, per tensor."""
+        return [tensor.cpu()[:, 0].tolist() for tensor in self._tensors(name)]
+
+    def settle(self) -> None:
+        torch.npu.synchronize()  # type: ignore[attr-defined]
+
+    def device(self, name: str) -> str:
+        return str(self._tensors(name)[0].device)
+
+    def adopt(self, name: str, count: int, rows: int, row_bytes: int, key: Any = None) -> None:
+        """A registered blocks cache over views of one tensor on the device."""
+        self.base = torch.zeros(count, rows, row_bytes, dtype=torch.uint8, device="npu:0")
+        desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8)
+        cache = self.manager.register_blocks_cache(desc, list(self.base), key)
+        self._hold(name, cache, cache.tensor_addrs[0], self.base.numel(), self.base)
+
+    def attempt_to(self, name: str, *args: Any, **kwargs: Any) -> Failure | None:
+        """Call a method of this service; its typed failure is returned."""
+        try:
+            getattr(self, name)(*args, **kwargs)
+        except LLMException as error:
+            return Failure(type(error).__name__, error.status_code.name, str(error))
+        return None
+
+    # -- faults of the simulator ------------------------------------------------------------------
+
+    def hang(self, call: int = 1, times: int = 1) -> None:
+        """HIXL's transfers never come to an end, from the k-th on."""
+        faults.fail("hixl.move", call, code=103901, times=times)
+
+    def break_(self, function: str, code: int, call: int = 1, times: int = 1) -> None:
+        faults.fail(function, call, code=code, times=times)
+
+    def mend(self) -> None:
+        if is_active():
+            faults.reset()
+
+    def calls(self, function: str) -> int:
+        """How often a function was called since the start of this service."""
+        return faults.count(function) - self._before.get(function, 0)
+
+
+def spawn_npu() -> Peer:
+    """A process with a service on an NPU."""
+    return spawn(NpuService)

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls and pushes between the NPUs of two processes, through the `hixl` transport."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from llm_datadist_torch import BlocksCacheKey, CacheKey, Placement
+from tests.npu.hixl_pair import KEY, MINE, OK, Pair, blocks, give, here, pair, peers, pull
+from tests.npu.npu_service import NpuService
+from tests.peers import Peer, Ref, settle
+
+__all__ = ["here", "pair", "peers"]
+
+pytestmark = pytest.mark.needs_hixl
+BACKEND = {"llm.TransferBackend": "hixl"}
+both_modes = pytest.mark.parametrize(
+    "pair", [{}, {"remote": True}], indirect=True, ids=["two-sided", "remote"]
+)
+
+
+def test_device_memory_goes_by_hixl_and_host_memory_stays_local(pair: Pair):
+    here, there, _ = pair
+    assert here.transports(2) == there.ask("transports", 1) == ("local", "hixl")
+    here.allocate("mine", 1, 2, 64, paged=True)
+    assert here.device("mine") == "npu:0"
+
+
+@both_modes
+def test_pull_blocks(pair: Pair):
+    here, _, _ = pair
+    source = blocks(give(pair), 8, 4096)
+    order = random.Random(3).sample(range(8), 8)
+    assert pull(here, order, range(8)) is None
+    mine = blocks(here.dump("mine"), 8, 4096)
+    assert mine == [[tensor[row] for row in order] for tensor in source]
+
+
+@both_modes
+def test_push_blocks(pair: Pair):
+    here, there, _ = pair
+    before = blocks(give(pair), 8, 4096)
+    mine = blocks(here.fill("mine", 5), 8, 4096)
+    assert here.attempt("push_blocks", KEY, MINE, [0, 2, 1], [7, 1, 4]) is None
+    for tensor, old, new in zip(
+        blocks(there.ask("dump", "theirs"), 8, 4096), before, mine, strict=True
+    ):
+        expected = list(old)
+        expected[7], expected[1], expected[4] = new[0], new[2], new[1]
+        assert tensor == expected
+
+
+@both_modes
+def test_pull_cache(pair: Pair):
+    here, there, _ = pair
+    there.ask("allocate", "theirs", 4, 2, 6000, paged=False, keys=(CacheKey(2, 0), CacheKey(2, 1)))
+    data = blocks(there.ask("fill", "theirs", 9), 2, 6000)
+    here.allocate("mine", 4, 3, 6000, paged=False)
+    here.paint("mine", 0)
+    assert here.attempt("pull_cache", CacheKey(2, 1), MINE, 2) is None
+    mine = blocks(here.dump("mine"), 3, 6000)
+    empty = bytes(6000)
+    assert mine == [[empty, empty, tensor[1]] for tensor in data]
+
+
+@both_modes
+def test_both_directions_at_once(pair: Pair):
+    """HIXL's connections have one direction; a link has both."""
+    here, there, _ = pair
+    give(pair)
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    here.paint("ours", 77)
+    there.ask("allocate", "wanted", 2, 8, 4096, paged=True)
+    order = list(range(8))
+    there.begin("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("wanted"), order, order)
+    assert pull(here) is None
+    assert there.answer() is None
+    assert there.ask("rows", "wanted") == [[77] * 8] * 2
+
+
+def test_registered_tensors(pair: Pair):
+    here, there, _ = pair
+    there.ask("adopt", "theirs", 3, 4, 512, KEY)
+    there.ask("paint", "theirs", 42)
+    here.adopt("mine", 3, 4, 512)
+    assert pull(here, [0, 3], [2, 1]) is None
+    assert here.rows("mine") == [[0, 42, 42, 0]] * 3
+
+
+@pytest.mark.parametrize("pair", [{"options": {"llm.Transport": "hixl"}}], indirect=True)
+def test_host_memory_by_hixl(pair: Pair):
+    """As between machines, where `local` has no good way."""
+    here, there, _ = pair
+    assert here.transports(2) == ("hixl", "hixl")
+    there.ask("allocate", "theirs", 2, 4, 1000, paged=True, keys=KEY, placement=Placement.HOST)
+    there.ask("paint", "theirs", 9)
+    here.allocate("mine", 2, 4, 1000, paged=True, placement=Placement.HOST)
+    here.paint("mine", 1)
+    assert pull(here, [0, 1], [3, 0]) is None
+    assert here.rows("mine") == [[9, 1, 1, 9]] * 2
+    here.allocate("device", 2, 4, 1000, paged=True)
+    assert here.attempt("pull_blocks", KEY, Ref("device"), [0, 1, 2, 3], [0, 1, 2, 3]) is None
+    assert here.rows("device") == [[9] * 4] * 2
+
+
+@pytest.mark.parametrize("pair", [{"timeout_ms": 20_000}], indirect=True)
+def test_the_peer_is_killed(pair: Pair):
+    here, there, _ = pair
+    give(pair)
+    assert pull(here) is None
+    there.kill()
+    count, failure = here.hammer("pull_blocks", KEY, MINE, [0, 1], [0, 1])
+    assert count < 1000
+    assert failure.status in {"LLM_NOT_YET_LINK", "LLM_FAILED"}
+    assert settle(lambda: here.link_states() == {2: "lost"})
+    assert pull(here).status == "LLM_NOT_YET_LINK"
+
+
+def test_the_peer_comes_back_as_a_new_process(pair: Pair, peers: Callable[[], Peer]):
+    here, there, port = pair
+    give(pair)
+    assert pull(here) is None
+    there.kill()
+    assert settle(lambda: here.link_states() == {2: "lost"})
+    second = peers()
+    # The engine of the new process may have the very address that the old one had.
+    assert second.ask("start", 2, listen=f"127.0.0.1:{port}") == port
+    second.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    second.ask("paint", "theirs", 5)
+    here.unlink(2, force=True)
+    assert here.link(2, port) == OK
+    assert pull(here, range(8), range(8)) is None
+    assert here.rows("mine") == [[5] * 8] * 2
+
+
+def test_unlink_and_link_again(pair: Pair):
+    here, _, port = pair
+    give(pair)
+    for _ in range(3):
+        assert pull(here) is None
+        assert here.unlink(2, port) == OK
+        assert pull(here).status == "LLM_NOT_YET_LINK"
+        assert here.link(2, port) == OK
+    assert pull(here) is None
+
+
+def test_threads_that_have_set_no_device(pair: Pair):
+    here, _, _ = pair
+    data = blocks(give(pair), 8, 4096)
+    failures = []
+    threads = [
+        threading.Thread(target=lambda row=row: failures.append(pull(here, [row], [row])))
+        for row in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [None] * 8
+    assert blocks(here.dump("mine"), 8, 4096) == data
+
+
+def test_background_transfers_and_many_blocks(pair: Pair):
+    here, _, _ = pair
+    rows = 6000
+    data = blocks(give(pair, rows, 64), rows, 64)
+    order = random.Random(8).sample(range(rows), rows)
+    task = here.manager.pull_blocks_async(KEY, here.held["mine"].cache, order, list(range(rows)))
+    assert task.synchronize().name == "LLM_SUCCESS"
+    assert blocks(here.dump("mine"), rows, 64) == [[tensor[r] for r in order] for tensor in data]
+
+
+def test_two_instances_of_one_process_need_no_engine(here: NpuService):
+    other = NpuService()
+    port = other.start(2)
+    try:
+        here.start(1)
+        assert here.link(2, port) == OK
+        assert here.transports(2) == ("local", "local")
+        other.allocate("theirs", 2, 8, 4096, paged=True, keys=KEY)
+        other.paint("theirs", 8)
+        here.allocate("mine", 2, 8, 4096, paged=True)
+        here.paint("mine", 0)
+        assert pull(here) is None
+        assert here.rows("mine") == [[0, 0, 0, 0, 0, 8, 8, 8]] * 2
+    finally:
+        other.finish()
+
+
+# -- choosing it ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [{"remote": True, "options": BACKEND}], indirect=True)
+def test_the_references_backend(pair: Pair):
+    here, _, _ = pair
+    assert here.transports(2) == ("hixl", "hixl")
+    give(pair)
+    assert pull(here) is None
+
+
+@pytest.mark.parametrize("pair", [{"remote": True, "options": BACKEND}], indirect=True)
+def test_with_the_references_backend_each_side_asks(pair: Pair):
+    here, there, port = pair
+    back = here.dd.listen_address[1]
+    assert there.ask("link", 1, back) == OK
+    assert there.ask("link", 1, back)[0] == here.link(2, port)[0] == "LLM_ALREADY_LINK"
+    assert here.link(1, back)[0] == "LLM_PARAM_INVALID"
+    assert here.unlink(2) == OK
+    assert there.ask("unlink", 1) == OK
+    assert here.link_states() == there.ask("link_states") == {}
+
+
+def test_it_needs_an_address(here: NpuService):
+    with pytest.raises(RuntimeError, match="listen_ip_info"):
+        here.start(1, listen="0.0.0.0:0", options={"llm.Transport": "hixl"})
+    here.datadist = None
+    here.start(1, listen=None)
+
+
+@pytest.mark.needs_two_npus
+@pytest.mark.parametrize("pair", [{"options": {"ge.exec.deviceId": "1"}}], indirect=True)
+def test_on_another_device_than_the_current_one(pair: Pair):
+    here, _, _ = pair
+    before = torch.npu.current_device()
+    data = blocks(give(pair), 8, 4096)
+    assert here.device("mine") == "npu:1"
+    assert pull(here) is None
+    assert blocks(here.dump("mine"), 8, 4096)[0][5:] == data[0][:3]
+    assert torch.npu.current_device() == before == 0
