@@ -5,31 +5,32 @@ from __future__ import annotations
 
 import collections
 import errno
-import ipaddress
 import itertools
 import logging
 import math
 import os
-import socket as stdlib_socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from concurrent.futures import Future, wait
+from typing import TypeVar
 
 import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES, Done, Envelope, decode, encode
+from llm_datadist_torch.links.messages import Done, Envelope, decode, encode
+from llm_datadist_torch.links.routes import Handler, Route, tcp_address
+from llm_datadist_torch.links.sockets import LOSS_EVENTS, bound_port, new_dialer, new_listener
 
 logger = logging.getLogger("llm_datadist_torch")
 
-_LINGER_MS = 200
 _BURST = 64
 """Messages read from one socket before the others get their turn."""
 _REBIND_S, _REBIND_RETRY_S = 1.0, 0.005
 """How long a port that we have closed may still be busy: ZeroMQ does it in the background."""
+_COMMAND_S = 5.0
+"""Longest that a command waits for the thread."""
 _PROBE_AFTER_S = (0.0, 0.01, 0.05, 0.25)
 """When to look which listener link a closed connection belonged to:
 
@@ -37,24 +38,7 @@ ZeroMQ drops its route a moment later.
 """
 
 
-class Route(NamedTuple):
-    """The way to one peer.
-
-    A socket that we connected (number > 0), or one connection of our listening socket (0).
-    """
-
-    socket: int
-    identity: bytes
-
-
-class Handler(Protocol):
-    """Who gets what arrives. All calls come from the endpoint's thread and must not block."""
-
-    def on_message(self, route: Route, envelope: Envelope, data: bytes | None) -> None:
-        """A well-formed message."""
-
-    def on_lost(self, route: Route, reason: str) -> None:
-        """The connection is closed or never came about; ``route`` is dead."""
+_T = TypeVar("_T")
 
 
 class Endpoint:
@@ -78,7 +62,9 @@ class Endpoint:
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
         self._probes: list[float] = []
+        self._extra_ports: dict[str, int] = {}
         self._running = True
+        self._on_start: Callable[[], None] = lambda: None
         self._thread = threading.Thread(
             target=self._run, name="llm_datadist_torch.links", daemon=True
         )
@@ -86,11 +72,14 @@ class Endpoint:
 
     # -- for the instance -------------------------------------------------------------------------
 
-    def start(self, listen: tuple[str, int] | None) -> None:
+    def start(
+        self, listen: tuple[str, int] | None, on_start: Callable[[], None] = lambda: None
+    ) -> None:
         """Bind the listening socket, if any, and start the thread.
 
         Args:
             listen: Host text and port; port 0 takes a free one (see ``listen_address``).
+            on_start: Called first in the thread; must not raise.
 
         Raises:
             ValueError: The host is no address.
@@ -99,6 +88,7 @@ class Endpoint:
         if listen is not None:
             self._bind(*listen)
         self._listen_to(self._wake, self._carry_out)
+        self._on_start = on_start
         self._thread.start()
 
     def relisten(self, listen: tuple[str, int] | None, check: Callable[[], None]) -> None:
@@ -114,19 +104,44 @@ class Endpoint:
             ValueError: The host is no address.
             OSError: The address can't be bound; it still listens where it did before.
         """
-        done: Future[None] = Future()
+
+        def carry_out() -> None:
+            check()
+            self._relisten(listen)
+
+        self._in_thread(carry_out)
+
+    def listen_on(self, host: str) -> int:
+        """Listen on one more address, until ``close`` or ``relisten``; blocks until it is done.
+
+        Args:
+            host: An address of this host.
+
+        Returns:
+            A port that it had free, the same whenever it is asked for this host.
+
+        Raises:
+            ValueError: The host is no address.
+            OSError: The address can't be bound.
+        """
+        return self._in_thread(lambda: self._listen_on(host))
+
+    def _in_thread(self, work: Callable[[], _T]) -> _T:
+        done: Future[_T] = Future()
 
         def carry_out() -> None:
             try:
-                check()
-                self._relisten(listen)
+                done.set_result(work())
             except Exception as error:  # noqa: BLE001 (the caller gets it, whatever it is)
                 done.set_exception(error)
-            else:
-                done.set_result(None)
 
-        self._submit(carry_out)
-        done.result()
+        if not self._submit(carry_out):
+            raise OSError(errno.ESHUTDOWN, "the instance has been finalized")
+        # A command that close() came before is never carried out.
+        wait([done], _COMMAND_S)
+        if not done.done():
+            raise OSError(errno.ETIMEDOUT, "the instance is being finalized")
+        return done.result()
 
     def close(self) -> None:
         """Send what is queued, then close everything. Blocks for a moment; idempotent."""
@@ -165,14 +180,16 @@ class Endpoint:
 
     # -- in the thread ----------------------------------------------------------------------------
 
-    def _submit(self, command: Callable[[], None]) -> None:
+    def _submit(self, command: Callable[[], None]) -> bool:
         # Under a lock, because the number of a closed descriptor soon belongs to somebody else.
         with self._wake_lock:
             if self._wake >= 0:
                 self._commands.append(command)
                 os.eventfd_write(self._wake, 1)
+            return self._wake >= 0
 
     def _run(self) -> None:
+        self._on_start()
         while self._running:
             for ready, _ in self._poller.poll(self._poll_ms()):
                 try:
@@ -228,6 +245,9 @@ class Endpoint:
             now = time.monotonic()
             self._probes = [now + after for after in _PROBE_AFTER_S]
             return
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._handler.on_connected(Route(number, b""))
+            return
         # What the peer said before it went still counts.
         self._receive(number, self._sockets[number])
         if number not in self._sockets:
@@ -239,20 +259,31 @@ class Endpoint:
         self._lose(Route(number, b""), reason)
 
     def _dial(self, number: int, address: str) -> None:
-        socket = self._new_socket(zmq.DEALER)
-        # No reconnection behind our back: a message must never reach a later process at the same
-        # address.
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self._add(number, socket, _LOSS_EVENTS)
+        socket = new_dialer(self._context)
+        self._add(number, socket, LOSS_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
             self._lose(Route(number, b""), str(error))
 
+    def _listen_on(self, host: str) -> int:
+        if host not in self._extra_ports:
+            address, listener = tcp_address(host, 0), self._sockets.get(0)
+            socket = new_listener(self._context) if listener is None else listener
+            try:
+                socket.bind(address)
+            except zmq.ZMQError as error:
+                if listener is None:
+                    socket.close()
+                raise OSError(error.errno, f"can't listen on {host}: {error.strerror}") from error
+            if listener is None:
+                self._add(0, socket, zmq.EVENT_DISCONNECTED)
+            self._extra_ports[host] = bound_port(socket)
+        return self._extra_ports[host]
+
     def _bind(self, host: str, port: int, *, patience_s: float = 0.0) -> None:
         address = tcp_address(host, port)
-        socket = self._new_socket(zmq.ROUTER)
-        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket = new_listener(self._context)
         end = time.monotonic() + patience_s
         while True:
             try:
@@ -267,11 +298,11 @@ class Endpoint:
             time.sleep(_REBIND_RETRY_S)
         self._unbind()
         self._add(0, socket, zmq.EVENT_DISCONNECTED)
-        bound = socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.listen_address = (host, int(bound.rpartition(":")[2]))
+        self.listen_address = (host, bound_port(socket))
 
     def _unbind(self) -> None:
         self.listen_address = None
+        self._extra_ports.clear()
         if 0 in self._sockets:
             self._close_socket(0)
 
@@ -289,15 +320,6 @@ class Endpoint:
             except OSError:
                 self._bind(*old, patience_s=_REBIND_S)
                 raise
-
-    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket: zmq.Socket[bytes] = self._context.socket(kind)
-        socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.LINGER, _LINGER_MS)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        return socket
 
     def _add(self, number: int, socket: zmq.Socket[bytes], events: int) -> None:
         monitor = socket.get_monitor_socket(events)
@@ -363,29 +385,3 @@ class Endpoint:
             self._commands.clear()
             if wake >= 0:
                 os.close(wake)
-
-
-_LOSS_EVENTS = (
-    zmq.EVENT_CLOSED
-    | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-
-
-def tcp_address(host: str, port: int) -> str:
-    """The ZeroMQ address of a host and port.
-
-    Args:
-        host: IPv4 text, also short as ``inet_aton`` has it, or IPv6 text.
-        port: 0 for any that is free.
-
-    Raises:
-        ValueError: ``host`` is neither; names are not looked up.
-    """
-    text = str(port) if port else "*"
-    try:
-        return f"tcp://{stdlib_socket.inet_ntoa(stdlib_socket.inet_aton(host))}:{text}"
-    except OSError:
-        return f"tcp://[{ipaddress.IPv6Address(host)}]:{text}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from enum import Enum
 
 import torch
 
-from llm_datadist_torch.catalog import CacheEntry, KeyName
+from llm_datadist_torch.cache_entry import CacheEntry, KeyName
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.endpoint import Endpoint, Route
+from llm_datadist_torch.links.endpoint import Endpoint
+from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
     Body,
     CacheView,
@@ -25,7 +27,8 @@ from llm_datadist_torch.links.messages import (
     Release,
     WriteBytes,
 )
-from llm_datadist_torch.transports.base import Channel
+from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMPeerLostError,
@@ -33,6 +36,8 @@ from llm_datadist_torch.values.status import (
     code_2_status,
     error_for,
 )
+
+_LEASES_RETRY_S = 0.002
 
 
 class LinkState(Enum):
@@ -68,15 +73,6 @@ class Pending:
         return self._answer
 
 
-@dataclass(eq=False)
-class Dial:
-    """A link that we are asking for."""
-
-    peer: int
-    route: Route
-    answer: Pending = field(default_factory=Pending)
-
-
 @dataclass(frozen=True)
 class Grant:
     """A lease that the peer holds: on which cache, and which key a complete pull of it consumes."""
@@ -100,10 +96,15 @@ class Link:
         route: The way its messages go.
         endpoint: What sends them.
         dialed: Whether we called ``link_clusters`` (else the peer did).
+        since: When it came into its state, as ``time.time()`` has it.
         channel: The way its bytes go; set as soon as the link is made.
         grants: Leases that the peer holds on our caches.
         shown_regions: Ids of our regions that the peer was told of, and may have mapped.
+        holds: What it is kept for: "" for ``link_clusters``, and tokens of communicators. The link
+            ends with the last; changed by the registry only.
         unlinking: This side is asking the peer to unlink.
+        leaving: This side is about to end it: the peer gets no leases any more.
+        known: What the peer has said of its caches, in remote-accessible mode.
     """
 
     peer: int
@@ -113,23 +114,28 @@ class Link:
     dialed: bool
     state: LinkState = LinkState.LINKED
     lost_because: str = ""
+    since: float = field(default_factory=time.time)
     grants: dict[int, Grant] = field(default_factory=dict)
     shown_regions: set[int] = field(default_factory=set)
+    holds: set[str] = field(default_factory=set)
     unlinking: bool = False
-    _channel: Channel | None = None
+    leaving: bool = False
+    known: KnownCaches = field(default_factory=KnownCaches)
+    _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _transfer: threading.Lock = field(default_factory=threading.Lock)
+    _hangs_up: bool = False
     _pending: dict[int, Pending] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
-    def channel(self) -> Channel:
+    def channel(self) -> LinkChannel:
         """The way to the peer's memory."""
         if self._channel is None:
             raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link is not ready", peer=self.peer)
         return self._channel
 
-    def open_channel(self, channel: Channel) -> None:
+    def open_channel(self, channel: LinkChannel) -> None:
         """Set the channel, once."""
         self._channel = channel
 
@@ -205,7 +211,7 @@ class Link:
         with self._lock:
             if self.state is not LinkState.LINKED:
                 return
-            self.state, self.lost_because = state, reason
+            self.state, self.lost_because, self.since = state, reason, time.time()
         error = LLMPeerLostError(
             f"the link to cluster {self.peer} was {state.value} meanwhile: {reason}",
             status_code=LLMStatusCode.LLM_NOT_YET_LINK,
@@ -237,7 +243,7 @@ class Link:
         try:
             yield
         finally:
-            self._transfer.release()
+            self.end_transfer()
 
     def try_transfer(self) -> bool:
         """Take the right of :meth:`transfer` without waiting.
@@ -249,6 +255,24 @@ class Link:
     def end_transfer(self) -> None:
         """Give back what :meth:`try_transfer` took."""
         self._transfer.release()
+        if self._hangs_up:
+            self.endpoint.drop(self.route)
+
+    def hang_up(self) -> None:
+        """Close the connection of a link that has ended, once no transfer of ours runs any more.
+
+        To the peer the end of the connection says that we don't touch its memory any more. Does not
+        block.
+        """
+        self._hangs_up = True
+        if self.try_transfer():
+            self.end_transfer()
+
+    def wait_for_leases(self, deadline: Deadline) -> bool:
+        """Wait until the peer has given back its leases; whether it has."""
+        while self.grants and not deadline.expired:
+            time.sleep(_LEASES_RETRY_S)
+        return not self.grants
 
 
 class LinkRelay:

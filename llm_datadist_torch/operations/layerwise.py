@@ -10,13 +10,15 @@ from functools import partial
 
 import torch
 
-from llm_datadist_torch import geometry
-from llm_datadist_torch.catalog import CacheEntry
+from llm_datadist_torch import geometry, streams
+from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.operations import transfers
+from llm_datadist_torch.operations import plans, transfers
 from llm_datadist_torch.operations.layerwise_arguments import PER_LAYER, Layerwise, Target
-from llm_datadist_torch.operations.transfers import AddressKey, Plan, RemoteCache, Transfer
+from llm_datadist_torch.operations.plans import Plan, RemoteCache
+from llm_datadist_torch.operations.transfers import AddressKey, Transfer
+from llm_datadist_torch.streams import Stream
 from llm_datadist_torch.transports.base import Direction
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey
@@ -48,8 +50,13 @@ def start(instance: Instance, call: Layerwise) -> CacheTask:
     )
 
 
-def start_one(instance: Instance, transfer: Transfer) -> CacheTask:
-    """Start a pull or push. Holds a lease on the local cache until the task is done."""
+def start_one(instance: Instance, transfer: Transfer, wait_stream: Stream | None) -> CacheTask:
+    """Start a pull or push. Holds a lease on the local cache until the task is done.
+
+    Raises:
+        TypeError: ``wait_stream`` is no stream.
+    """
+    after = streams.point(wait_stream, transfer.cache.device)
     held = ExitStack()
     try:
         transfers.check_peer(instance, transfer)
@@ -59,7 +66,7 @@ def start_one(instance: Instance, transfer: Transfer) -> CacheTask:
 
     def job(work: Work) -> None:
         with work.step(0):
-            if _attempt(work, 0, partial(transfers.run_leased, instance, transfer, entry)):
+            if _attempt(work, 0, partial(transfers.run_leased, instance, transfer, entry, after)):
                 work.succeed(0)
                 work.layers_done = 1
 
@@ -208,7 +215,7 @@ def _runs(call: Layerwise, target: Target, dst: Layout, dst_row: int, src: Layou
         runs = geometry.row_to_blocks(dst, src, call.dst_ids, target.row)
     else:
         runs = geometry.blocks_to_blocks(dst, src, call.dst_ids, call.src_ids)
-    return transfers.local_first(runs)
+    return plans.local_first(runs)
 
 
 def _by_key(call: Layerwise, target: Target, layer: int, dst_layer: int) -> Transfer:
@@ -218,7 +225,7 @@ def _by_key(call: Layerwise, target: Target, layer: int, dst_layer: int) -> Tran
         raise error_for(LLMStatusCode.LLM_FAILED, "a target without a key")
 
     def plan(local: Layout, remote: RemoteCache) -> Plan:
-        transfers.check_remote_tensors(dst, remote)
+        plans.check_remote_tensors(dst, remote)
         if call.dst_ids is not None:
             if remote.view.row != 0 and not isinstance(key, BlocksCacheKey):
                 raise param_error(
@@ -246,7 +253,7 @@ def _by_address(
     """Tensors from ``tensor`` on to the first of ``addrs`` that lie in one cache."""
 
     def plan(local: Layout, remote: RemoteCache) -> list[Plan]:
-        plans = []
+        pieces = []
         for src, address in enumerate(addrs, tensor):
             dst = remote.layout.tensor_at(remote.addrs, address)
             if dst is None:
@@ -254,13 +261,13 @@ def _by_address(
             offset = address - int(remote.addrs[dst])
             runs = _runs(call, target, _window(call, remote.layout, offset, local), 0, local)
             runs[:, 1] += offset
-            plans.append(Plan(range(src, src + 1), range(dst, dst + 1), runs))
-        if not plans:
+            pieces.append(Plan(range(src, src + 1), range(dst, dst + 1), runs))
+        if not pieces:
             raise error_for(
                 LLMStatusCode.LLM_FAILED, f"the peer named a cache without {addrs[0]:#x}"
             )
-        sent.count = len(plans)
-        return plans
+        sent.count = len(pieces)
+        return pieces
 
     key = AddressKey(target.cluster_id, addrs[0])
     return Transfer(

@@ -34,17 +34,18 @@ logger = logging.getLogger("llm_datadist_torch")
 LinkResult = tuple[LLMStatusCode, list[LLMStatusCode]]
 
 
-def check_timeout(timeout: int) -> None:
-    """Check the ``timeout`` argument.
+def check_timeout(timeout: int) -> int:
+    """Return the ``timeout`` argument, checked, as an int.
 
     Raises:
         TypeError: No int.
         ValueError: Outside int32.
         LLMParamError: Not positive.
     """
-    check_int32("timeout", timeout)
+    timeout = check_int32("timeout", timeout)
     if timeout <= 0:
         raise param_error(f"timeout={timeout} must be positive")
+    return timeout
 
 
 def check_clusters(clusters: Sequence[LLMClusterInfo], *, need_local: bool) -> None:
@@ -78,8 +79,9 @@ def link_clusters(
             )
             targets.append(LLMStatusCode.LLM_PARAM_INVALID)
             continue
-        ip, port = cluster.remote_ip_info_list[0]
-        targets.append((_id_of(cluster), entry_to_host(ip), port))
+        peer, (ip, port) = _id_of(cluster), cluster.remote_ip_info_list[0]
+        status = _status_with_a_backend(instance, peer)
+        targets.append((peer, entry_to_host(ip), port) if status is None else status)
     return _overall(instance.links.link_all(targets, deadline))
 
 
@@ -87,7 +89,8 @@ def unlink_clusters(
     instance: Instance, clusters: Sequence[LLMClusterInfo], deadline: Deadline, *, force: bool
 ) -> LinkResult:
     """Unlink cluster by cluster. The arguments have been checked."""
-    if force:
+    # With a transfer backend unlinking is local in the reference, and ``force`` means nothing.
+    if force or instance.config.transfer_backend is not None:
         return _overall([_unlink_here(instance, cluster, deadline) for cluster in clusters])
     return _overall([_unlink(instance, cluster, deadline) for cluster in clusters])
 
@@ -133,6 +136,13 @@ def relisten(instance: Instance, listen: tuple[str, int] | None) -> None:
                 op="switch_role",
                 peer=peers[0],
             )
+        if instance.communicators.preparing:
+            raise error_for(
+                LLMStatusCode.LLM_EXIST_LINK,
+                "a communicator is being linked",
+                op="switch_role",
+                remedy="wait until query_register_mem_status() says OK, and unlink() it.",
+            )
 
     try:
         instance.links.endpoint.relisten(listen, check_no_links)
@@ -142,6 +152,24 @@ def relisten(instance: Instance, listen: tuple[str, int] | None) -> None:
         raise param_error(f"{LISTEN_KEY}: {error}", remedy="give ip:port.") from error
     except OSError as error:
         raise error_for(LLMStatusCode.LLM_FAILED, str(error), op="switch_role") from error
+
+
+def _status_with_a_backend(instance: Instance, peer: int) -> LLMStatusCode | None:
+    """What asking for a link comes to at once with the reference's transfer backend, or None.
+
+    There a link has one direction, and each side asks for its own (reference API, 11.6). Here one
+    link has both, so the second side only joins in.
+    """
+    if instance.config.transfer_backend is None:
+        return None
+    if peer == instance.cluster_id:
+        logger.warning("cluster %d is this instance itself", peer)
+        return LLMStatusCode.LLM_PARAM_INVALID
+    link = instance.links.registry.linked(peer)
+    if link is None or link.dialed:
+        return None
+    link.dialed = True
+    return LLMStatusCode.LLM_SUCCESS
 
 
 def _unlink_here(instance: Instance, cluster: LLMClusterInfo, deadline: Deadline) -> LLMStatusCode:

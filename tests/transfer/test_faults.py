@@ -256,7 +256,7 @@ def test_a_pull_does_not_succeed_without_its_lease(here: Service, slow: Peer, en
     if end == "finalize":
         here.finish()
     else:
-        assert here.unlink(PEER, force=True) == OK
+        assert here.unlink(PEER, None, 100, force=True) == OK
     failure = slow.answer()
     assert failure is not None
     assert failure.status == NYL

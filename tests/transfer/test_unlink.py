@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm_datadist_torch.transports.local import LocalChannel
+from llm_datadist_torch.transports.choice import LinkChannel
 from tests.peers import Service, settle
 from tests.transfer.helpers import OK, Peers, free_port, only, pull_block
 
@@ -92,14 +92,14 @@ def test_unlink_waits_for_a_running_transfer(
     here, other, port = pair
     assert here.link(2, port) == OK
     moving, go_on = threading.Event(), threading.Event()
-    move = LocalChannel.move
+    move = LinkChannel.move
 
-    def held_up(self: LocalChannel, movement: Any, deadline: Any) -> str:
+    def held_up(self: LinkChannel, movement: Any, deadline: Any) -> str:
         moving.set()
         assert go_on.wait(30)
         return move(self, movement, deadline)
 
-    monkeypatch.setattr(LocalChannel, "move", held_up)
+    monkeypatch.setattr(LinkChannel, "move", held_up)
     with ThreadPoolExecutor(2) as pool:
         pull = pool.submit(pull_block, here, 2)
         assert moving.wait(10)

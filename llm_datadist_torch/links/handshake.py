@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How two instances agree on a link, also when both ask at once (reference API, 11.1)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.endpoint import Endpoint
+from llm_datadist_torch.links.link import Link, LinkState, Pending
+from llm_datadist_torch.links.messages import (
+    PROTOCOL_VERSION,
+    Body,
+    Envelope,
+    Hello,
+    Join,
+    Refused,
+    Welcome,
+)
+from llm_datadist_torch.links.registry import LinkRegistry
+from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, code_2_status, error_for
+
+logger = logging.getLogger("llm_datadist_torch")
+
+_MOMENT_MS = 1000
+_RETRY_S = 0.002
+_ALREADY = LLMStatusCode.LLM_ALREADY_LINK
+
+
+@dataclass(eq=False)
+class Dial:
+    """A link that we are asking for.
+
+    Attributes:
+        peer: Whom we ask.
+        route: Where.
+        hold: What the link is for.
+        said: Whether our ``Hello`` is on its way. Before that, nobody can answer it, and the dial
+            can be given up without a trace.
+        answer: What came of it.
+    """
+
+    peer: int
+    route: Route
+    hold: str
+    said: bool = False
+    answer: Pending = field(default_factory=Pending)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an instance says of itself.
+
+    Attributes:
+        cluster_id: Its id.
+        epoch: Random name of its life from init to finalize.
+        remote_accessible: Both ends of a link must have the same value.
+    """
+
+    cluster_id: int
+    epoch: str
+    remote_accessible: bool
+
+
+class Handshake:
+    """Asks for links, and answers peers that ask.
+
+    When two instances dial each other at once, one link must come of it, whatever happens to
+    either dial. The ``Hello`` of a dial is sent when its connection is up, by the endpoint's
+    thread, which also handles the peer's ``Hello``: so it always knows what the peer may have
+    heard. A dial that has said nothing makes way for the peer's. Of two that have both spoken, the
+    one of the smaller id makes the link.
+
+    Thread safety: ``start``, ``finish``, ``share`` and ``cancel`` may be called from any thread;
+    ``on_*`` come from the endpoint's thread.
+    """
+
+    def __init__(self, identity: Identity, registry: LinkRegistry, endpoint: Endpoint) -> None:
+        self._identity = identity
+        self._registry = registry
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._dials: dict[Route, Dial] = {}
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    def start(self, peer: int, host: str, port: int, hold: str) -> Dial | Link | LLMStatusCode:
+        """Start to ask for a link. Does not block.
+
+        Returns:
+            The dial, for :meth:`finish`; the link that is there, for :meth:`share`; or a status.
+        """
+        link = self._registry.linked(peer)
+        if link is not None:
+            if hold not in link.holds:
+                return link
+            logger.warning("cluster %d is linked already", peer)
+            return _ALREADY
+        dial = Dial(peer, self._endpoint.new_route(), hold)
+        with self._lock:
+            self._dials[dial.route] = dial
+        self._endpoint.connect(dial.route, host, port)
+        return dial
+
+    def finish(self, dial: Dial, deadline: Deadline) -> LLMStatusCode:
+        """Wait for what comes of a dial, at most until the deadline."""
+        answered = dial.answer.wait(deadline)
+        with self._lock:
+            claimed = self._dials.pop(dial.route, None) is None
+        if answered is None and claimed:
+            # The welcome arrived in the last moment, and the link is being made right now.
+            answered = dial.answer.wait(Deadline.after_ms(_MOMENT_MS))
+        answer = None if answered is None else answered[0]
+        if isinstance(answer, Welcome):
+            return LLMStatusCode.LLM_SUCCESS
+        self._endpoint.drop(dial.route)
+        if answer is None:
+            logger.warning("cluster %d did not answer within %d ms", dial.peer, deadline.budget_ms)
+            return LLMStatusCode.LLM_TIMEOUT
+        status = _status_of(answer)
+        if status == _ALREADY:
+            return self._take_the_peers(dial, deadline)
+        logger.warning("linking cluster %d failed: %s", dial.peer, _text_of(answer))
+        return status
+
+    def _take_the_peers(self, dial: Dial, deadline: Deadline) -> LLMStatusCode:
+        """The peer's own dial makes the link; its ``Hello`` may still be on its way."""
+        moment = Deadline.after_ms(min(_MOMENT_MS, int(deadline.remaining_s() * 1000)))
+        while (link := self._registry.linked(dial.peer)) is None and not moment.expired:
+            time.sleep(_RETRY_S)
+        if link is None or (dial.hold in link.holds and link.dialed):
+            logger.warning("cluster %d is linked already", dial.peer)
+            return _ALREADY
+        if dial.hold in link.holds:
+            return LLMStatusCode.LLM_SUCCESS
+        return self.share(link, dial.hold, deadline)
+
+    def share(self, link: Link, hold: str, deadline: Deadline) -> LLMStatusCode:
+        """Keep a link that is there for one more purpose, on both sides."""
+        try:
+            link.request(Join(hold), deadline)
+            self._registry.hold(link, hold)
+        except LLMException as error:
+            logger.warning("sharing the link to cluster %d failed: %s", link.peer, error)
+            return error.status_code
+        return LLMStatusCode.LLM_SUCCESS
+
+    def cancel(self, reason: str, hold: str | None = None) -> None:
+        """End the dials that are for this, or all, with LLM_LINK_FAILED."""
+        with self._lock:
+            dials = [dial for dial in self._dials.values() if hold in (None, dial.hold)]
+        for dial in dials:
+            dial.answer.set(error_for(LLMStatusCode.LLM_LINK_FAILED, reason, peer=dial.peer))
+
+    # -- what comes of a dial ---------------------------------------------------------------------
+
+    def on_connected(self, route: Route) -> None:
+        """The connection of a dial is up: introduce ourselves."""
+        with self._lock:
+            dial = self._dials.get(route)
+        if dial is None:
+            return
+        dial.said = True
+        me = self._identity
+        hello = Hello(
+            PROTOCOL_VERSION,
+            me.cluster_id,
+            dial.peer,
+            me.epoch,
+            me.remote_accessible,
+            self._registry.offers(),
+            dial.hold,
+        )
+        self._endpoint.send(route, Envelope(1, False, hello))
+
+    def on_answer(self, route: Route, body: Body) -> None:
+        """The peer has answered a dial."""
+        with self._lock:
+            dial = self._dials.pop(route, None)
+        if dial is None:
+            return
+        try:
+            if isinstance(body, Welcome):
+                self._registry.make(
+                    body.cluster_id, body.epoch, route, body.offers, dialed=True, hold=dial.hold
+                )
+        except (LLMException, msgspec.DecodeError) as error:
+            text = str(error)
+            dial.answer.set(error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=dial.peer))
+        else:
+            dial.answer.set(body)
+
+    def on_lost(self, route: Route, reason: str) -> None:
+        """The connection of a dial has ended, or never came about."""
+        dial = self._dials.get(route)
+        if dial is not None:
+            refused = "refused" in reason or "unreachable" in reason
+            status = LLMStatusCode.LLM_LINK_FAILED if refused else LLMStatusCode.LLM_FAILED
+            dial.answer.set(error_for(status, reason, peer=dial.peer))
+
+    # -- being asked ------------------------------------------------------------------------------
+
+    def on_hello(self, route: Route, hello: Hello) -> Welcome:
+        """A peer asks for a link.
+
+        Raises:
+            LLMException: Why it can't have one.
+        """
+        me = self._identity
+        if hello.version != PROTOCOL_VERSION:
+            raise error_for(
+                LLMStatusCode.LLM_FAILED,
+                f"protocol version {hello.version}, this side has {PROTOCOL_VERSION}",
+            )
+        if hello.expected_id != me.cluster_id:
+            raise param_error(
+                f"cluster {hello.expected_id} was asked for, this is cluster {me.cluster_id}"
+            )
+        if hello.remote_accessible != me.remote_accessible:
+            raise param_error(
+                f"enable_remote_cache_accessible is {hello.remote_accessible} there and"
+                f" {me.remote_accessible} here"
+            )
+        # A link to ourselves needs only the asking half.
+        if hello.epoch != me.epoch:
+            self._check_free(hello)
+            self._registry.make(
+                hello.cluster_id,
+                hello.epoch,
+                route,
+                hello.offers,
+                dialed=False,
+                hold=hello.hold,
+            )
+            self._endpoint.watch(route)
+            self._make_way(hello.cluster_id)
+        return Welcome(me.cluster_id, me.epoch, self._registry.offers())
+
+    def _check_free(self, hello: Hello) -> None:
+        """Refuse a second link to one peer.
+
+        A link to an earlier life of the peer is stale and makes room.
+        """
+        peer = hello.cluster_id
+        old = self._registry.linked(peer)
+        if old is not None:
+            if old.epoch == hello.epoch:
+                raise error_for(_ALREADY, f"cluster {peer} is linked already")
+            logger.warning("cluster %d came back as a new process: its old link ends", peer)
+            self._registry.end(old, LinkState.LOST, "the peer came back as a new process")
+        with self._lock:
+            said = any(dial.peer == peer and dial.said for dial in self._dials.values())
+        if said and self._identity.cluster_id < peer:
+            raise error_for(
+                _ALREADY, f"cluster {self._identity.cluster_id} is linking to you already"
+            )
+
+    def _make_way(self, peer: int) -> None:
+        """The peer's dial has made the link: ours that have said nothing end."""
+        with self._lock:
+            silent = [d for d in self._dials.values() if d.peer == peer and not d.said]
+            for dial in silent:
+                del self._dials[dial.route]
+        for dial in silent:
+            dial.answer.set(error_for(_ALREADY, f"cluster {peer} has linked to us meanwhile"))
+
+
+def _status_of(answer: Body | LLMException) -> LLMStatusCode:
+    if isinstance(answer, LLMException):
+        return answer.status_code
+    if isinstance(answer, Refused):
+        return code_2_status(answer.status)
+    return LLMStatusCode.LLM_FAILED
+
+
+def _text_of(answer: Body | LLMException) -> str:
+    return answer.text if isinstance(answer, Refused) else str(answer)

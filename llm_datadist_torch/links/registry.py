@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The links of one instance: which there are, what keeps each of them, how they begin and end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from llm_datadist_torch.links.endpoint import Endpoint
+from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
+from llm_datadist_torch.links.messages import Release
+from llm_datadist_torch.links.owner import Owner
+from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.transports.choice import TransportSet
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
+
+logger = logging.getLogger("llm_datadist_torch")
+
+CLUSTERS = ""
+"""The hold of ``link_clusters``."""
+
+
+class LinkRegistry:
+    """Links by peer and by route.
+
+    A link is kept by holds: one for ``link_clusters``, one for each communicator. Each side counts
+    its own, and the link ends for both when one side has let go of its last.
+
+    Thread safety: all methods may be called from any thread and don't block.
+
+    Args:
+        owner: Where the peers' leases end.
+        transports: What can move bytes.
+        endpoint: What sends messages.
+    """
+
+    def __init__(self, owner: Owner, transports: TransportSet, endpoint: Endpoint) -> None:
+        self._owner = owner
+        self._transports = transports
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._links: dict[int, Link] = {}
+        self._by_route: dict[Route, Link] = {}
+        self._draining: dict[Route, Link] = {}
+        self._holds = {CLUSTERS}
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def get(self, peer: int) -> Link | None:
+        """The link to a peer, a lost one too."""
+        return self._links.get(peer)
+
+    def linked(self, peer: int) -> Link | None:
+        """The link to a peer if it is up."""
+        link = self._links.get(peer)
+        return link if link is not None and link.state is LinkState.LINKED else None
+
+    def at(self, route: Route) -> Link | None:
+        """The link whose messages come this way."""
+        return self._by_route.get(route)
+
+    def all(self) -> list[Link]:
+        """All links, lost ones too."""
+        with self._lock:
+            return list(self._links.values())
+
+    # -- beginning and ending ---------------------------------------------------------------------
+
+    def offers(self) -> dict[str, bytes]:
+        """What each transport tells a peer."""
+        return self._transports.offers()
+
+    def make(
+        self,
+        peer: int,
+        epoch: str,
+        route: Route,
+        offers: dict[str, bytes],
+        *,
+        dialed: bool,
+        hold: str,
+    ) -> None:
+        """A link has been agreed on.
+
+        Raises:
+            LLMLinkError: No transport in common, or nobody here holds the link any more.
+        """
+        link = Link(peer, epoch, route, self._endpoint, dialed)
+        channel = self._transports.connect(offers, LinkRelay(link))
+        link.open_channel(channel)
+        with self._lock:
+            held = hold in self._holds
+            if held:
+                link.holds.add(hold)
+                self._links[peer] = self._by_route[route] = link
+        if not held:
+            link.end(LinkState.UNLINKED, "the communicator has ended")
+            raise error_for(LLMStatusCode.LLM_LINK_FAILED, "no such communicator", peer=peer)
+        logger.info("linked with cluster %d: %s", peer, channel.summary)
+
+    def end(self, link: Link, state: LinkState, reason: str, *, keep_route: bool = False) -> None:
+        """End a link; the peer's leases end with it."""
+        self._forget(link, state, reason)
+        self._owner.end_grants(link)
+        # Whoever answers an unlink needs the route for the answer; the asking side closes it.
+        if not keep_route:
+            self._endpoint.drop(link.route)
+
+    def _forget(self, link: Link, state: LinkState, reason: str) -> None:
+        link.end(state, reason)
+        with self._lock:
+            self._by_route.pop(link.route, None)
+            link.holds.clear()
+            # A lost link stays listed, so that its use says what happened.
+            if state is LinkState.UNLINKED and self._links.get(link.peer) is link:
+                del self._links[link.peer]
+
+    # -- a peer that does not let go --------------------------------------------------------------
+
+    def end_but_keep_leases(self, link: Link, reason: str) -> None:
+        """End a link whose peer still uses our caches.
+
+        They are not freed before it says that it has finished, or its connection ends.
+        """
+        with self._lock:
+            self._draining[link.route] = link
+        self._forget(link, LinkState.UNLINKED, reason)
+
+    def give_back(self, route: Route, release: Release) -> bool:
+        """A lease of a link that has ended comes back; whether the route is of such a link."""
+        link = self._draining.get(route)
+        if link is None:
+            return False
+        self._owner.release(link, release)
+        if not link.grants:
+            self._drained(route)
+            self._endpoint.drop(route)
+        return True
+
+    def gone(self, route: Route) -> None:
+        """The connection has ended: so have the leases of a link that ended before."""
+        self._drained(route)
+
+    def drain_all(self) -> None:
+        """Nothing will come on any route any more."""
+        for route in list(self._draining):
+            self._drained(route)
+
+    def _drained(self, route: Route) -> None:
+        with self._lock:
+            link = self._draining.pop(route, None)
+        if link is not None:
+            self._owner.end_grants(link)
+
+    # -- holds ------------------------------------------------------------------------------------
+
+    def admit(self, hold: str) -> None:
+        """From now on links may be held for this."""
+        with self._lock:
+            self._holds.add(hold)
+
+    def dismiss(self, hold: str) -> None:
+        """No link may be held for this any more; those that are still have to be let go of."""
+        with self._lock:
+            self._holds.discard(hold)
+
+    def is_admitted(self, hold: str) -> bool:
+        """Whether links may be held for this."""
+        return hold in self._holds
+
+    def hold(self, link: Link, hold: str) -> None:
+        """Keep a link for one more purpose.
+
+        Raises:
+            LLMNotLinkedError: The link, or the communicator that asks for it, has ended.
+        """
+        with self._lock:
+            if hold in self._holds and link.state is LinkState.LINKED and not link.leaving:
+                link.holds.add(hold)
+                return
+        raise error_for(
+            LLMStatusCode.LLM_NOT_YET_LINK,
+            "the link or the communicator has ended",
+            peer=link.peer,
+        )
+
+    def let_go(self, link: Link, hold: str) -> bool:
+        """Stop keeping a link for this, if something else keeps it.
+
+        Returns:
+            Whether the link now has to be ended, because nothing else keeps it.
+        """
+        with self._lock:
+            if hold in link.holds and len(link.holds) > 1:
+                link.holds.discard(hold)
+                return False
+            # A lost link has no holds: it is kept for its news only.
+            return link.holds == {hold} or link.state is not LinkState.LINKED

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ZeroMQ sockets of an endpoint: how they are set up, and what ends a connection."""
+
+from __future__ import annotations
+
+import zmq
+
+from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
+
+_LINGER_MS = 200
+
+LOSS_EVENTS = (
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+"""What a connecting socket's monitor reports when there is no connection, or no more."""
+
+
+def new_dialer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """A socket that is connected once."""
+    socket = _new_socket(context, zmq.DEALER)
+    # No reconnection behind our back: a message must never reach a later process at the same
+    # address.
+    socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    return socket
+
+
+def new_listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
+    """A socket that many connect to; sending to one that has gone is an error."""
+    socket = _new_socket(context, zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return socket
+
+
+def bound_port(socket: zmq.Socket[bytes]) -> int:
+    """The port that was bound last."""
+    return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+
+def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = context.socket(kind)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.LINGER, _LINGER_MS)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    return socket
