@@ -74,8 +74,9 @@ def install(*, force: bool = False) -> None:
 
 def find_installed() -> ModuleSpec | None:
     """The package ``llm_datadist`` that is installed besides ours, or None. Nothing is imported."""
-    ours = {shim_path(), shim_path(force=True)}
-    others = [entry for entry in sys.path if entry not in ours]
+    ours = {Path(shim_path()), Path(shim_path(force=True))}
+    # Resolved, because PYTHONPATH may have them with a slash at the end, or through a link.
+    others = [entry for entry in sys.path if Path(entry).resolve() not in ours]
     for finder in sys.meta_path:
         path = others if finder is PathFinder else None
         spec = finder.find_spec(NAME, path)

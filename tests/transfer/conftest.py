@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from llm_datadist_torch.transports.local import LocalChannel
+from llm_datadist_torch.transports.choice import LinkChannel
 from tests.peers import Peer, Service, spawn
 from tests.transfer.helpers import give_block
 
@@ -52,14 +52,14 @@ def peers() -> Iterator[Callable[[], Peer]]:
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ways that movements of this process took, in order."""
     taken: list[str] = []
-    move = LocalChannel.move
+    move = LinkChannel.move
 
-    def recorded(self: LocalChannel, movement: object, deadline: object) -> str:
+    def recorded(self: LinkChannel, movement: object, deadline: object) -> str:
         way = move(self, movement, deadline)  # type: ignore[arg-type]
         taken.append(way)
         return way
 
-    monkeypatch.setattr(LocalChannel, "move", recorded)
+    monkeypatch.setattr(LinkChannel, "move", recorded)
     return taken
 
 
@@ -72,3 +72,14 @@ def pair(here: Service, services: Callable[[], Service]) -> tuple[Service, Servi
     give_block(here, 1, 11)
     give_block(other, 2, 22)
     return here, other, port
+
+
+@pytest.fixture
+def two(here: Service, services: Callable[[], Service]) -> tuple[Service, Service]:
+    """Instances 1 and 2 in this process, which do not listen, each with a block."""
+    other = services()
+    here.start(1, listen=None)
+    other.start(2, listen=None)
+    give_block(here, 1, 11)
+    give_block(other, 2, 22)
+    return here, other

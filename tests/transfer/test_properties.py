@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex
-from llm_datadist_torch.transports.local import LocalChannel
+from llm_datadist_torch.transports.choice import LinkChannel
 from tests import reference
 from tests.peers import NearPeer, Peer, Ref, Service, spawn
 
@@ -56,15 +56,15 @@ def world() -> Iterator[World]:
     here.only_relay(RELAYED)
     peers["relayed"].ask("only_relay", 1)
     taken: list[str] = []
-    move = LocalChannel.move
+    move = LinkChannel.move
 
-    def recorded(self: LocalChannel, movement: Any, deadline: Any) -> str:
+    def recorded(self: LinkChannel, movement: Any, deadline: Any) -> str:
         taken.append(move(self, movement, deadline))
         return taken[-1]
 
-    LocalChannel.move = recorded  # type: ignore[method-assign]
+    LinkChannel.move = recorded  # type: ignore[method-assign]
     yield World(here, peers, ids, taken)
-    LocalChannel.move = move  # type: ignore[method-assign]
+    LinkChannel.move = move  # type: ignore[method-assign]
     for peer in peers.values():
         peer.close()
     here.finish()

@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 
-from llm_datadist_torch.config import environment_text
+from llm_datadist_torch.environment import environment_text
 
 __all__ = ["error", "get_logger", "info", "warn"]
 
@@ -25,11 +25,7 @@ def get_logger() -> logging.Logger:
     with _lock:
         if not logger.handlers:
             handler = logging.StreamHandler(sys.stdout)
-            handler.setFormatter(
-                logging.Formatter(
-                    "[%(levelname)s] %(name)s %(asctime)s %(filename)s:%(lineno)d %(message)s"
-                )
-            )
+            handler.setFormatter(logging.Formatter(_FORMAT))
             logger.addHandler(handler)
             logger.setLevel(_LEVELS.get(environment_text("ASCEND_GLOBAL_LOG_LEVEL"), logging.ERROR))
             logger.propagate = False

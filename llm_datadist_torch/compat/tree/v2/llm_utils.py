@@ -32,7 +32,7 @@ def layer_range_to_tensor_indices(layer_range: range, tensor_num_per_layer: int 
         LLMParamError: A range that is empty, negative or has a step.
         ValueError: A bound outside uint32.
     """
-    check_uint32("tensor_num_per_layer", tensor_num_per_layer)
+    tensor_num_per_layer = check_uint32("tensor_num_per_layer", tensor_num_per_layer)
     layers = check_layer_range("layer_range", layer_range, uint32_bounds=True)
     return list(range(layers.start * tensor_num_per_layer, layers.stop * tensor_num_per_layer))
 

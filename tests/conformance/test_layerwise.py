@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which bytes ``transfer_cache_async`` moves (reference API, 10.2 and 10.3), to another process."""
+"""Which bytes ``transfer_cache_async`` moves (reference API, 10.2 and 10.3), on every setup."""
 
 from __future__ import annotations
 
@@ -15,14 +15,25 @@ from llm_datadist_torch import (
     TransferWithCacheKeyConfig,
 )
 from tests.asynchronous.helpers import KNE, PEER, PI, SUCCESS, WAIT_MS, Far, Ready, Source
-from tests.peers import Peer, Service
+from tests.conformance.conftest import EVERY_WAY, Linked
+from tests.peers import Service
 
 Maker = Callable[..., Any]
 
 
-@pytest.fixture(params=["allocated", "tensors", "ints"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
+@pytest.fixture
+def here(answering: Linked) -> Service:
+    return answering[1]
+
+
+@pytest.fixture
+def far(answering: Linked) -> Far:
+    return Far(answering[2])
+
+
+@pytest.fixture
+def kind(answering: Linked) -> str:
+    return answering[0].kind
 
 
 @pytest.fixture(params=["key", "addresses"])
@@ -48,6 +59,7 @@ def run(here: Service, source: Source, configs: list[Any], *args: Any) -> list[A
     return results
 
 
+@EVERY_WAY
 def test_rows(here: Service, far: Far, kind: str, config: Maker) -> None:
     """Row to row, at other layers and another row (section 14, 1)."""
     source = Source(here, "src", 6, 2, 16, paged=False)
@@ -57,15 +69,7 @@ def test_rows(here: Service, far: Far, kind: str, config: Maker) -> None:
     far.expect("dst", *[(t + 2, 48, source.part(t, 16, 16)) for t in range(2, 6)])
 
 
-def test_relayed(here: Service, far: Far, config: Maker) -> None:
-    here.only_relay(PEER)
-    source = Source(here, "src", 4, 2, 16, paged=False)
-    cache_id = far.make("allocated", "dst", 4, 3, 24, paged=False)
-    configs = [config("dst", cache_id, range(2), range(2), row=1)]
-    assert run(here, source, configs) == [SUCCESS]
-    far.expect("dst", *[(t, 24, source.part(t, 0, 16)) for t in range(4)])
-
-
+@EVERY_WAY
 def test_a_row_is_cut_into_blocks(here: Service, far: Far, kind: str, config: Maker) -> None:
     """The tail is cut at the row, not at the tensor (section 14, 7)."""
     source = Source(here, "src", 4, 2, 28, paged=False)
@@ -86,6 +90,7 @@ def test_a_row_is_not_read_beyond_its_end(here: Service, far: Far, config: Maker
     far.expect("dst")
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("size", [None, 0, 8])
 def test_blocks(here: Service, far: Far, kind: str, config: Maker, size: int | None) -> None:
     source = Source(here, "src", 4, 5, 8, paged=True)
@@ -225,19 +230,12 @@ def test_block_indices_need_blocks(here: Service, far: Far) -> None:
 # -- the other mode -------------------------------------------------------------------------------
 
 
-def test_remote_accessible_mode(peers: Callable[[], Peer]) -> None:
-    """Both kinds of config are accepted in both modes; both caches must be accessible."""
-    here, process = Service(), peers()
-    try:
-        here.start(1, remote=True)
-        assert here.link(PEER, process.ask("start", PEER, remote=True))[0] == "LLM_SUCCESS"
-        far = Far(process)
-        source = Source(here, "src", 2, 2, 16, paged=False)
-        cache_id = far.make("allocated", "dst", 2, 3, 16, paged=False)
-        assert run(here, source, [_key(cache_id, row=1), _at(far, "dst")]) == [SUCCESS, SUCCESS]
-        parts = [(t, at, source.part(t, 0, 16)) for t in range(2) for at in (0, 16)]
-        far.expect("dst", *parts)
-        closed = Source(here, "closed", 2, 2, 16, paged=False, accessible=False)
-        assert run(here, closed, [_key(cache_id)]) == [PI]
-    finally:
-        here.finish()
+def test_remote_accessible_mode(here: Service, far: Far, answering: Linked) -> None:
+    """Both kinds of config are accepted in both modes; in one both caches must be accessible."""
+    source = Source(here, "src", 2, 2, 16, paged=False)
+    cache_id = far.make("allocated", "dst", 2, 3, 16, paged=False)
+    assert run(here, source, [_key(cache_id, row=1), _at(far, "dst")]) == [SUCCESS, SUCCESS]
+    parts = [(t, at, source.part(t, 0, 16)) for t in range(2) for at in (0, 16)]
+    far.expect("dst", *parts)
+    closed = Source(here, "closed", 2, 2, 16, paged=False, accessible=False)
+    assert run(here, closed, [_key(cache_id)]) == [PI if answering[0].remote else SUCCESS]

@@ -3,65 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, Placement
-from tests.peers import NearPeer, Peer, Ref, Service, settle, spawn
+from tests.conformance.conftest import Linked
+from tests.conformance.setups import PEER, Pair
+from tests.peers import Peer, Ref, Service, settle
 
-PEER = 2
 NONE = 2**64 - 1
-WAYS = ["same-process", "shared-mapping", "process-memory", "process-memory-ints", "relay"]
-KIND = {"process-memory": "tensors", "process-memory-ints": "ints"}
-PI, KNE, NYL = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST", "LLM_NOT_YET_LINK"
-
-
-@pytest.fixture(scope="module")
-def far() -> Iterator[Peer]:
-    peer = spawn()
-    yield peer
-    peer.close()
-
-
-@dataclass
-class Pair:
-    """Instance 1 here, linked with instance 2 by one way."""
-
-    here: Service
-    there: Any
-    way: str
-    taken: list[str]
-
-    def make(self, name: str, *args: Any, **kwargs: Any) -> int:
-        """A cache at the peer, of the kind that this way needs."""
-        return self.there("make", KIND.get(self.way, "allocated"), name, *args, **kwargs)
-
-    def check_way(self) -> None:
-        """All movements went the way that this test is about."""
-        expected = self.way.removesuffix("-ints")
-        assert self.taken
-        assert set(self.taken) == {expected}
-
-
-@pytest.fixture(params=[False, True], ids=["two-sided", "remote-accessible"])
-def remote(request: pytest.FixtureRequest) -> bool:
-    return request.param
-
-
-@pytest.fixture(params=WAYS)
-def pair(
-    request: pytest.FixtureRequest, here: Service, far: Peer, ways: list[str], remote: bool
-) -> Iterator[Pair]:
-    peer: Any = NearPeer() if request.param == "same-process" else far
-    here.start(1, remote=remote)
-    assert here.link(PEER, peer.ask("start", PEER, remote=remote))[0] == "LLM_SUCCESS"
-    if request.param == "relay":
-        here.only_relay(PEER)
-    yield Pair(here, peer.ask, request.param, ways)
-    peer.ask("finish")
+PI, KNE = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST"
 
 
 class Side:
@@ -203,7 +156,7 @@ def test_push_blocks(pair: Pair) -> None:
 
 def test_strided_source(pair: Pair) -> None:
     """Rows of a registered view are found by its pitch, whoever moves the bytes."""
-    kind = "tensors" if pair.way != "process-memory-ints" else "ints"
+    kind = "tensors" if pair.setup.kind != "ints" else "ints"
     pitch = None if kind == "ints" else 50
     pair.there("make", kind, "src", 2, 5, 20, paged=True, keys=BlocksCacheKey(PEER), pitch=pitch)
     pair.here.register("dst", 2, 5, 20, paged=True, pitch=33)
@@ -234,7 +187,7 @@ def test_relay_in_many_messages(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_host_to_host(pair: Pair) -> None:
     """Every pair of placements works (in the reference HOST to HOST does not)."""
-    extra = {} if KIND.get(pair.way) is None else {"accessible": True}
+    extra = {} if pair.setup.kind == "allocated" else {"accessible": True}
     pair.make(
         "src", 1, 2, 64, paged=True, keys=BlocksCacheKey(PEER), placement=Placement.HOST, **extra
     )
@@ -247,14 +200,6 @@ def test_host_to_host(pair: Pair) -> None:
 # -- keys and what a pull consumes ----------------------------------------------------------------
 
 
-@pytest.fixture
-def linked(here: Service, far: Peer, remote: bool) -> Iterator[tuple[Service, Peer]]:
-    here.start(1, remote=remote)
-    assert here.link(PEER, far.ask("start", PEER, remote=remote))[0] == "LLM_SUCCESS"
-    yield here, far
-    far.ask("finish")
-
-
 def pull(service: Service, key: Any, name: str = "dst", *args: Any, **kwargs: Any) -> str:
     failure = service.attempt("pull_cache", key, Ref(name), *args, **kwargs)
     return "" if failure is None else failure.status
@@ -264,18 +209,18 @@ def keys_left(far: Peer, number: int) -> bool:
     return settle(lambda: far.ask("counters")["keys"] == number)
 
 
-def test_a_pull_consumes_its_key(linked: tuple[Service, Peer], remote: bool) -> None:
-    here, far = linked
+def test_a_pull_consumes_its_key(apart: Linked) -> None:
+    setup, here, far = apart
     keys = (CacheKey(PEER, 10), CacheKey(PEER, 11))
     far.ask("allocate", "src", 4, 2, 16, paged=False, keys=keys)
     here.allocate("dst", 4, 2, 16, paged=False)
     assert pull(here, keys[0]) == ""
-    assert pull(here, keys[0]) == ("" if remote else KNE)
+    assert pull(here, keys[0]) == ("" if setup.remote else KNE)
     far.ask("drop", "src")
     # One key is left, and keeps the cache until it is pulled.
     assert far.ask("counters")["caches"] == 1
     assert pull(here, keys[1]) == ""
-    if not remote:
+    if not setup.remote:
         assert settle(lambda: far.ask("counters")["caches"] == 0)
         assert pull(here, keys[1]) == KNE
         assert pull(here, CacheKeyByIdAndIndex(PEER, 1, 0)) == KNE
@@ -288,11 +233,9 @@ def test_a_pull_consumes_its_key(linked: tuple[Service, Peer], remote: bool) -> 
 
 
 @pytest.mark.parametrize("by_id", [False, True])
-def test_layer_by_layer_is_counted_per_key(
-    linked: tuple[Service, Peer], remote: bool, by_id: bool
-) -> None:
+def test_layer_by_layer_is_counted_per_key(apart: Linked, by_id: bool) -> None:
     """Section 14, 15: what was pulled by one key says nothing about the other."""
-    here, far = linked
+    setup, here, far = apart
     keys = (CacheKey(PEER, 10), CacheKey(PEER, 11))
     cache_id = far.ask("allocate", "src", 4, 2, 16, paged=False, keys=keys)
     here.allocate("dst", 4, 2, 16, paged=False)
@@ -304,15 +247,15 @@ def test_layer_by_layer_is_counted_per_key(
     assert pull(here, names[1], **first) == ""
     assert far.ask("counters")["keys"] == 2
     assert pull(here, names[0], **second) == ""
-    assert keys_left(far, 2 if remote else 1)
+    assert keys_left(far, 2 if setup.remote else 1)
     assert pull(here, keys[1], **first) == ""
-    assert pull(here, keys[0]) == ("" if remote else KNE)
+    assert pull(here, keys[0]) == ("" if setup.remote else KNE)
     assert pull(here, names[1], **second) == ""
-    assert keys_left(far, 2 if remote else 0)
+    assert keys_left(far, 2 if setup.remote else 0)
 
 
-def test_what_is_not_consumed(linked: tuple[Service, Peer]) -> None:
-    here, far = linked
+def test_what_is_not_consumed(apart: Linked) -> None:
+    _, here, far = apart
     prefix = CacheKey(PEER, NONE, 0, 4)
     far.ask("allocate", "prefix", 2, 1, 16, paged=False, keys=(prefix,))
     request = CacheKey(PEER, 12)
@@ -330,9 +273,9 @@ def test_what_is_not_consumed(linked: tuple[Service, Peer]) -> None:
     assert far.ask("counters")["keys"] == 3
 
 
-def test_by_id_of_a_row_with_a_prefix_key(linked: tuple[Service, Peer]) -> None:
+def test_by_id_of_a_row_with_a_prefix_key(apart: Linked) -> None:
     """The id is looked up first (section 14, 17)."""
-    here, far = linked
+    _, here, far = apart
     keys = (CacheKey(PEER, 1), CacheKey(PEER, NONE, 0, 4))
     cache_id = far.ask("allocate", "src", 2, 2, 16, paged=False, keys=keys)
     far.ask("paint", "src", 5)
@@ -343,8 +286,8 @@ def test_by_id_of_a_row_with_a_prefix_key(linked: tuple[Service, Peer]) -> None:
     assert far.ask("counters")["keys"] == 2
 
 
-def test_a_failed_pull_consumes_nothing(linked: tuple[Service, Peer]) -> None:
-    here, far = linked
+def test_a_failed_pull_consumes_nothing(apart: Linked) -> None:
+    _, here, far = apart
     key = CacheKey(PEER, 10)
     far.ask("allocate", "src", 2, 1, 16, paged=False, keys=(key,))
     here.allocate("other", 4, 1, 16, paged=False)
@@ -357,9 +300,9 @@ def test_a_failed_pull_consumes_nothing(linked: tuple[Service, Peer]) -> None:
     assert pull(here, key) == ""
 
 
-def test_keys_of_two_models(linked: tuple[Service, Peer]) -> None:
+def test_keys_of_two_models(apart: Linked) -> None:
     """Section 14, 16: same request id, other model, other row."""
-    here, far = linked
+    _, here, far = apart
     keys = (CacheKey(PEER, 1, 0), CacheKey(PEER, 1, 7), CacheKey(PEER, NONE, 7, 1))
     far.ask("allocate", "src", 1, 3, 16, paged=False, keys=keys)
     src = Side(far.ask, "src", 4)
@@ -369,9 +312,9 @@ def test_keys_of_two_models(linked: tuple[Service, Peer]) -> None:
         assert here.dump("dst")[:16] == src.old(0, 16 * row, 16)
 
 
-def test_live_table(linked: tuple[Service, Peer]) -> None:
+def test_live_table(apart: Linked) -> None:
     """Section 14, 24: what the peer makes and ends after the first pull is seen."""
-    here, far = linked
+    _, here, far = apart
     here.allocate("dst", 1, 1, 16, paged=False)
     for round_ in range(3):
         cache_id = far.ask("allocate", "src", 1, 1, 16, paged=False)

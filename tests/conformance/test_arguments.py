@@ -9,20 +9,25 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
-from tests.peers import Peer, Ref, Service, spawn
+from tests.conformance.conftest import linked_by
+from tests.conformance.setups import ANSWERS, ME, PEER, params
+from tests.peers import Peer, Ref, Service
 
-PEER, UNLINKED, ME = 2, 5, 1
+UNLINKED = 5
 NONE = 2**64 - 1
 PI, KNE, NYL = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST", "LLM_NOT_YET_LINK"
 TYPE, VALUE, ATTRIBUTE = "TypeError", "ValueError", "AttributeError"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["two-sided", "remote-accessible"])
-def world(request: pytest.FixtureRequest) -> Iterator[tuple[Service, Peer]]:
+@pytest.fixture(scope="module", params=params(ANSWERS))
+def world(request: pytest.FixtureRequest, process: Peer) -> Iterator[tuple[Service, Any]]:
     """Caches: 1 contiguous 2 x [3, 16], 2 blocks 2 x [4, 16]; "gone" has been deallocated."""
-    here, far = Service(), spawn()
-    here.start(ME, remote=request.param)
-    assert here.link(PEER, far.ask("start", PEER, remote=request.param))[0] == "LLM_SUCCESS"
+    with linked_by(request.param, process) as (_, here, far):
+        make_caches(here, far)
+        yield here, far
+
+
+def make_caches(here: Service, far: Any) -> None:
     keys = (CacheKey(PEER, 1), CacheKey(PEER, NONE, 0, 2))
     far.ask("allocate", "rows", 2, 3, 16, paged=False, keys=keys)
     far.ask("allocate", "blocks", 2, 4, 16, paged=True, keys=BlocksCacheKey(PEER, 0))
@@ -39,9 +44,6 @@ def world(request: pytest.FixtureRequest) -> Iterator[tuple[Service, Peer]]:
         cache = here.held[name].cache
         end = here.manager.deallocate_blocks_cache if paged else here.manager.deallocate_cache
         end(cache)
-    yield here, far
-    far.close()
-    here.finish()
 
 
 ROW = CacheKeyByIdAndIndex(PEER, 1, 0)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tables of the API are run on: every transport and device there is, in both modes.
+
+THE one list is ``SETUPS``: where there is an NPU, those on it, else those on the CPU. A further
+transport is one more line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from tests.devices import on_npu
+from tests.peers import NearPeer, Peer, Service
+
+ME, PEER = 1, 2
+_NEEDS = {"hixl": pytest.mark.needs_hixl}
+"""Transports that a machine may not have."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How two instances, 1 (in this process) and 2, move bytes.
+
+    Attributes:
+        transport: The transport between them.
+        way: Which of its ways; a transport that has but one gives its own name.
+        near: Instance 2 is in this process too, not in one of its own.
+        kind: What a cache of the peer must be made of for this way (see ``Service.make``).
+        device: Where caches of placement DEVICE are.
+        remote: Remote-accessible mode, else two-sided.
+    """
+
+    transport: str
+    way: str
+    near: bool = False
+    kind: str = "allocated"
+    device: str = "cpu"
+    remote: bool = False
+
+    def __str__(self) -> str:
+        mode = "remote-accessible" if self.remote else "two-sided"
+        kind = "" if self.kind == "allocated" else f"-{self.kind}"
+        return f"{self.transport}-{self.way}{kind}-{self.device}-{mode}"
+
+    def link(self, here: Service, peer: Peer | NearPeer) -> None:
+        """Start both instances and link them, so that bytes go this way."""
+        options: dict[str, Any] = {"remote": self.remote, "device": self.device}
+        here.start(ME, **options)
+        assert here.link(PEER, peer.ask("start", PEER, **options))[0] == "LLM_SUCCESS"
+        if self.way == "relay":
+            here.only_relay(PEER)
+
+
+def _modes(*setups: Setup) -> list[Setup]:
+    return [replace(setup, remote=remote) for setup in setups for remote in (False, True)]
+
+
+ON_CPU = _modes(
+    Setup("local", "same-process", near=True),
+    Setup("local", "shared-mapping"),
+    Setup("local", "process-memory", kind="tensors"),
+    Setup("local", "process-memory", kind="ints"),
+    Setup("local", "relay"),
+)
+ON_NPU = _modes(
+    Setup("local", "same-process", near=True, device="npu"),
+    Setup("hixl", "hixl", device="npu"),
+    Setup("hixl", "hixl", kind="tensors", device="npu"),
+    Setup("hixl", "hixl", kind="ints", device="npu"),
+)
+SETUPS = ON_NPU if on_npu() else ON_CPU
+# What an answer says does not depend on the way, but on who answers: one setup of each is enough
+# for tables without bytes.
+ANSWERS = [setup for setup in SETUPS if setup.kind == "allocated" and setup.way != "relay"]
+# The peer is another process; for what is about its life and its memory.
+APART = [setup for setup in ANSWERS if not setup.near]
+
+
+def params(setups: Iterable[Setup]) -> list[Any]:
+    """Setups as parameters of a fixture or a test."""
+    return [
+        pytest.param(setup, id=str(setup), marks=_NEEDS.get(setup.transport, ()))
+        for setup in setups
+    ]
+
+
+@dataclass
+class Pair:
+    """Instance 1 here, linked with instance 2 as a setup says."""
+
+    setup: Setup
+    here: Service
+    there: Callable[..., Any]
+    taken: list[str]
+
+    def make(self, name: str, *args: Any, **kwargs: Any) -> int:
+        """A cache at the peer, of the kind that this way needs."""
+        return self.there("make", self.setup.kind, name, *args, **kwargs)
+
+    def check_way(self) -> None:
+        """All movements went the way that this test is about."""
+        assert self.taken
+        assert set(self.taken) == {self.setup.way}
