@@ -26,19 +26,23 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 class Meeting:
-    """Both processes wait until the other has come as far."""
+    """All processes wait until the others have come as far. The first prompt keeps the store."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(
+        self, args: argparse.Namespace, parties: int = 2, *, keeper: bool | None = None
+    ) -> None:
+        self._parties = parties
+        self._keeper = args.role == "prompt" if keeper is None else keeper
         self._store = TCPStore(
             args.prompt_ip,
             args.meet_port,
-            world_size=2,
-            is_master=args.role == "prompt",
+            world_size=parties,
+            is_master=self._keeper,
             timeout=timedelta(seconds=60),
         )
 
     def wait(self, point: str) -> None:
-        if self._store.add(f"{point} arrived", 1) == 2:
+        if self._store.add(f"{point} arrived", 1) == self._parties:
             self._store.set(point, "go")
         self._store.wait([point])
 
@@ -48,12 +52,12 @@ class Meeting:
     def ask(self, name: str) -> int:
         return int(self._store.get(name))
 
-    def part(self, args: argparse.Namespace) -> None:
-        """The store is in the prompt's process, so that leaves last."""
-        if args.role == "prompt":
-            self._store.wait(["decoder left"])
-        else:
-            self._store.set("decoder left", "yes")
+    def part(self) -> None:
+        """The process with the store leaves last."""
+        if self._keeper:
+            self._store.wait(["all others left"])
+        elif self._store.add("left", 1) == self._parties - 1:
+            self._store.set("all others left", "yes")
 
 
 def peer_info(cluster_id: int, ip: str, port: int, local_ip: str) -> ld.LLMClusterInfo:

@@ -91,5 +91,5 @@ if __name__ == "__main__":
     options = arguments(__doc__)
     the_meeting = Meeting(options)
     (run_prompt if options.role == "prompt" else run_decoder)(options, the_meeting)
-    the_meeting.part(options)
+    the_meeting.part()
     print(f"{options.role} done", flush=True)
