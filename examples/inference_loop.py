@@ -10,7 +10,7 @@
   into whatever blocks are free then: `swap_blocks`.
 
 At the end every output must equal what `model.generate` makes of the same prompt alone; the exit
-status is 1 if one does not. Without an accelerator, "device" memory is ordinary memory.
+status is 1 if one does not. Without an NPU, "device" memory is ordinary memory.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Engine:
     """Scheduler, memory and model: `tokens` for each sequence, `limit` of them at a time."""
 
     def __init__(self, model: pm.LlamaForCausalLM, blocks: int, tokens: int, limit: int) -> None:
-        self.model, self.tokens, self.limit = model, tokens, limit
+        self.tokens, self.limit = tokens, limit
         config = ld.LLMConfig()
         config.enable_cache_manager = True
         self.datadist = ld.LLMDataDist(ld.LLMRole.MIX, 1)
@@ -77,6 +77,7 @@ class Engine:
 
         self.pool, self.host_pool = BlockPool(blocks), pm.BlockAllocator(range(blocks * limit))
         self.device = self.manager.allocate_blocks_cache(desc(blocks, ld.Placement.DEVICE))
+        self.model = model.to(self.device.tensors[0].device)
         self.host = self.manager.create_host_cache(desc(blocks * limit, ld.Placement.HOST))
         self.waiting: deque[Request] = deque()
         self.running: list[Running] = []  # oldest first
@@ -208,13 +209,11 @@ class Engine:
             self.manager.copy_blocks(self.device, self.copies)
         self.plan_nothing()
 
-    # -- the model --------------------------------------------------------------------------------
-
     @torch.inference_mode()
     def forward(self, sequence: Running) -> None:
         """Computes the tokens whose keys and values are missing, and chooses the next one."""
         kv, request, tokens = sequence.kv, sequence.request, sequence.tokens
-        missing = torch.tensor([tokens[kv.get_seq_length() :]])
+        missing = torch.tensor([tokens[kv.get_seq_length() :]], device=self.model.device)
         logits = self.model(missing, past_key_values=kv, logits_to_keep=1).logits[0, -1]
         for digest, block in zip(block_hashes(tokens), kv.blocks, strict=False):
             self.pool.publish(digest, block)
@@ -282,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         except pm.OutOfBlocksError as error:
             parser.error(str(error))
     seconds, equal = time.monotonic() - began, list[bool]()
+    model.cpu()  # there the comparison is made, wherever the engine was
     for request in requests:
         for fork, expected in plain(model, request, args.tokens).items():
             equal.append(request.outputs[fork] == expected)

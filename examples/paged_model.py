@@ -22,7 +22,7 @@ MODEL_DIR = Path(__file__).resolve().parent / "model"
 BLOCK_SIZE = 16  # tokens
 
 
-def load_model(path: Path = MODEL_DIR) -> LlamaForCausalLM:
+def load_model(path: Path = MODEL_DIR, device: torch.device | str = "cpu") -> LlamaForCausalLM:
     """Loads the model in float32, ready for inference, on one thread.
 
     One thread per process keeps several processes on a small machine out of each other's way, and
@@ -31,7 +31,12 @@ def load_model(path: Path = MODEL_DIR) -> LlamaForCausalLM:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return model.eval()
+    return model.eval().to(device)
+
+
+def load_config(path: Path = MODEL_DIR) -> LlamaConfig:
+    """Loads what describes the model, without its weights."""
+    return LlamaConfig.from_pretrained(path, local_files_only=True)
 
 
 def num_tensors(config: LlamaConfig) -> int:
@@ -81,30 +86,33 @@ class BlockAllocator:
 class BlockTable:
     """The blocks of one sequence, shared by all layers."""
 
-    def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
+    def __init__(self, allocator: BlockAllocator, block_size: int, device: torch.device) -> None:
         self._allocator = allocator
         self._block_size = block_size
-        self.blocks: list[int] = []
-        self.ids = torch.empty(0, dtype=torch.int64)
+        self._device = device
+        self.set([])
+
+    def set(self, blocks: Sequence[int]) -> None:
+        """Says which blocks the sequence has, in the order of its tokens."""
+        self.blocks = list(blocks)
+        self.ids = torch.tensor(self.blocks, dtype=torch.int64, device=self._device)
 
     def reserve(self, length: int) -> None:
         """Takes as many blocks as `length` tokens need in all."""
         missing = blocks_for(length, self._block_size) - len(self.blocks)
         if missing > 0:
-            self.blocks += self._allocator.take(missing)
-            self.ids = torch.tensor(self.blocks, dtype=torch.int64)
+            self.set(self.blocks + self._allocator.take(missing))
 
     def slots(self, start: int, stop: int) -> torch.Tensor:
         """Returns where tokens [start, stop) live: block * block_size + offset, int64 [n]."""
-        positions = torch.arange(start, stop)
+        positions = torch.arange(start, stop, device=self._device)
         offsets = positions % self._block_size
         return self.ids[positions // self._block_size] * self._block_size + offsets
 
     def release(self) -> None:
         """Gives all blocks back."""
         self._allocator.give_back(self.blocks)
-        self.blocks = []
-        self.ids = torch.empty(0, dtype=torch.int64)
+        self.set([])
 
 
 class PagedLayer(CacheLayerMixin):
@@ -176,7 +184,7 @@ class PagedCache(Cache):
     def __init__(
         self, tensors: Sequence[torch.Tensor], allocator: BlockAllocator, length: int = 0
     ) -> None:
-        self.table = BlockTable(allocator, block_size=tensors[0].shape[1])
+        self.table = BlockTable(allocator, tensors[0].shape[1], tensors[0].device)
         self.table.reserve(length)
         pairs = zip(tensors[0::2], tensors[1::2], strict=True)
         super().__init__(layers=[PagedLayer(k, v, self.table, length) for k, v in pairs])
@@ -195,7 +203,7 @@ class PagedCache(Cache):
         digest = hashlib.sha256()
         for layer in self.layers:
             for states in layer.gather():
-                digest.update(states.contiguous().numpy().tobytes())
+                digest.update(states.contiguous().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def release(self) -> None:
@@ -206,7 +214,8 @@ class PagedCache(Cache):
 @torch.inference_mode()
 def prefill(model: LlamaForCausalLM, cache: PagedCache, prompt: Sequence[int]) -> int:
     """Reads the prompt into an empty cache and returns the first token after it."""
-    logits = model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits
+    tokens = torch.tensor([prompt], device=model.device)
+    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
     return int(logits[0, -1].argmax())
 
 
@@ -214,7 +223,8 @@ def prefill(model: LlamaForCausalLM, cache: PagedCache, prompt: Sequence[int]) -
 def decode(model: LlamaForCausalLM, cache: PagedCache, token: int, count: int) -> Iterator[int]:
     """Yields the `count` tokens after `token`, each the most probable one."""
     for _ in range(count):
-        logits = model(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1).logits
+        tokens = torch.tensor([[token]], device=model.device)
+        logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())
         yield token
 

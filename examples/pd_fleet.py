@@ -30,6 +30,8 @@ class Settings:
 
     num_blocks: int = 256
     timeout_s: float = 120.0  # a process that hears nothing for so long gives up
+    num_prefill: int = 1
+    device: str = "auto"  # as LLMConfig.device
     damage: bool = False  # zero what was pulled, so that the final comparison has to fail
 
 

@@ -71,7 +71,7 @@ class Router:
                 event.sender,
                 f"cluster {data['cluster_id']}: {data['num_blocks']} blocks of "
                 f"{data['block_size']} tokens, {data['bytes_per_block'] // 1024} KiB each in "
-                f"{data['num_tensors']} tensors; {where}",
+                f"{data['num_tensors']} tensors on {data['device']}; {where}",
             )
         decoders = [name for name in self.fleet.names if name.startswith("decode")]
         for name in decoders:
@@ -249,6 +249,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=positive, help="default: enough for every process")
     parser.add_argument("--tokens", type=positive, default=256, help="tokens per request")
     parser.add_argument("--blocks", type=positive, default=256, help="blocks per process")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "npu", "cpu"),
+        default="auto",
+        help="where the models and caches are; auto: on NPUs if there are any",
+    )
     parser.add_argument("--timeout", type=positive, default=120, help="seconds for everything")
     parser.add_argument(
         "--damage", action="store_true", help="zero what was pulled: the comparison must fail"
@@ -285,7 +291,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     requests = make_requests(prompt, options)
     started = time.monotonic()
-    settings = Settings(options.blocks, options.timeout, options.damage)
+    settings = Settings(
+        num_blocks=options.blocks,
+        timeout_s=options.timeout,
+        num_prefill=options.prefill,
+        device=options.device,
+        damage=options.damage,
+    )
     try:
         with Fleet(options.prefill, options.decode, settings) as fleet:
             router = Router(fleet, requests, started)

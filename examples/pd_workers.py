@@ -16,12 +16,14 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+import torch
 from paged_model import (
     BlockAllocator,
     PagedCache,
     blocks_for,
     cache_shape,
     decode,
+    load_config,
     load_model,
     num_tensors,
     prefill,
@@ -50,23 +52,34 @@ PROGRESS_TOKENS = 64
 
 
 class Instance:
-    """One process's model, library instance and blocks cache; a context manager."""
+    """One process's model, library instance and blocks cache; a context manager.
 
-    def __init__(self, role: LLMRole, cluster_id: int, settings: Settings, listen: bool) -> None:
-        self.model = load_model()
+    Args:
+        role: prefill or decode.
+        cluster_id: its name among the instances.
+        place: number of the process; where there are several NPUs each takes the next one.
+        settings: what is the same for every process.
+    """
+
+    def __init__(self, role: LLMRole, cluster_id: int, place: int, settings: Settings) -> None:
         self.cluster_id = cluster_id
         self.datadist = LLMDataDist(role, cluster_id)
         config = LLMConfig()
-        config.device_id = 0
+        config.device = settings.device
+        config.device_id = place % max(1, torch.accelerator.device_count())
         config.enable_cache_manager = True
         config.sync_kv_timeout = SYNC_TIMEOUT_MS
-        if listen:
-            config.listen_ip_info = f"{HOST}:0"  # port 0: any free one
+        # Port 0: any free one. Nobody links to a decode process, but HIXL needs an address.
+        config.listen_ip_info = f"{HOST}:0"
         self.datadist.init(config.generate_options())
-        shape = cache_shape(self.model.config, settings.num_blocks)
-        desc = CacheDesc(num_tensors(self.model.config), shape, DataType.DT_FLOAT)
+        model_config = load_config()
+        shape = cache_shape(model_config, settings.num_blocks)
+        desc = CacheDesc(num_tensors(model_config), shape, DataType.DT_FLOAT)
         self.cache_manager = self.datadist.cache_manager
         self.cache = self.cache_manager.allocate_blocks_cache(desc, BlocksCacheKey(cluster_id, 0))
+        # Wherever the library has put the cache.
+        self.device = self.cache.tensors[0].device
+        self.model = load_model(device=self.device)
         self.bytes_per_block = self.cache.nbytes // settings.num_blocks
         self.pulled_from: set[int] = set()  # cluster ids
 
@@ -97,7 +110,7 @@ def prefill_process(
     name: str, number: int, settings: Settings, inbox: Queue[Any], events: Queue[Any]
 ) -> None:
     """Reads prompts into blocks and keeps each one's blocks until the decode side has them."""
-    with Instance(LLMRole.PROMPT, 1 + number, settings, listen=True) as instance:
+    with Instance(LLMRole.PROMPT, 1 + number, number, settings) as instance:
         allocator = BlockAllocator(range(settings.num_blocks))
         held: dict[int, PagedCache] = {}
         waiting: deque[dict[str, Any]] = deque()
@@ -118,6 +131,8 @@ def prefill_process(
                 kv = PagedCache(instance.cache.tensors, allocator)
                 began = time.monotonic()
                 first = prefill(instance.model, kv, job["prompt"])
+                # Whoever is told of the blocks may pull them at once. They are written: to read
+                # the first token, prefill has waited for the device.
                 answer = {
                     "request": job["request"],
                     "first_token": first,
@@ -135,7 +150,8 @@ def decode_process(
     name: str, number: int, settings: Settings, inbox: Queue[Any], events: Queue[Any]
 ) -> None:
     """Links to the prefill processes, pulls the blocks of each request and continues its text."""
-    with Instance(LLMRole.DECODER, 101 + number, settings, listen=False) as instance:
+    place = settings.num_prefill + number
+    with Instance(LLMRole.DECODER, 101 + number, place, settings) as instance:
         # From the top and shuffled: no block has the number that it had on the prefill side,
         # except by chance, so what is decoded depends on every block arriving where it should.
         order = list(range(settings.num_blocks))
@@ -166,6 +182,7 @@ def describe(instance: Instance, address: tuple[str, int] | None) -> dict[str, A
         "block_size": instance.cache.cache_desc.shape[1],
         "num_tensors": instance.cache.cache_desc.num_tensors,
         "bytes_per_block": instance.bytes_per_block,
+        "device": str(instance.device),
     }
 
 

@@ -7,7 +7,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
 from paged_model import BLOCK_SIZE, BlockAllocator, OutOfBlocksError, PagedCache
 
 
@@ -75,6 +74,6 @@ def block_hashes(tokens: Sequence[int]) -> list[bytes]:
 
 def place(kv: PagedCache, blocks: list[int], length: int) -> None:
     """Says where a sequence is: the first `length` tokens are in these blocks."""
-    kv.table.blocks, kv.table.ids = list(blocks), torch.tensor(blocks, dtype=torch.int64)
+    kv.table.set(blocks)
     for layer in kv.layers:
         layer.length = length
