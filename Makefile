@@ -4,23 +4,46 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# All of .venv plus torch_npu, kept apart: where torch_npu is installed without the Ascend runtime, `import torch` fails.
+NPU_VENV := $(VENV)-npu
+NPU_BIN := $(NPU_VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h)
 
-# Where torch_npu is installed without the Ascend runtime, torch's own loading of backends makes `import torch` fail.
-export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
-
-.PHONY: help demo test test-sanitize lint format bench dev clean
+.PHONY: help demo test test-cpu test-npu-sim test-npu test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.built  ## Prefill and decode processes generate text, the KV cache handed over by this library
-	$(BIN)/python examples/pd_generate.py $(DEMO_ARGS)
+# DEVICE=npu-sim runs it on simulated NPUs, under torch_npu.
+DEVICE ?= auto
+ifeq ($(DEVICE),npu-sim)
+demo: $(NPU_VENV)/.built  ## Prefill and decode processes generate text, the KV cache handed over by this library
+	$(NPU_BIN)/python -m llm_datadist_torch sim -- $(NPU_BIN)/python examples/pd_generate.py --device npu $(DEMO_ARGS)
+else
+demo: $(VENV)/.built
+	$(BIN)/python examples/pd_generate.py --device $(DEVICE) $(DEMO_ARGS)
+endif
 
-test: $(VENV)/.built  ## Run the tests
-	$(BIN)/python -m pytest $(TEST_ARGS)
+test: test-cpu test-npu-sim  ## Run all tests: on the CPU, and on simulated NPUs
+
+# What needs torch_npu is left to test-npu-sim.
+test-cpu: $(VENV)/.built  ## Run the tests on the CPU
+	$(BIN)/python -m pytest --ignore=tests/ascend_sim --ignore=tests/npu $(TEST_ARGS)
+
+# The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
+DEVICE_TESTS := tests/npu tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
+	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
+test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those of devices on simulated NPUs
+	$(NPU_BIN)/python -m pytest tests/ascend_sim $(TEST_ARGS)
+	for scheduler in lazy random; do \
+	  $(NPU_BIN)/python -m pytest -p llm_datadist_torch.ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
+	    $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
+
+# With the python that has torch_npu, CANN and this package installed: make test-npu PYTHON=...
+test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
+	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
 
 test-sanitize: $(VENV)/.built  ## Run the tests of the C++ code under AddressSanitizer and UBSan
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
@@ -29,6 +52,8 @@ lint: $(VENV)/.built  ## Check style, types, sizes, and that the torch-free C++ 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing
+	$(BIN)/pyright
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/python scripts/check_budgets.py
 	scripts/cross_compile.sh
@@ -48,7 +73,7 @@ dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the 
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) build *.egg-info llm_datadist_torch/_C*.so
+	rm -rf $(VENV) $(NPU_VENV) build *.egg-info llm_datadist_torch/_C*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -73,4 +98,14 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	  $(BIN)/python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }; \
 	else PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-build-isolation -e . && \
 	  touch $(VENV)/.installed; fi
+	@touch $@
+
+# A second environment that sees all of the first: only torch_npu is added, torch is not installed twice.
+$(NPU_VENV)/.built: $(VENV)/.built
+	@echo "setting up $(NPU_VENV): torch_npu"
+	@test -x $(NPU_BIN)/python || $(BIN)/python -m venv --without-pip $(NPU_VENV)
+	@site() { $$1/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(NPU_BIN))/_base.pth"
+# Without its dependencies, which are there already.
+	@$(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps torch_npu==2.13.0
 	@touch $@

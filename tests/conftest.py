@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -10,8 +11,11 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
+from llm_datadist_torch.ascend_sim import is_active
+from llm_datadist_torch.memory.device import why_no_npu
 
 InstanceFactory = Callable[..., LLMDataDist]
 
@@ -80,9 +84,22 @@ def _has_ipv6() -> bool:
     return True
 
 
+def _num_npus() -> int:
+    return 0 if why_no_npu()[0] else torch.npu.device_count()  # type: ignore[attr-defined]
+
+
 # marker -> (what it needs, whether this machine has it)
 _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "needs_ipv6": ("the IPv6 loopback address", _has_ipv6),
+    "needs_npu": ("an NPU, real or simulated (pytest --ascend-sim)", lambda: _num_npus() > 0),
+    "host_memory_only": ("caches of placement DEVICE in host memory", lambda: _num_npus() == 0),
+    "needs_torch_npu": (
+        "torch_npu, installed; an NPU is not needed",
+        lambda: importlib.util.find_spec("torch_npu") is not None,
+    ),
+    "needs_two_npus": ("two NPUs", lambda: _num_npus() >= 2),
+    "needs_simulated_npu": ("a simulated NPU, to make it fail", is_active),
+    "needs_hixl": ("HIXL's Python module", lambda: importlib.util.find_spec("hixl") is not None),
     "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),
 }
 

@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.service import Failure, Ref, Service, Span, cluster, settle
+from tests.caches import Ref, Span
+from tests.service import Failure, Service, cluster, settle
 
 __all__ = ["Failure", "NearPeer", "Peer", "Ref", "Service", "Span", "cluster", "settle", "spawn"]
 
@@ -74,7 +75,9 @@ class Peer:
         try:
             yield
         finally:
-            self.signal(signal.SIGCONT)
+            # It may have been killed meanwhile.
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGCONT)
 
     def close(self) -> None:
         if self._closed:
@@ -103,10 +106,10 @@ class NearPeer:
         self.service.finish()
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, kind: type[Service]) -> None:
     # Nobody outlives the test run, whatever it is doing.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    service = Service()
+    service = kind()
     while True:
         try:
             name, args, kwargs = connection.recv()
@@ -125,10 +128,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "tests.peers"])
 
 
-def spawn() -> Peer:
-    """A fresh process, which shares nothing with this one. Close it."""
+def spawn(kind: type[Service] = Service) -> Peer:
+    """A fresh process with a service, which shares nothing with this one. Close it."""
     ours, theirs = _context.Pipe()
-    process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+    process = _context.Process(target=_serve, args=(theirs, kind), daemon=True)
     process.start()
     theirs.close()
     return Peer(process, ours)

@@ -23,8 +23,9 @@ from llm_datadist_torch import (
     LLMException,
     Placement,
 )
-from llm_datadist_torch.catalog import name_of
+from llm_datadist_torch.cache_entry import name_of
 from llm_datadist_torch.values.status import LLMStatusCode
+from tests.devices import default_device, device_of, on_npu, raw
 
 PI = LLMStatusCode.LLM_PARAM_INVALID
 KNE = LLMStatusCode.LLM_KV_CACHE_NOT_EXIST
@@ -64,10 +65,17 @@ def host(*args: object, **kwargs: object) -> CacheDesc:
 
 
 def tensors_of(description: CacheDesc, fill: int = 0) -> list[torch.Tensor]:
+    """Tensors that fit a description, where memory of its placement has to be."""
+    shape, dtype = description.dims, description.torch_dtype
+    device = device_of(description.placement)
     return [
-        torch.full(description.dims, fill, dtype=description.torch_dtype)
-        for _ in range(description.num_tensors)
+        torch.full(shape, fill, dtype=dtype, device=device) for _ in range(description.num_tensors)
     ]
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """A tensor that a DEVICE cache may be made of."""
+    return torch.zeros(shape, dtype=dtype, device=default_device())
 
 
 def counters(datadist: LLMDataDist) -> tuple[object, ...]:
@@ -83,10 +91,6 @@ def pool_stats(datadist: LLMDataDist, placement: Placement = Placement.DEVICE) -
 
 def data(cache: object) -> list[bytes]:
     return [raw(tensor) for tensor in cache.tensors]
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def scramble(tensors: object, seed: int = 0) -> None:
@@ -121,10 +125,12 @@ def protect(address: int, nbytes: int, protection: int) -> None:
     assert _libc.mprotect(address, nbytes, protection) == 0
 
 
-def shared_maps() -> int:
-    """How many shareable regions this process has mapped."""
+def regions() -> int:
+    """How many shareable regions this process has mapped, and blocks of an NPU allocated."""
     gc.collect()  # what other tests left behind
-    return sum("memfd" in line for line in Path("/proc/self/maps").read_text().splitlines())
+    blocks = torch.npu.memory_stats().get("allocation.all.current", 0) if on_npu() else 0
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return blocks + sum("memfd" in line and "datadist" in line for line in maps)
 
 
 def page_desc(num_tensors: int = 1, rows: int = 4) -> CacheDesc:

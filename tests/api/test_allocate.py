@@ -30,9 +30,10 @@ from tests.api.support import (
     page_desc,
     pool_stats,
     raises,
-    shared_maps,
+    regions,
     tensors_of,
 )
+from tests.devices import on_npu
 
 K = CacheKey(1, 1)
 
@@ -208,7 +209,8 @@ def test_alignment_and_peak_memory(instance_factory, placement, nbytes):
     description = desc(count, (1, nbytes), DataType.DT_INT8, placement)
     cache = datadist.cache_manager.allocate_cache(description)
     addrs = cache.tensor_addrs
-    assert addrs[0] % (2 << 20) == 0
+    if placement is Placement.DEVICE or not on_npu():  # pinned memory starts anywhere
+        assert addrs[0] % (2 << 20) == 0
     assert [(a - addrs[0]) % PAGE for a in addrs] == [0] * count
     assert [b - a >= nbytes for a, b in itertools.pairwise(addrs)] == [True] * (count - 1)
     for tensor in cache.tensors:
@@ -218,7 +220,8 @@ def test_alignment_and_peak_memory(instance_factory, placement, nbytes):
     assert region.address == addrs[0]
     assert region.address + region.nbytes >= addrs[-1] + nbytes
     assert region.nbytes <= allowed
-    assert resident(addrs[0], allowed) <= allowed
+    if not on_npu():
+        assert resident(addrs[0], allowed) <= allowed
 
 
 def resident(address: int, nbytes: int) -> int:
@@ -235,13 +238,13 @@ def resident(address: int, nbytes: int) -> int:
 
 def test_memory_is_returned(instance_factory):
     manager = instance_factory().cache_manager
-
-    before = shared_maps()
+    manager.allocate_cache(desc())  # with the first come the counters
+    before = regions()
     caches = [manager.allocate_cache(desc()) for _ in range(10)]
-    assert shared_maps() >= before + 1
+    assert regions() >= before + 1
     for cache in caches:
         manager.deallocate_cache(cache)
-    assert shared_maps() == before
+    assert regions() == before
 
 
 # -- the desc is the caller's (14.37) -------------------------------------------------------------

@@ -19,6 +19,7 @@ from tests.api.support import (
     scramble,
     tensors_of,
 )
+from tests.devices import device_of
 
 
 @pytest.fixture(params=["allocated", "allocated blocks", "registered", "registered blocks", "cpu"])
@@ -46,7 +47,7 @@ def test_tensors_and_addresses(cache):
     assert type(cache.tensor_addrs) is list
     assert {type(a) for a in cache.tensor_addrs} == {int}
     assert cache.nbytes == 4 * 4 * 8 * 4
-    assert cache.device == torch.device("cpu")
+    assert cache.device == device_of(cache.cache_desc.placement)
     assert cache.cache_desc.num_tensors == 4
 
 
@@ -110,8 +111,10 @@ def test_str_is_the_reference_text(instance_factory):
     ],
 )
 def test_repr_is_honest(instance_factory, make, words):
-    text = repr(make(instance_factory().cache_manager))
-    for word in [*words, "4 x [4, 8]", "DT_INT32", "512 bytes", "cpu"]:
+    cache = make(instance_factory().cache_manager)
+    text = repr(cache)
+    device = str(device_of(cache.cache_desc.placement))
+    for word in [*words, "4 x [4, 8]", "DT_INT32", "512 bytes", device]:
         assert word in text
 
 
@@ -201,6 +204,6 @@ def test_registered_tensors_are_kept_alive(cache):
     scramble(cache.tensors, seed=3)
     before = [raw(t) for t in cache.tensors]
     gc.collect()
-    noise = [torch.full((4, 8), 77, dtype=torch.int32) for _ in range(1000)]
+    noise = tensors_of(desc(1000), fill=77)
     assert [raw(t) for t in cache.tensors] == before
     assert len(noise) == 1000

@@ -33,6 +33,7 @@ from tests.api.support import (
     tensors_of,
 )
 from tests.conftest import make_options
+from tests.devices import examples
 from tests.reference import CatalogModel
 
 K = CacheKey(1, 1)
@@ -312,7 +313,7 @@ class World:
             assert cache.ended == (known is None or not known["held"])
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=examples(120))
 @given(STEPS)
 def test_any_sequence_equals_the_model(steps):
     world = World()

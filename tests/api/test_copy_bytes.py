@@ -12,6 +12,7 @@ from llm_datadist_torch import Cache, CacheDesc, DataType, LLMDataDist, LLMRole,
 from tests import reference
 from tests.api.support import PI, ids, raises, raw, scramble
 from tests.conftest import make_options
+from tests.devices import device_of, examples
 
 CANARY = 0xA5
 
@@ -31,7 +32,12 @@ class Guarded:
         self.pitch = row_bytes + gap
         lead = 64
         self.wholes = [
-            torch.full((2 * lead + rows * self.pitch,), CANARY, dtype=torch.uint8)
+            torch.full(
+                (2 * lead + rows * self.pitch,),
+                CANARY,
+                dtype=torch.uint8,
+                device=device_of(place),
+            )
             for _ in range(count)
         ]
         views = [w.as_strided((rows, row_bytes), (self.pitch, 1), lead) for w in self.wholes]
@@ -43,16 +49,16 @@ class Guarded:
     def check(self) -> None:
         for whole, view, model in zip(self.wholes, self.views, self.models, strict=True):
             assert raw(view) == bytes(model)
-            outside = torch.ones_like(whole, dtype=torch.bool)
+            outside = torch.ones(whole.shape, dtype=torch.bool)
             outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
-            assert bool((whole[outside] == CANARY).all()), "wrote outside the rows"
+            assert bool((whole.cpu()[outside] == CANARY).all()), "wrote outside the rows"
 
 
 ROWS = st.integers(1, 9)
 NBYTES = st.integers(1, 300)
 GAP = st.sampled_from([0, 1, 7, 64])
 COUNT = st.integers(1, 4)
-GENTLE = settings(deadline=None, max_examples=100)
+GENTLE = settings(deadline=None, max_examples=examples(100))
 
 
 def pairs_of(data: st.DataObject, sources: int, targets: int) -> list[tuple[int, int]]:

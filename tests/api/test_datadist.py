@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 
 import pytest
@@ -164,7 +165,8 @@ def test_init_refuses_and_may_be_retried(options, fault):
     datadist.finalize()
 
 
-def test_hixl_backend_is_refused_with_a_word():
+def test_hixl_backend_is_refused_with_a_word(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hixl", None)  # cannot be imported
     with raises(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "not available"):
         LLMDataDist(LLMRole.PROMPT, 5).init(
             ON | {"llm.TransferBackend": "hixl", "llm.listenIpInfo": "127.0.0.1:0"}

@@ -28,6 +28,7 @@ from tests.api.support import (
     scramble,
     tensors_of,
     unmap,
+    zeros,
 )
 
 PAGE = mmap.PAGESIZE
@@ -97,7 +98,7 @@ COMMON = [
     ((desc(2, dtype=DataType.DT_FLOAT), KEPT), PI),
     ((D, [KEPT[0], KEPT[0]]), PI),
     ((D, [ADDRS[0], ADDRS[0]]), PI),
-    ((D, [KEPT[0], torch.zeros(8, 4, dtype=torch.int32).t()]), PI),
+    ((D, [KEPT[0], zeros(8, 4).t()]), PI),
 ]
 
 
@@ -176,7 +177,7 @@ def test_ids_of_the_reference_samples(instance_factory):
 
 def test_strided_views(instance_factory):
     manager = instance_factory().cache_manager
-    kv = torch.zeros(4, 2, 8, dtype=torch.int32)
+    kv = zeros(4, 2, 8)
     cache = manager.register_blocks_cache(D, [kv[:, 0], kv[:, 1]])
     assert (cache.layout.row_bytes, cache.layout.pitch, cache.layout.extent) == (32, 64, 224)
     kv[0, 0].fill_(3)
@@ -186,11 +187,11 @@ def test_strided_views(instance_factory):
 
 
 BAD_ROWS = [
-    lambda: torch.zeros(4, 16, dtype=torch.int32)[:, ::2],
-    lambda: torch.zeros(8, 4, dtype=torch.int32).t(),
-    lambda: torch.zeros(1, 8, dtype=torch.int32).expand(4, 8),
-    lambda: torch.zeros(11, dtype=torch.int32).as_strided((4, 8), (1, 1)),
-    lambda: torch.zeros(8, 8, dtype=torch.int32)[::2].flip(1).t().t()[:, ::1].t().t()[:3],
+    lambda: zeros(4, 16)[:, ::2],
+    lambda: zeros(8, 4).t(),
+    lambda: zeros(1, 8).expand(4, 8),
+    lambda: zeros(11).as_strided((4, 8), (1, 1)),
+    lambda: zeros(8, 8)[::2].flip(1).t().t()[:, ::1].t().t()[:3],
 ]
 
 
@@ -201,11 +202,12 @@ def test_rows_are_checked(instance_factory, make):
 
 
 def test_one_row_may_have_any_stride(instance_factory):
-    wide = torch.zeros(1, 64, dtype=torch.int32)[:, :8]
+    wide = zeros(1, 64)[:, :8]
     cache = instance_factory().cache_manager.register_cache(desc(1, (1, 8)), [wide])
     assert cache.layout.pitch == 32
 
 
+@pytest.mark.host_memory_only
 def test_message_names_index_and_address(instance_factory):
     manager = instance_factory().cache_manager
     address = map_pages(4 * PAGE)
@@ -241,7 +243,9 @@ def test_message_names_index_and_address(instance_factory):
 def test_remote_accessible(instance_factory, method, remote, placement, flag, accessible):
     datadist = instance_factory(remote=remote)
     description = desc(2, placement=placement)
-    cache = getattr(datadist.cache_manager, method)(description, good(), remote_accessible=flag)
+    cache = getattr(datadist.cache_manager, method)(
+        description, tensors_of(description), remote_accessible=flag
+    )
     assert datadist._instance.catalog.find(cache.cache_id).remote_accessible is accessible
 
 
@@ -257,7 +261,7 @@ def test_tensors_are_kept_alive(instance_factory):
     addrs = {t.data_ptr() for t in mine}
     del mine
     gc.collect()  # not even the Cache is held by anyone
-    noise = [torch.full((4, 8), 77, dtype=torch.int32) for _ in range(2000)]
+    noise = tensors_of(desc(2000), fill=77)
     assert not {t.data_ptr() for t in noise} & addrs
     assert [raw(t) for t in datadist._instance.catalog.find(1).tensors] == before
 
@@ -267,7 +271,7 @@ def test_memory_is_let_go_at_the_end(instance_factory, end):
     datadist = instance_factory()
     owner = np.zeros((4, 8), dtype=np.int32)
     alive = weakref.ref(owner)
-    cache = datadist.cache_manager.register_cache(desc(1), [torch.from_numpy(owner)])
+    cache = datadist.cache_manager.register_cache(host(1), [torch.from_numpy(owner)])
     del owner
     if end == "unregister":
         datadist.cache_manager.unregister_cache(cache.cache_id)
