@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 NPU_VENV := $(VENV)-npu
 NPU_BIN := $(NPU_VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h)
+SIM_CSRC := llm_datadist_torch/ascend_sim/csrc
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
+	$(wildcard tests/native/*.cpp tests/native/*.h tests/ascend_sim/*.cpp)
 
 .PHONY: help demo test test-cpu test-npu-sim test-npu test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
@@ -45,8 +47,9 @@ test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those o
 test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
 	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
 
-test-sanitize: $(VENV)/.built  ## Run the tests of the C++ code under AddressSanitizer and UBSan
+test-sanitize: $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
+	PYTHON=$(CURDIR)/$(NPU_BIN)/python scripts/test_sanitize_sim.sh
 
 lint: $(VENV)/.built  ## Check style, types, sizes, and that the torch-free C++ compiles for aarch64
 	$(BIN)/ruff check .

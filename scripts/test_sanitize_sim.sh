@@ -5,7 +5,7 @@
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
+python=${PYTHON:-$root/.venv-npu/bin/python}
 out=$root/build/sanitize-sim
 include=$("$python" -c 'import importlib.util as u; s = u.find_spec("torch_npu"); print(s.submodule_search_locations[0] if s else "")')
 if [ -z "$include" ]; then
@@ -16,13 +16,17 @@ include=$include/include/third_party/acl/inc
 mkdir -p "$out"
 for sanitizer in address,undefined thread; do
   echo "building with -fsanitize=$sanitizer"
-  g++ -std=c++20 -O1 -g -fsanitize="$sanitizer" -fno-sanitize-recover=all -DFUNC_VISIBILITY -Wno-deprecated-declarations \
-    -isystem "$include" "$root"/llm_datadist_torch/ascend_sim/csrc/runtime/*.cpp \
-    "$root/tests/ascend_sim/runtime_stress.cpp" -o "$out/stress-$sanitizer" -lpthread
+  objects=$out/$sanitizer
+  mkdir -p "$objects"
+  printf '%s\n' "$root"/llm_datadist_torch/ascend_sim/csrc/runtime/*.cpp "$root/tests/ascend_sim/runtime_stress.cpp" |
+    xargs -P "$(nproc)" -I{} sh -c 'g++ -std=c++20 -O1 -g "$@" -c {} -o "$0/$(basename {}).o"' "$objects" \
+      -fsanitize="$sanitizer" -fno-sanitize-recover=all -DFUNC_VISIBILITY -Wno-deprecated-declarations -isystem "$include"
+  g++ -fsanitize="$sanitizer" "$objects"/*.o -o "$out/stress-$sanitizer" -lpthread
   for scheduler in lazy random inline; do
-    echo "$scheduler"
-    # Without CPU addresses for ThreadSanitizer's shadow at random places; setarch fixes them.
-    ASCEND_SIM_SCHEDULER=$scheduler ASCEND_SIM_SEED=$RANDOM ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 \
-      setarch "$(uname -m)" -R "$out/stress-$sanitizer"
+    seed=$RANDOM
+    echo "scheduler $scheduler, seed $seed"
+    # ThreadSanitizer's shadow needs addresses that are not at random places; setarch fixes them.
+    ASCEND_SIM_SCHEDULER=$scheduler ASCEND_SIM_SEED=$seed ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1 \
+      timeout 120 setarch "$(uname -m)" -R "$out/stress-$sanitizer"
   done
 done
