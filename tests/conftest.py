@@ -11,10 +11,17 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
+
+from llm_datadist_torch.ascend_sim import is_active
+
+# torch loads its backends by itself, and can't be imported where torch_npu is installed without the
+# Ascend runtime. The tests that are about torch_npu import it.
+if not is_active():
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
 import torch
 
 from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
-from llm_datadist_torch.ascend_sim import is_active
 from llm_datadist_torch.memory.device import why_no_npu
 
 InstanceFactory = Callable[..., LLMDataDist]
@@ -93,6 +100,10 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "needs_ipv6": ("the IPv6 loopback address", _has_ipv6),
     "needs_npu": ("an NPU, real or simulated (pytest --ascend-sim)", lambda: _num_npus() > 0),
     "host_memory_only": ("caches of placement DEVICE in host memory", lambda: _num_npus() == 0),
+    "whole_programs": (
+        "the simulator's scheduler `lazy`: it starts programs, too slow for each scheduler",
+        lambda: not is_active() or os.environ["ASCEND_SIM_SCHEDULER"] == "lazy",
+    ),
     "needs_torch_npu": (
         "torch_npu, installed; an NPU is not needed",
         lambda: importlib.util.find_spec("torch_npu") is not None,

@@ -30,7 +30,7 @@ def device_of(placement: Placement) -> torch.device:
 
 def examples(number: int) -> int:
     """How many examples a property is tried with; each operation takes the simulator a while."""
-    return number // 5 if is_active() else number
+    return max(1, number // 5) if is_active() else number
 
 
 def finish_kernels() -> None:

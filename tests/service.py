@@ -160,7 +160,7 @@ class Service(Caches):
         return {
             "fds": len(list(Path("/proc/self/fd").iterdir())),
             "maps": len(maps),
-            "shared": sum("memfd:" in line for line in maps),
+            "shared": sum("memfd:llm_datadist" in line for line in maps),
             "threads": len(list(Path("/proc/self/task").iterdir())),
         }
 

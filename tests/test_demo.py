@@ -51,8 +51,10 @@ def demo_command(*arguments: str) -> list[str]:
 
 def demo_environment() -> dict[str, str]:
     """The demo gets the package that the tests have, installed or not."""
-    package = Path(llm_datadist_torch.__file__).resolve().parents[1]
-    return {**os.environ, "PYTHONPATH": str(package)}
+    package = str(Path(llm_datadist_torch.__file__).resolve().parents[1])
+    # What is there already may be the simulator's.
+    paths = [package, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,6 +196,7 @@ class TestFleet:
         assert not any(process.is_alive() for process in fleet._processes.values())
 
 
+@pytest.mark.whole_programs
 class TestProgram:
     @pytest.mark.parametrize("size", [("1", "1"), ("2", "2")], ids="x".join)
     def test_tokens_equal(self, size: tuple[str, str]) -> None:

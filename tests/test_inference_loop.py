@@ -45,6 +45,7 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], SMALL], ids=["default", "small"])
+@pytest.mark.whole_programs
 def test_outputs_equal_plain_generation(arguments: list[str]) -> None:
     done = run_program(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -72,6 +73,7 @@ def test_what_can_not_run_is_refused(arguments: list[str], capsys: Any) -> None:
     assert LLMDataDist.llm_engine_instance is None
 
 
+@pytest.mark.whole_programs
 def test_help_says_what_it_shows() -> None:
     done = run_program("--help")
     assert done.returncode == 0

@@ -16,8 +16,14 @@ from hypothesis import strategies as st
 
 from llm_datadist_torch import ops, streams
 from tests import reference
+from tests.devices import default_device, examples
 
 CANARY = 0xA5
+
+
+def on_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Where the kernels that are tested work."""
+    return tensor.to(default_device())
 
 
 class Blocks:
@@ -30,7 +36,7 @@ class Blocks:
         gap: int,
         seed: int,
         lead: int = 1,
-        place: Callable[[torch.Tensor], torch.Tensor] = lambda whole: whole,
+        place: Callable[[torch.Tensor], torch.Tensor] = on_device,
     ) -> None:
         layout = (blocks, nbytes), (nbytes + gap, 1), lead
         whole = torch.full((lead + blocks * (nbytes + gap) + 64,), CANARY, dtype=torch.uint8)
@@ -60,7 +66,7 @@ def block_pairs(draw: st.DrawFn, sources: int, targets: int) -> tuple[list[int],
 LAYOUT = st.tuples(st.integers(1, 300), st.integers(0, 70), st.integers(0, 65))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.data(), st.integers(1, 12), LAYOUT, st.integers(1, 3))
 def test_copy_blocks_equals_the_model(data, blocks, layout, count):
     nbytes, gap, lead = layout
@@ -72,7 +78,7 @@ def test_copy_blocks_equals_the_model(data, blocks, layout, count):
         t.check()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.data(), st.integers(1, 9), st.integers(1, 9), LAYOUT, LAYOUT, st.integers(1, 3))
 def test_swap_blocks_equals_the_model(data, blocks, others, layout, other_layout, count):
     nbytes, gap, lead = layout
@@ -87,7 +93,7 @@ def test_swap_blocks_equals_the_model(data, blocks, others, layout, other_layout
         s.check()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(st.data(), LAYOUT, LAYOUT, st.booleans())
 def test_copy_rows_equals_the_model(data, layout, other_layout, same):
     to = Blocks(4, layout[0], layout[1], 1, layout[2])
@@ -142,7 +148,7 @@ def test_large_copies_stream_in_threads(ring):
 
 
 def test_interleaved_views_do_not_overlap():
-    kv = torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(4, 2, 8)
+    kv = on_device(torch.arange(4 * 2 * 8, dtype=torch.float32).reshape(4, 2, 8))
     before = kv.clone()
     ops.copy_blocks([kv[:, 0], kv[:, 1]], [0], [3])
     before[3] = before[0]
@@ -153,7 +159,7 @@ def test_interleaved_views_do_not_overlap():
 
 
 def unchanged(tensor):
-    return torch.equal(tensor, torch.arange(tensor.numel()).reshape(tensor.shape))
+    return torch.equal(tensor.cpu(), torch.arange(tensor.numel()).reshape(tensor.shape))
 
 
 @pytest.mark.parametrize(
@@ -173,28 +179,32 @@ def unchanged(tensor):
     ],
 )
 def test_bad_ids(src, dst, error, text):
-    tensor = torch.arange(8).reshape(4, 2)
+    tensor = good()
     with pytest.raises(error, match=text):
         ops.copy_blocks([tensor], src, dst)
     assert unchanged(tensor)
     with pytest.raises(error, match=text):
-        ops.swap_blocks([tensor], [torch.zeros(4, 2, dtype=torch.int64)], dst, src)
+        ops.swap_blocks([tensor], [zeros(4, 2)], dst, src)
     assert unchanged(tensor)
 
 
 def good():
-    return torch.arange(8).reshape(4, 2)
+    return on_device(torch.arange(8).reshape(4, 2))
+
+
+def zeros(*shape, dtype=torch.int64):
+    return torch.zeros(shape, dtype=dtype, device=default_device())
 
 
 @pytest.mark.parametrize(
     ("tensor", "text"),
     [
-        (torch.zeros(4, 4)[:, ::2], "not contiguous"),
-        (torch.zeros(1, 2).expand(4, 2), "overlap"),
-        (torch.tensor(1.0), "no dimension"),
-        (torch.zeros(4, 3, dtype=torch.int64), r"tensors\[1\] has rows of 24 bytes"),
-        (torch.zeros(4, 4, dtype=torch.int64)[:, :2], r"tensors\[1\] has rows 32 bytes apart"),
-        (torch.zeros(3, 2, dtype=torch.int64), r"out of range \[0, 3\)"),
+        (zeros(4, 4, dtype=torch.float32)[:, ::2], "not contiguous"),
+        (zeros(1, 2, dtype=torch.float32).expand(4, 2), "overlap"),
+        (on_device(torch.tensor(1.0)), "no dimension"),
+        (zeros(4, 3), r"tensors\[1\] has rows of 24 bytes"),
+        (zeros(4, 4)[:, :2], r"tensors\[1\] has rows 32 bytes apart"),
+        (zeros(3, 2), r"out of range \[0, 3\)"),
     ],
 )
 def test_bad_tensors(tensor, text):
@@ -239,7 +249,7 @@ def test_shared_memory_is_refused():
 def test_bad_rows(args, error, text):
     tensor = good()
     with pytest.raises(error, match=text):
-        ops.copy_rows([tensor], [torch.zeros(4, 2, dtype=torch.int64)], *args)
+        ops.copy_rows([tensor], [zeros(4, 2)], *args)
     assert unchanged(tensor)
 
 
@@ -247,7 +257,7 @@ def test_lists_must_fit_each_other():
     with pytest.raises(ValueError, match="dst has 1 tensors, but src 2"):
         ops.swap_blocks([good()], [good(), good()], [0], [0])
     with pytest.raises(ValueError, match="dst has rows of 16 bytes, but src of 24"):
-        ops.swap_blocks([good()], [torch.zeros(4, 3, dtype=torch.int64)], [0], [0])
+        ops.swap_blocks([good()], [zeros(4, 3)], [0], [0])
 
 
 def test_nothing_to_do():
@@ -258,12 +268,12 @@ def test_nothing_to_do():
     ops.copy_rows([], [], 0, 0, 0, 0)
     ops.copy_rows([tensor], [tensor], 1, 1, 0, 16)
     ops.copy_blocks([tensor], [2], [2])
-    ops.copy_blocks([torch.zeros(4, 0)], [1], [2])
+    ops.copy_blocks([zeros(4, 0)], [1], [2])
     assert unchanged(tensor)
 
 
 def test_non_blocking_is_done_on_return_in_host_memory():
-    tensor, other = good(), torch.zeros(4, 2, dtype=torch.int64)
+    tensor, other = good().cpu(), torch.zeros(4, 2, dtype=torch.int64)
     ops.copy_blocks([tensor], [0], [3], non_blocking=True)
     ops.swap_blocks([other], [tensor], [1], [3], non_blocking=True)
     ops.copy_rows([other], [tensor], 2, 1, 0, 8, non_blocking=True)

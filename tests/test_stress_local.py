@@ -25,7 +25,7 @@ from llm_datadist_torch import (
     LLMStatusCode,
     Placement,
 )
-from tests.api.support import counters, shared_maps
+from tests.api.support import counters, regions
 from tests.peers import settle
 
 THREADS, STEPS = 6, 800
@@ -170,7 +170,7 @@ class Worker:
 
 @pytest.mark.parametrize("pools", [True, False], ids=["pools", "no-pools"])
 def test_random_work_in_many_threads(instance_factory: Any, pools: bool) -> None:
-    before = shared_maps()
+    before = regions()
     sizes = {"pool": POOL, "host_pool": POOL} if pools else {}
     instances = [instance_factory(timeout_ms=60_000, **sizes) for _ in range(2)]
     one, two = instances
@@ -200,4 +200,4 @@ def test_random_work_in_many_threads(instance_factory: Any, pools: bool) -> None
                     pass
     for instance in instances:
         instance.finalize()
-    assert settle(lambda: shared_maps() == before)
+    assert settle(lambda: regions() == before)

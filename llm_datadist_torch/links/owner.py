@@ -28,6 +28,7 @@ from llm_datadist_torch.links.messages import (
     Words,
     WriteBytes,
 )
+from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.transports.base import RegionView
@@ -185,6 +186,13 @@ class Owner:
             raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {lease_id}")
         if write and not grant.write:
             raise param_error(f"lease {lease_id} is for reading")
+        if grant.entry.device != HOST:
+            # A peer of ours has no reason to ask, but whoever asks must not crash this process.
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                f"cache {grant.entry.cache_id} is on {grant.entry.device}: only host memory is"
+                " relayed",
+            )
         if not raw or len(raw) % 16:
             raise param_error(f"{len(raw)} bytes are no list of spans")
         spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)

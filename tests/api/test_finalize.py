@@ -219,7 +219,10 @@ HEAD = """
         datadist = LLMDataDist(LLMRole.MIX, cluster_id)
         datadist.init(make_options())
         return datadist
-    live(0).finalize()
+    first = live(0)
+    first.cache_manager.allocate_cache(CacheDesc(1, [1, 1], DataType.DT_INT8))
+    first.finalize()
+    del first
     for stream in (sys.stdout, sys.stderr):
         print("started", file=stream, flush=True)
 """
@@ -231,12 +234,14 @@ def run(body: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
+    # All of it where the start failed.
     done.stdout, done.stderr = (
-        text.partition("started\n")[2] or text for text in (done.stdout, done.stderr)
+        text.split("started\n", 1)[-1] for text in (done.stdout, done.stderr)
     )
     return done
 
 
+@pytest.mark.whole_programs
 def test_exit_finalizes_all_live_instances():
     done = run("""
         real = LLMDataDist.finalize
@@ -254,6 +259,7 @@ def test_exit_finalizes_all_live_instances():
     assert done.stderr == ""
 
 
+@pytest.mark.whole_programs
 def test_exit_logs_an_llm_exception():
     done = run("""
         import logging
@@ -268,6 +274,7 @@ def test_exit_logs_an_llm_exception():
     assert "finalizing cluster 1 at exit failed" in done.stdout
 
 
+@pytest.mark.whole_programs
 def test_exit_with_dropped_instances_is_clean():
     done = run("""
         import gc

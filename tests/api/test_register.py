@@ -34,7 +34,6 @@ from tests.api.support import (
 PAGE = mmap.PAGESIZE
 K, B = CacheKey(1, 1), BlocksCacheKey(1, 1)
 D = desc(2)
-NBYTES = 4 * 8 * 4
 
 
 def good() -> list[torch.Tensor]:
@@ -243,9 +242,8 @@ def test_message_names_index_and_address(instance_factory):
 def test_remote_accessible(instance_factory, method, remote, placement, flag, accessible):
     datadist = instance_factory(remote=remote)
     description = desc(2, placement=placement)
-    cache = getattr(datadist.cache_manager, method)(
-        description, tensors_of(description), remote_accessible=flag
-    )
+    register, given = getattr(datadist.cache_manager, method), tensors_of(description)
+    cache = register(description, given, remote_accessible=flag)
     assert datadist._instance.catalog.find(cache.cache_id).remote_accessible is accessible
 
 

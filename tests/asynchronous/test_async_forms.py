@@ -177,6 +177,7 @@ print("left")
     ["", "datadist.finalize()", "del datadist, manager, cache", "tasks[0].cancel()"],
     ids=["nothing", "finalize", "del", "cancel"],
 )
+@pytest.mark.whole_programs
 def test_a_process_ends_while_a_synchronizer_hangs(ending: str) -> None:
     """Section 14, 33: the reference can't exit."""
     done = subprocess.run(
@@ -187,5 +188,6 @@ def test_a_process_ends_while_a_synchronizer_hangs(ending: str) -> None:
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "left"  # torch_npu may have said something before
     assert "Fatal" not in done.stderr

@@ -10,11 +10,12 @@ import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMException
 from llm_datadist_torch.ascend_sim import faults, is_active
+from tests.devices import overwrite, raw
 from tests.peers import Failure, Peer, Service, spawn
 
 
 class NpuService(Service):
-    """As its base, with bytes that go through the device's own copies."""
+    """As its base; what it fills and dumps are the bytes of the tensors, one after the other."""
 
     def start(self, cluster_id: int, **arguments: Any) -> int:
         self._before = faults.counts() if is_active() else {}
@@ -28,30 +29,13 @@ class NpuService(Service):
         stream, data = random.Random(seed), b""
         for tensor in self._tensors(name):
             part = stream.randbytes(tensor.numel())
-            tensor.copy_(torch.frombuffer(bytearray(part), dtype=torch.uint8).view(tensor.shape))
+            overwrite(tensor.view(-1), part)
             data += part
-        self.settle()
         return data
-
-    def paint(self, name: str, value: int) -> None:
-        """Every byte of every tensor becomes ``value``, when this returns."""
-        for tensor in self._tensors(name):
-            tensor.fill_(value)
-        self.settle()
 
     def dump(self, name: str) -> bytes:
         """The bytes of all tensors."""
-        return b"".join(tensor.cpu().numpy().tobytes() for tensor in self._tensors(name))
-
-    def rows(self, name: str) -> list[list[int]]:
-        """The first byte of each row, per tensor."""
-        return [tensor.cpu()[:, 0].tolist() for tensor in self._tensors(name)]
-
-    def settle(self) -> None:
-        torch.npu.synchronize()  # type: ignore[attr-defined]
-
-    def device(self, name: str) -> str:
-        return str(self._tensors(name)[0].device)
+        return b"".join(raw(tensor) for tensor in self._tensors(name))
 
     def adopt(self, name: str, count: int, rows: int, row_bytes: int, key: Any = None) -> None:
         """A registered blocks cache over views of one tensor on the device."""

@@ -15,17 +15,23 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.link import Pending
+from tests.devices import examples, on_npu
 from tests.peers import Peer, Ref, Service, settle
 
 Peers = Callable[[], Peer]
 PEER, ME = 2, 1
 KNE, NYL, TIMEOUT = "LLM_KV_CACHE_NOT_EXIST", "LLM_NOT_YET_LINK", "LLM_TIMEOUT"
+FAILED = "LLM_FAILED"
 OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
 MINE, THEIRS = BlocksCacheKey(ME, 0), BlocksCacheKey(PEER, 0)
 POOL = '{"memory_size": 67108864, "page_shift": 16}'
 BLOCKS = list(range(64))
 BIG = (4, 64, 65536)
 """Tensors, blocks and bytes of a block: 16 MiB."""
+
+every_way = pytest.mark.parametrize(
+    "way", ["allocated", "tensors", pytest.param("relay", marks=pytest.mark.host_memory_only)]
+)
 
 
 def transfer(service: Any, operation: str, key: BlocksCacheKey, name: str, ids: list[int]) -> Any:
@@ -43,7 +49,8 @@ ROLES = {
 }
 
 
-def test_sigkill_at_random_points(here: Service, peers: Peers) -> None:
+@every_way
+def test_sigkill_at_random_points(here: Service, peers: Peers, way: str) -> None:
     seed = int(os.environ.get("LLMDD_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"seed {seed}")
     rng = random.Random(seed)
@@ -52,15 +59,14 @@ def test_sigkill_at_random_points(here: Service, peers: Peers) -> None:
     at_rest = here.counters(), here.pool_stats()
     files = 0
     with ThreadPoolExecutor(1) as pool:
-        for round_ in range(36):
+        for round_ in range(len(ROLES) * examples(3)):
             role = list(ROLES)[round_ % 4]
-            way = ["allocated", "tensors", "relay"][round_ // 4 % 3]
             who, operation, key = ROLES[role]
             peer = peers()
             peer.ask("start", PEER)
             peer.ask("make", "allocated" if way == "relay" else way, "theirs", *BIG, paged=True,
                      keys=THEIRS)  # fmt: skip
-            assert peer.ask("link", ME, port) == OK, (round_, role, way)
+            assert peer.ask("link", ME, port) == OK, (round_, role)
             if way == "relay":
                 here.only_relay(PEER)
                 peer.ask("only_relay", ME)
@@ -72,13 +78,15 @@ def test_sigkill_at_random_points(here: Service, peers: Peers) -> None:
             peer.kill()
             if who == "here":
                 _, failure = work.result(60)
-                assert failure is not None, (round_, role, way)
-                assert failure.status == NYL, (round_, role, way, failure)
+                assert failure is not None, (round_, role)
+                # An engine may notice before the link does.
+                noticed = {NYL, FAILED} if on_npu() else {NYL}
+                assert failure.status in noticed, (round_, role, failure)
             # Whatever was under way: the next call says what happened, and nothing is held.
-            assert settle(lambda: here.link_states() == {PEER: "lost"}), (round_, role, way)
+            assert settle(lambda: here.link_states() == {PEER: "lost"}), (round_, role)
             failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0])
-            assert failure.kind == "LLMPeerLostError", (round_, role, way, failure)
-            assert settle(lambda: (here.counters(), here.pool_stats()) == at_rest), (role, way)
+            assert failure.kind == "LLMPeerLostError", (round_, role, failure)
+            assert settle(lambda: (here.counters(), here.pool_stats()) == at_rest), role
             peer.close()
             files = files or here.resources()["fds"]
     assert here.unlink(PEER, force=True) == OK
@@ -122,7 +130,7 @@ def test_sleeping_owner(here: Service, peers: Peers, dialer: str) -> None:
     assert settle(lambda: peer.ask("counters")["caches"] == 0)
 
 
-@pytest.mark.parametrize("way", ["allocated", "tensors", "relay"])
+@every_way
 def test_sleep_at_random_points(here: Service, peers: Peers, way: str) -> None:
     rng = random.Random(7)
     here.start(ME, timeout_ms=400)
@@ -174,7 +182,7 @@ def test_an_answer_in_the_last_moment_is_not_lost(
 # -- time is up -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["allocated", "tensors", "relay"])
+@every_way
 def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: str) -> None:
     here.start(ME, timeout_ms=3)
     peer = peers()
@@ -190,11 +198,11 @@ def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: st
         failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS)
         assert failure.status == TIMEOUT
         tensors = here.held["mine"].cache.tensors
-        sums = [int(tensor.view(-1)[::4096].sum()) for tensor in tensors]
+        sums = [int(tensor.view(-1)[::4096].cpu().sum()) for tensor in tensors]
         time.sleep(0.1)
-        assert [int(tensor.view(-1)[::4096].sum()) for tensor in tensors] == sums
+        assert [int(tensor.view(-1)[::4096].cpu().sum()) for tensor in tensors] == sums
     assert settle(lambda: transfer(here.attempt, "pull_blocks", THEIRS, "mine", [3]) is None)
-    assert here.held["mine"].cache.block(3)[0].unique().tolist() == [2]
+    assert here.held["mine"].cache.block(3)[0].cpu().unique().tolist() == [2]
     assert settle(lambda: peer.ask("counters")["leases"] == 0)
 
 
@@ -267,9 +275,9 @@ def test_a_pull_does_not_succeed_without_its_lease(here: Service, slow: Peer, en
 
 @pytest.mark.parametrize("way", ["process-memory", "relay"])
 def test_peer_has_freed_registered_memory(here: Service, peers: Peers, way: str) -> None:
-    here.start(ME)
+    here.start(ME, device="cpu")
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
+    assert here.link(PEER, peer.ask("start", PEER, device="cpu")) == OK
     peer.ask("register", "theirs", 2, 4, 4096, paged=True, keys=THEIRS, ints=True)
     here.allocate("mine", 2, 4, 4096, paged=True)
     if way == "relay":
@@ -286,9 +294,9 @@ def test_peer_has_freed_registered_memory(here: Service, peers: Peers, way: str)
 
 def test_own_or_near_registered_memory_is_freed(here: Service, services: Any) -> None:
     """In one process nobody but us can prevent a crash."""
-    here.start(ME)
+    here.start(ME, device="cpu")
     near = services()
-    assert here.link(PEER, near.start(PEER)) == OK
+    assert here.link(PEER, near.start(PEER, device="cpu")) == OK
     near.register("theirs", 2, 4, 4096, paged=True, keys=THEIRS, ints=True)
     here.allocate("mine", 2, 4, 4096, paged=True)
     here.register("foreign", 2, 4, 4096, paged=True, ints=True)
@@ -306,10 +314,10 @@ def test_own_or_near_registered_memory_is_freed(here: Service, services: Any) ->
 @pytest.mark.parametrize("way", ["process-memory", "relay"])
 def test_peer_frees_registered_memory_during_a_pull(here: Service, peers: Peers, way: str) -> None:
     rng = random.Random(3)
-    here.start(ME)
+    here.start(ME, device="cpu")
     here.allocate("mine", *BIG, paged=True)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
+    assert here.link(PEER, peer.ask("start", PEER, device="cpu")) == OK
     if way == "relay":
         here.only_relay(PEER)
     for round_ in range(10):

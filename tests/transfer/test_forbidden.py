@@ -31,8 +31,8 @@ def test_transfers_go_on_through_the_control_connection(
     owner.ask("become", users[0])
     puller.ask("become", users[1])
     puller.ask("note_ways")
-    port = owner.ask("start", 1)
-    puller.ask("start", 2)
+    port = owner.ask("start", 1, device="cpu")
+    puller.ask("start", 2, device="cpu")
     assert puller.ask("link", 1, port) == OK
     owner.ask("make", kind, "source", 2, 4, 256, paged=True, keys=BlocksCacheKey(1))
     puller.ask("allocate", "target", 2, 4, 256, paged=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import zmq
 
-from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch import BlocksCacheKey, Placement
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
@@ -39,7 +39,7 @@ def linked(
     yield here, port
     assert other.attempt("pull_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [0], [1]) is None
     assert other.span("theirs").rows == 4
-    assert [tensor[1].unique().tolist() for tensor in other.held["theirs"].cache.tensors] == [
+    assert [tensor[1].cpu().unique().tolist() for tensor in other.held["theirs"].cache.tensors] == [
         [7],
         [7],
     ]
@@ -179,7 +179,7 @@ def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], stride
     """A linked peer that lies about spans reaches no byte outside the rows of its lease."""
     here, port = linked
     here.register("rows", 2, 4, 64, paged=True, pitch=96 if strided else 64,
-                  keys=BlocksCacheKey(1, 5))  # fmt: skip
+                  keys=BlocksCacheKey(1, 5), placement=Placement.HOST)  # fmt: skip
     with stranger(port) as dealer:
         assert isinstance(ask(dealer, hello(3)), messages.Welcome)
         view = ask(dealer, messages.Resolve("blocks", 0, 5, True, False))
@@ -210,6 +210,29 @@ def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], stride
         dealer.send(encode(Envelope(0, False, messages.Unlink())))
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
     here.drop("rows")
+
+
+@pytest.mark.needs_npu
+def test_device_memory_is_not_relayed(linked: tuple[Service, int]) -> None:
+    """The host can't read or write it: a peer that asks for that must not crash its owner."""
+    _, port = linked
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3)), messages.Welcome)
+        view = ask(dealer, messages.Resolve("blocks", 0, 0, True, True))
+        assert isinstance(view, messages.CacheView)
+        first = torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)[0]
+        span = spans((int(first), 64))
+        write = encode(Envelope(8, False, messages.WriteBytes(view.lease_id, span)))
+        for frames in (
+            [encode(Envelope(7, False, messages.ReadBytes(view.lease_id, span)))],
+            [write, bytes(64)],
+        ):
+            dealer.send_multipart(frames)
+            answer = messages.decode(dealer.recv_multipart()[0]).body
+            assert isinstance(answer, messages.Refused)
+            assert "only host memory is relayed" in answer.text
+        dealer.send(encode(Envelope(0, False, messages.Unlink())))
+        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 
 
 def test_flood(linked: tuple[Service, int]) -> None:

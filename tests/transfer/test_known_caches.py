@@ -239,6 +239,7 @@ def test_a_wrong_request_is_refused_by_what_is_known(here: Service, peer: Peer) 
     assert pull(here) is None
 
 
+@pytest.mark.host_memory_only
 def test_relayed_bytes_need_a_lease(
     here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

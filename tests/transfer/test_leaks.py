@@ -13,6 +13,7 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LLMException
 from llm_datadist_torch.links.messages import Done, Envelope
 from llm_datadist_torch.transports.choice import LinkChannel
+from tests.devices import on_npu
 from tests.peers import Ref, Service, settle
 from tests.transfer.helpers import OK, Peers
 
@@ -49,8 +50,9 @@ def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: st
         return [{**side("resources"), **side("counters")} for side in (work, own)]
 
     rounds(20)
-    # The destination, and the counters of both sides; what the owner freed is unmapped.
-    assert settle(lambda: work("resources")["shared"] == 3)
+    # The counters of both sides, and the destination; what the owner freed is unmapped.
+    shared = 2 if on_npu() else 3
+    assert settle(lambda: work("resources")["shared"] == shared)
     assert settle(lambda: own("counters")["caches"] == 0)
     before = at_rest()
     rounds(200)

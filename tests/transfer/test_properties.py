@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests import reference
-from tests.peers import NearPeer, Peer, Ref, Service, spawn
+from tests.devices import examples, on_npu
+from tests.peers import NearPeer, Peer, Ref, Service, settle, spawn
 
 FAR, NEAR, RELAYED = 2, 3, 4
 WAYS = {
@@ -32,6 +33,11 @@ WAYS = {
     ("relayed", "tensors"): "relay",
     ("relayed", "ints"): "relay",
 }
+PEERS = ["far", "near", "relayed"]
+if on_npu():
+    # Device memory is not relayed, and between processes it is the engine's.
+    WAYS |= {("far", kind): "hixl" for kind in ("allocated", "tensors", "ints")}
+    PEERS.remove("relayed")
 
 
 @dataclass
@@ -48,13 +54,16 @@ class World:
 def world() -> Iterator[World]:
     here = Service()
     port = here.start(1)
-    peers: dict[str, Peer | NearPeer] = {"far": spawn(), "near": NearPeer(), "relayed": spawn()}
+    peers: dict[str, Peer | NearPeer] = {"far": spawn(), "near": NearPeer()}
     ids = {"far": FAR, "near": NEAR, "relayed": RELAYED}
+    if "relayed" in PEERS:
+        peers["relayed"] = spawn()
     for name, peer in peers.items():
         peer.ask("start", ids[name])
         assert peer.ask("link", 1, port)[0] == "LLM_SUCCESS"
-    here.only_relay(RELAYED)
-    peers["relayed"].ask("only_relay", 1)
+    if "relayed" in PEERS:
+        here.only_relay(RELAYED)
+        peers["relayed"].ask("only_relay", 1)
     taken: list[str] = []
     move = LinkChannel.move
 
@@ -132,7 +141,7 @@ def cases(draw: Any) -> Case:
     kinds = [draw(st.sampled_from(["allocated", "tensors", "ints"])) for _ in range(2)]
     return Case(
         operation,
-        draw(st.sampled_from(["far", "near", "relayed"])),
+        draw(st.sampled_from(PEERS)),
         draw(st.booleans()),
         (kinds[0], kinds[1]),
         (layers[0] * per_layer, layers[1] * per_layer + (1 if sloppy else 0)),
@@ -221,7 +230,7 @@ def call(mover: Any, case: Case, name: str, owner: int, cache_id: int, model: in
 
 
 @settings(
-    max_examples=500,
+    max_examples=examples(500),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -261,9 +270,10 @@ def test_any_transfer(world: World, case: Case) -> None:
 
 def test_nothing_is_left(world: World) -> None:
     for service in (world.here, world.peers["near"].service):  # type: ignore[union-attr]
-        assert service.counters()["caches"] == 0
+        # The last lease may be on its way back.
+        assert settle(lambda s=service: s.counters()["caches"] == 0)
         assert service.counters()["leases"] == 0
-    for name in ("far", "relayed"):
+    for name in set(PEERS) - {"near"}:
         assert world.peers[name].ask("counters") == {
             "caches": 0,
             "keys": 0,

@@ -13,9 +13,13 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey, LLMException
 from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
+from tests.devices import on_npu
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.helpers import OK, Peers, Services, free_port, give_block, pull_block
 from tests.transfer.tables import TABLE, WAIT_MS, device, members, server, status_of, table
+
+ENGINE = "127.0.0.1:0" if on_npu() else None
+"""A transfer engine, which moves device memory between processes, is named by an address."""
 
 
 def give(peer: Peer, cluster_id: int) -> None:
@@ -62,7 +66,7 @@ def test_processes_link_all_at_once(peers: Peers, count: int, remote: bool) -> N
     ids = [7, 3, 9, 5][:count]
     processes = {cluster_id: peers() for cluster_id in ids}
     for cluster_id, process in processes.items():
-        process.ask("start", cluster_id, listen=None, remote=remote)
+        process.ask("start", cluster_id, listen=ENGINE, remote=remote)
         give(process, cluster_id)
     for process in processes.values():
         process.begin("link_by_table", "all", members(*ids), TABLE, WAIT_MS)
@@ -241,11 +245,11 @@ def test_one_member_more_or_less(here: Service, services: Services) -> None:
 
 
 def test_linked_again_after_the_peer_was_killed(here: Service, peers: Peers) -> None:
-    here.start(1, listen=None)
+    here.start(1, listen=ENGINE)
     give_block(here, 1, 11)
     for round_ in (1, 2, 3):
         peer = peers()
-        peer.ask("start", 2, listen=None)
+        peer.ask("start", 2, listen=ENGINE)
         give(peer, 2)
         peer.begin("link_by_table", "again", members(1, 2), TABLE, WAIT_MS)
         assert here.link_by_table("again", members(1, 2), TABLE, WAIT_MS) == round_
