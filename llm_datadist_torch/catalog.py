@@ -215,6 +215,18 @@ class Catalog:
             freed = self._collect(entry)
         self._notify(freed)
 
+    def end_orphan(self, entry: CacheEntry, name: KeyName, *, drop: bool) -> None:
+        """Who had begun to pull by ``name`` is gone: drop the key, or offer all of it again."""
+        with self._changed:
+            if not entry.owned or name not in entry.keys:
+                return
+            if drop:
+                self._drop_keys(entry, [name])
+            else:
+                entry.covered.pop(name, None)
+            freed = self._collect(entry)
+        self._notify(freed)
+
     def unregister(self, cache_id: int, deadline: Deadline) -> None:
         """Forget a registered cache, after waiting for its leases.
 

@@ -20,10 +20,15 @@ from llm_datadist_torch.values.cluster_info import trans_str_ip
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.llm_config import (
     DEVICES,
+    HEARTBEAT_MS,
+    KEEP,
     LLM_CONFIG_KEYS,
+    LONGEST_HEARTBEAT_MS,
     LLMConfig,
     LlmConfig,
     check_device_text,
+    check_heartbeat,
+    check_orphan_policy,
 )
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
@@ -46,6 +51,9 @@ _LOCAL_COMM_RES = "llm.LocalCommRes"
 _BACKEND = "llm.TransferBackend"
 _DEVICE = "llm.Device"
 _TRANSPORT = "llm.Transport"
+_HEARTBEAT = "llm.HeartbeatInterval"
+_AUTO_RELINK = "llm.AutoRelink"
+_ORPHANS = "llm.OrphanPolicy"
 _DEVICE_POOL = "llm.MemPoolConfig"
 _HOST_POOL = "llm.HostMemPoolConfig"
 # llm.Role is what init itself would add: it may come back in a dict that was used before.
@@ -177,6 +185,9 @@ class EngineConfig:
         rdma_service_level: uint32, None for the engine's default.
         link_total_time: seconds.
         link_retry_count: attempts, from 1.
+        heartbeat_ms: time between two signs of life on a link, 0 for none.
+        auto_relink: whether using a lost link makes it anew.
+        orphan_policy: one of `ORPHAN_POLICIES`.
     """
 
     role: LLMRole
@@ -195,6 +206,9 @@ class EngineConfig:
     rdma_service_level: int | None = None
     link_total_time: int = 0
     link_retry_count: int = 1
+    heartbeat_ms: int = HEARTBEAT_MS
+    auto_relink: bool = True
+    orphan_policy: str = KEEP
 
     @classmethod
     def from_options(cls, role: LLMRole, options: dict[str, str]) -> EngineConfig:
@@ -224,6 +238,7 @@ class EngineConfig:
         link_total_time = _number(settled, "llm.LinkTotalTime", 0, INT32_MAX)
         link_retry_count = _number(settled, "llm.LinkRetryCount", 1, 100)
         backend, transport = _transports(settled)
+        heartbeat_ms = _number(settled, _HEARTBEAT, 0, LONGEST_HEARTBEAT_MS)
         config = cls(
             role=role,
             device_id=0 if device_id is None else device_id,
@@ -241,6 +256,11 @@ class EngineConfig:
             rdma_service_level=_number(settled, "llm.RdmaServiceLevel", 0, UINT32_MAX),
             link_total_time=0 if link_total_time is None else link_total_time,
             link_retry_count=1 if link_retry_count is None else link_retry_count,
+            heartbeat_ms=(
+                HEARTBEAT_MS if heartbeat_ms is None else check_heartbeat(_HEARTBEAT, heartbeat_ms)
+            ),
+            auto_relink=_flag(settled, _AUTO_RELINK, default="1"),
+            orphan_policy=check_orphan_policy(_ORPHANS, settled.get(_ORPHANS, KEEP)),
         )
         _warn_of_unknown(options)
         return config
@@ -302,8 +322,8 @@ def _is_digits(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _flag(options: Mapping[str, str], key: str) -> bool:
-    value = options.get(key, "0")
+def _flag(options: Mapping[str, str], key: str, default: str = "0") -> bool:
+    value = options.get(key, default)
     if value not in ("0", "1"):
         raise param_error(f'{key}={value!r} must be "0" or "1".')
     return value == "1"

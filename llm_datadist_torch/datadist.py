@@ -6,18 +6,20 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
 from llm_datadist_torch.cache_manager import CacheManager
 from llm_datadist_torch.config import EngineConfig, role_to_str
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.datadist_links import LinkCalls
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.links.info import LinkInfo
-from llm_datadist_torch.operations import communicating, linking
-from llm_datadist_torch.values.checks import check_isinstance, check_uint64, param_error
-from llm_datadist_torch.values.cluster_info import LLMClusterInfo
-from llm_datadist_torch.values.enums import LLMRole, RegisterMemStatus
+from llm_datadist_torch.operations import linking
+from llm_datadist_torch.values.checks import (
+    check_isinstance,
+    check_uint64,
+    param_error,
+)
+from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
@@ -25,10 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_datadist_torch")
 
-LinkResult = tuple[LLMStatusCode, list[LLMStatusCode]]
 
-
-class LLMDataDist:
+class LLMDataDist(LinkCalls):
     """One instance: caches that peers can reach, and links to peers.
 
     Several may live in one process.
@@ -176,171 +176,6 @@ class LLMDataDist:
         raise param_error(
             "check_link_status needs the v1 mode", remedy="link_clusters() says how linking went."
         )
-
-    # -- links ------------------------------------------------------------------------------------
-
-    def link_clusters(self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000) -> LinkResult:
-        """Link to peers, all at once.
-
-        Blocks until each has answered (reference API, 11.1). A link serves both directions.
-
-        Args:
-            clusters: The peers: ``remote_cluster_id``, one remote and one local ip info each.
-            timeout: Milliseconds for all of them together.
-
-        Returns:
-            The overall status (success, or that of the last peer that failed), and one per peer.
-            Linking failures are never raised:
-
-            - ``LLM_LINK_FAILED``: connection refused or unreachable.
-            - ``LLM_TIMEOUT``: no answer in time.
-            - ``LLM_ALREADY_LINK``: there is a link to that peer.
-            - ``LLM_PARAM_INVALID``: not one ip info, other ``enable_remote_cache_accessible``, or
-              another ``remote_cluster_id`` answered.
-            - ``LLM_FAILED``: the peer does not speak this protocol.
-
-        Raises:
-            RuntimeError: Not initialised.
-            TypeError: Wrong types, or a peer without ``remote_cluster_id``.
-            ValueError: ``timeout`` outside int32.
-            LLMParamError: ``timeout`` not positive, or a peer without local ip info.
-        """
-        instance = self._check_is_inited()
-        timeout = linking.check_timeout(timeout)
-        need_local = not self._options.get("llm.LocalCommRes")
-        linking.check_clusters(clusters, need_local=need_local)
-        return linking.link_clusters(
-            instance, clusters, Deadline.after_ms(timeout), need_local=need_local
-        )
-
-    def unlink_clusters(
-        self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000, force: bool = False
-    ) -> LinkResult:
-        """End links, after the transfers that run on them (reference API, 11.2).
-
-        Transfers of our own that take longer than ``timeout`` keep the link, with LLM_TIMEOUT. For
-        a peer's, ``force`` does not wait any longer: they fail, and what they use is not freed
-        (``unregister_cache`` waits) before they have stopped, or the peer has died.
-
-        A link that a communicator of :meth:`link` shares stays.
-
-        Args:
-            clusters: The peers; ``force=False`` needs one remote ip info each.
-            timeout: Milliseconds for all of them together.
-            force: End this side only, whether the peer is there or not.
-
-        Returns:
-            The overall status and one per peer. Without a link to a reachable peer: success. With
-            ``force=False`` and a peer that can't be reached: ``LLM_UNLINK_FAILED`` or
-            ``LLM_TIMEOUT``, and the link is kept.
-
-        Raises:
-            RuntimeError: Not initialised.
-            TypeError: Wrong types, or a peer without ``remote_cluster_id``.
-            ValueError: ``timeout`` outside int32.
-            LLMParamError: ``timeout`` not positive.
-        """
-        instance = self._check_is_inited()
-        timeout = linking.check_timeout(timeout)
-        check_isinstance("force", force, bool, allow_none=False)
-        linking.check_clusters(clusters, need_local=False)
-        return linking.unlink_clusters(instance, clusters, Deadline.after_ms(timeout), force=force)
-
-    def links(self) -> list[LinkInfo]:
-        """All links, lost ones too, with the transports that each uses (not in the reference).
-
-        Raises:
-            RuntimeError: Not initialised.
-        """
-        return [LinkInfo.of(link) for link in self._check_is_inited().links.links()]
-
-    def link(
-        self,
-        comm_name: str,
-        cluster_rank_info: dict[int, int],
-        rank_table: str,
-        *,
-        timeout: int | None = None,
-        rendezvous: str | None = None,
-        wait: bool = False,
-    ) -> int:
-        """Link 2 to 4 instances with each other, as a communicator (reference API, 11.4).
-
-        All of them call this with the same arguments, in any order; none needs ``listen_ip_info``.
-        Returns at once; the links are made in the background, and until
-        :meth:`query_register_mem_status` says OK, transfers are LLM_NOT_YET_LINK.
-
-        Two instances have one link, however many communicators and calls of :meth:`link_clusters`
-        ask for it. It ends when one side has let go of its last, or with its process.
-
-        The instances meet at the host of the lowest rank: the ``host_ip`` of its server in the rank
-        table; else the ``server_id`` if that is an address; else loopback if all are on one server;
-        else the ``device_ip``. The port follows from the name.
-
-        Args:
-            comm_name: 1 to 127 characters.
-            cluster_rank_info: Cluster id -> rank of every member, in ascending order of ranks.
-            rank_table: JSON of version "1.0" or "1.2" with an entry for every rank.
-            timeout: Milliseconds in which all members must have come and linked. None:
-                ``link_total_time`` if it is set, else 120 seconds.
-            rendezvous: "ip:port" where to meet instead; all members must say the same. None: the
-                environment variable ``LLM_DATADIST_RENDEZVOUS``, if it is set.
-            wait: Block until the links are there, and raise what kept them from it.
-
-        Returns:
-            The id of the communicator, from 1.
-
-        Raises:
-            RuntimeError: Not initialised.
-            AttributeError: ``cluster_rank_info`` is None.
-            TypeError: Wrong types.
-            ValueError: Ids, ranks or ``timeout`` outside their width.
-            LLMParamError: A name, number or order of members that is not allowed, no such rank
-                table, no such member as this, 512 communicators; with ``wait``, members that gave
-                different ``cluster_rank_info``.
-            LLMTimeoutError: With ``wait``: not all members came in time.
-            LLMLinkError: With ``wait``: a member went away, or an address is not its host's.
-            LLMFeatureNotEnabledError: The hixl backend.
-        """
-        return communicating.link(
-            self._check_is_inited(), comm_name, cluster_rank_info, rank_table,
-            timeout=timeout, rendezvous=rendezvous, wait=wait,
-        )  # fmt: skip
-
-    def unlink(self, comm_id: int) -> None:
-        """End a communicator on this side; the other members do so themselves.
-
-        Gives up what is still being linked. Links that nothing else asked for end as by
-        :meth:`unlink_clusters` with ``force=True``.
-
-        Args:
-            comm_id: What :meth:`link` returned.
-
-        Raises:
-            RuntimeError: Not initialised.
-            TypeError, ValueError: ``comm_id`` is no uint64.
-            LLMNotLinkedError: There is no such communicator.
-            LLMException: LLM_UNLINK_FAILED: transfers of ours took longer than ``sync_kv_timeout``;
-                the communicator is kept, and this may be called again.
-        """
-        communicating.unlink(self._check_is_inited(), comm_id)
-
-    def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
-        """How far a communicator is. Does not block.
-
-        Args:
-            comm_id: What :meth:`link` returned.
-
-        Returns:
-            PREPARING; OK when there is a link to every member; FAILED when there will be none (the
-            log says why). It stays OK when a link ends later: transfers notice.
-
-        Raises:
-            RuntimeError: Not initialised.
-            TypeError, ValueError: ``comm_id`` is no uint64.
-            LLMNotLinkedError: There is no such communicator.
-        """
-        return communicating.query_register_mem_status(self._check_is_inited(), comm_id)
 
     def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
         """Take another role, and listen where that role should (reference API, 11.3).

@@ -82,10 +82,12 @@ class Instance:
         self._caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
         self._caches_lock = threading.Lock()
         self._transports: TransportSet = open_transports(config, self.device.device)
-        owner = Owner(self.catalog, consume_keys=not config.remote_accessible)
-        self.links = LinkTable(
-            cluster_id, owner, self._transports, remote_accessible=config.remote_accessible
+        owner = Owner(
+            self.catalog,
+            consume_keys=not config.remote_accessible,
+            orphans=config.orphan_policy,
         )
+        self.links = LinkTable(cluster_id, owner, self._transports, config)
         self.communicators = Communicators(self.links, WorkerPool("link", MAX_LINKING))
         try:
             self._transports.register(self._pool_spans())
@@ -145,9 +147,9 @@ class Instance:
         """Where memory of a placement must be."""
         return self.device.device if placement == Placement.DEVICE else HOST
 
-    def deadline(self) -> Deadline:
-        """The time that one transfer has: ``sync_kv_timeout``."""
-        return Deadline.after_ms(self.config.sync_timeout_ms)
+    def deadline(self, timeout_ms: int | None = None) -> Deadline:
+        """The time that one transfer has: its own, or ``sync_kv_timeout``."""
+        return Deadline.after_ms(self.config.sync_timeout_ms if timeout_ms is None else timeout_ms)
 
     # -- the user's handles -----------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ from llm_datadist_torch.cache_manager import CacheManager as CacheManager
 from llm_datadist_torch.config import LLMConfig as LLMConfig
 from llm_datadist_torch.config import LlmConfig as LlmConfig
 from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
+from llm_datadist_torch.links.events import LinkEvent as LinkEvent
+from llm_datadist_torch.links.events import LinkListener as LinkListener
 from llm_datadist_torch.links.info import LinkInfo as LinkInfo
 from llm_datadist_torch.values.cache_desc import CacheDesc as CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo as LLMClusterInfo

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,6 +20,8 @@ from llm_datadist_torch import (
     LLMRole,
     Placement,
 )
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.caches import Caches, Ref
 
@@ -109,6 +112,19 @@ class Service(Caches):
 
     def link_states(self) -> dict[int, str]:
         return {link.peer: link.state.value for link in self.instance.links.links()}
+
+    def lose(self, peer: int, port: int) -> None:
+        """The link to a peer at this port is lost, for both sides."""
+        links = self.instance.links
+        link = links.registry.get(peer)
+        link.address = ("127.0.0.1", port)
+        if link.state is LinkState.LINKED:
+            links._silent(link, "the test has it so")
+
+    def relink(self, peer: int) -> None:
+        """Find the link, or make it anew."""
+        with contextlib.suppress(LLMException):
+            self.instance.links.use(peer, Deadline.after_ms(5000))
 
     # -- operations -------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ LAYERS: list[list[set[str]]] = [
     [{"operations"}],
     [{"manager"}],
     [{"cache_manager"}],
-    [{"datadist"}],
+    [{"datadist", "datadist_links"}],
     [{"public"}, {"compat"}],
     [{""}],  # __init__.py
     [{"cli"}],

@@ -7,7 +7,6 @@ import collections
 import errno
 import itertools
 import logging
-import math
 import os
 import threading
 import time
@@ -22,6 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 from llm_datadist_torch.links.messages import Done, Envelope, decode, encode
 from llm_datadist_torch.links.routes import Handler, Route, tcp_address
 from llm_datadist_torch.links.sockets import LOSS_EVENTS, bound_port, new_dialer, new_listener
+from llm_datadist_torch.links.timers import Timers
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -47,6 +47,9 @@ class Endpoint:
     Thread safety: ``new_route``, ``connect``, ``send``, ``watch`` and ``drop`` may be called from
     any thread and don't block; they are carried out by the endpoint's thread, in order. ``start``
     and ``close`` belong to the instance's owner.
+
+    Attributes:
+        timers: What the thread does at certain times; the thread's alone once it runs.
     """
 
     def __init__(self, handler: Handler) -> None:
@@ -61,7 +64,7 @@ class Endpoint:
         self._readers: dict[zmq.Socket[bytes] | int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
-        self._probes: list[float] = []
+        self.timers = Timers()
         self._extra_ports: dict[str, int] = {}
         self._running = True
         self._on_start: Callable[[], None] = lambda: None
@@ -191,21 +194,15 @@ class Endpoint:
     def _run(self) -> None:
         self._on_start()
         while self._running:
-            for ready, _ in self._poller.poll(self._poll_ms()):
+            for ready, _ in self._poller.poll(self.timers.wait_ms()):
                 try:
                     self._serve(ready)
                 except Exception:
                     # One bad message or peer must not take the others' links down.
                     logger.exception("error in the link thread")
-            if self._probes and time.monotonic() >= self._probes[0]:
-                self._probes.pop(0)
-                self._probe()
+            # After what has arrived: that a peer is silent shows only when all of it is read.
+            self.timers.run_due()
         self._release()
-
-    def _poll_ms(self) -> int | None:
-        if not self._probes:
-            return None
-        return max(0, math.ceil((self._probes[0] - time.monotonic()) * 1000))
 
     def _serve(self, ready: zmq.Socket[bytes] | int) -> None:
         reader = self._readers.get(ready)
@@ -243,7 +240,7 @@ class Endpoint:
         event = zmq.Event(recv_monitor_message(monitor)["event"])
         if number == 0:
             now = time.monotonic()
-            self._probes = [now + after for after in _PROBE_AFTER_S]
+            self.timers.set(self._probe, [now + after for after in _PROBE_AFTER_S])
             return
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self._handler.on_connected(Route(number, b""))
@@ -339,6 +336,8 @@ class Endpoint:
             frames = [route.identity, *frames]
         try:
             socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            self._handler.on_stuck(route, "the peer does not read what is sent to it")
         except zmq.ZMQError as error:
             reason = (
                 "connection closed" if error.errno == errno.EHOSTUNREACH else str(error.strerror)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from dataclasses import dataclass, field
 
 import msgspec
@@ -45,6 +46,9 @@ class Dial:
         said: Whether our ``Hello`` is on its way. Before that, nobody can answer it, and the dial
             can be given up without a trace.
         answer: What came of it.
+        name: Random name of the link that is to be.
+        address: The host and port there.
+        replaces: The lost link that is to be made anew, if it is for that.
     """
 
     peer: int
@@ -52,6 +56,9 @@ class Dial:
     hold: str
     said: bool = False
     answer: Pending = field(default_factory=Pending)
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    address: tuple[str, int] | None = None
+    replaces: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,28 @@ class Handshake:
                 return link
             logger.warning("cluster %d is linked already", peer)
             return _ALREADY
-        dial = Dial(peer, self._endpoint.new_route(), hold)
+        return self._dial(Dial(peer, self._endpoint.new_route(), hold, address=(host, port)))
+
+    def link_again(self, lost: Link, deadline: Deadline) -> LLMStatusCode:
+        """Make a lost link anew, whoever lives at its address now, for all that held it."""
+        holds = sorted(lost.holds)
+        if lost.address is None or not holds:
+            return LLMStatusCode.LLM_NOT_YET_LINK
+        route = self._endpoint.new_route()
+        dial = Dial(lost.peer, route, holds[0], address=lost.address, replaces=lost)
+        status = self.finish(self._dial(dial), deadline)
+        link = self._registry.linked(lost.peer)
+        if link is not None:
+            for hold in holds:
+                if hold not in link.holds:
+                    self.share(link, hold, deadline)
+        return status
+
+    def _dial(self, dial: Dial) -> Dial:
         with self._lock:
             self._dials[dial.route] = dial
-        self._endpoint.connect(dial.route, host, port)
+        if dial.address is not None:
+            self._endpoint.connect(dial.route, *dial.address)
         return dial
 
     def finish(self, dial: Dial, deadline: Deadline) -> LLMStatusCode:
@@ -177,6 +202,8 @@ class Handshake:
             me.remote_accessible,
             self._registry.offers(),
             dial.hold,
+            dial.name,
+            "" if dial.replaces is None else dial.replaces.name,
         )
         self._endpoint.send(route, Envelope(1, False, hello))
 
@@ -189,7 +216,15 @@ class Handshake:
         try:
             if isinstance(body, Welcome):
                 self._registry.make(
-                    body.cluster_id, body.epoch, route, body.offers, dialed=True, hold=dial.hold
+                    body.cluster_id,
+                    body.epoch,
+                    route,
+                    body.offers,
+                    dialed=True,
+                    hold=dial.hold,
+                    name=dial.name,
+                    address=dial.address,
+                    replaces=dial.replaces,
                 )
         except (LLMException, msgspec.DecodeError) as error:
             text = str(error)
@@ -238,6 +273,7 @@ class Handshake:
                 hello.offers,
                 dialed=False,
                 hold=hello.hold,
+                name=hello.name,
             )
             self._endpoint.watch(route)
             self._make_way(hello.cluster_id)
@@ -252,9 +288,14 @@ class Handshake:
         old = self._registry.linked(peer)
         if old is not None:
             if old.epoch == hello.epoch:
-                raise error_for(_ALREADY, f"cluster {peer} is linked already")
-            logger.warning("cluster %d came back as a new process: its old link ends", peer)
-            self._registry.end(old, LinkState.LOST, "the peer came back as a new process")
+                if not hello.lost or hello.lost != old.name:
+                    raise error_for(_ALREADY, f"cluster {peer} is linked already")
+                # It is the same process, and what it does by its leases may still go on.
+                reason = "the peer had lost it, and links again"
+                self._registry.end_but_keep_leases(old, LinkState.LOST, reason)
+            else:
+                logger.warning("cluster %d came back as a new process: its old link ends", peer)
+                self._registry.end(old, LinkState.LOST, "the peer came back as a new process")
         with self._lock:
             said = any(dial.peer == peer and dial.said for dial in self._dials.values())
         if said and self._identity.cluster_id < peer:

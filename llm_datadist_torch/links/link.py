@@ -83,6 +83,21 @@ class Grant:
 
 
 @dataclass(eq=False)
+class RelinkState:
+    """How it stands with linking a lost link anew.
+
+    Attributes:
+        turn: Whose turn it is to try.
+        retry_at: Not to be tried before, on the monotonic clock.
+        pause_s: How long to wait after the next try that fails.
+    """
+
+    turn: threading.Lock = field(default_factory=threading.Lock)
+    retry_at: float = 0.0
+    pause_s: float = 0.01
+
+
+@dataclass(eq=False)
 class Link:
     """The live relation to one peer.
 
@@ -96,6 +111,8 @@ class Link:
         route: The way its messages go.
         endpoint: What sends them.
         dialed: Whether we called ``link_clusters`` (else the peer did).
+        name: Random name that both sides know it by.
+        address: Host and port at which the peer can be dialed again; None if we don't know.
         since: When it came into its state, as ``time.time()`` has it.
         channel: The way its bytes go; set as soon as the link is made.
         grants: Leases that the peer holds on our caches.
@@ -105,6 +122,10 @@ class Link:
         unlinking: This side is asking the peer to unlink.
         leaving: This side is about to end it: the peer gets no leases any more.
         known: What the peer has said of its caches, in remote-accessible mode.
+        begun: Keys that the peer has begun to pull and not consumed, and their caches.
+        heard_at: When the peer last said something, on the monotonic clock.
+        pinged_at: When it was last asked whether it is there.
+        relink: How it stands with linking anew, once it is lost.
     """
 
     peer: int
@@ -112,6 +133,8 @@ class Link:
     route: Route
     endpoint: Endpoint
     dialed: bool
+    name: str = ""
+    address: tuple[str, int] | None = None
     state: LinkState = LinkState.LINKED
     lost_because: str = ""
     since: float = field(default_factory=time.time)
@@ -121,6 +144,10 @@ class Link:
     unlinking: bool = False
     leaving: bool = False
     known: KnownCaches = field(default_factory=KnownCaches)
+    begun: dict[KeyName, CacheEntry] = field(default_factory=dict)
+    heard_at: float = field(default_factory=time.monotonic)
+    pinged_at: float = 0.0
+    relink: RelinkState = field(default_factory=RelinkState)
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _transfer: threading.Lock = field(default_factory=threading.Lock)
@@ -206,11 +233,15 @@ class Link:
                 remedy="call link_clusters() again when the peer is back.",
             )
 
-    def end(self, state: LinkState, reason: str) -> None:
-        """Leave the linked state: everybody who waits gets a typed error, the channel is let go."""
+    def end(self, state: LinkState, reason: str) -> bool:
+        """Leave the linked state: everybody who waits gets a typed error, the channel is let go.
+
+        Returns:
+            Whether it was linked until now.
+        """
         with self._lock:
             if self.state is not LinkState.LINKED:
-                return
+                return False
             self.state, self.lost_because, self.since = state, reason, time.time()
         error = LLMPeerLostError(
             f"the link to cluster {self.peer} was {state.value} meanwhile: {reason}",
@@ -224,6 +255,7 @@ class Link:
             self._pending.clear()
         if self._channel is not None:
             self._channel.close()
+        return True
 
     # -- transfers --------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import msgspec
 
 from llm_datadist_torch.transports.base import RegionView
 
-PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 64 << 20
+PROTOCOL_VERSION = 2
+MAX_MESSAGE_BYTES = 8 << 20
+"""Of one frame. The largest are relayed bytes, in pieces of 4 MiB (``RELAY_CHUNK``)."""
 
 
 class Message(msgspec.Struct, array_like=True, tag=True):
@@ -31,6 +32,8 @@ class Hello(Message):
             API, 9.3).
         offers: Transport name -> that transport's offer.
         hold: What the link is for; see :class:`Join`.
+        name: Random name of the link that is asked for.
+        lost: Name of the link that the sender has lost; if it is left here, it makes room.
     """
 
     version: int
@@ -40,6 +43,8 @@ class Hello(Message):
     remote_accessible: bool
     offers: dict[str, bytes]
     hold: str = ""
+    name: str = ""
+    lost: str = ""
 
 
 class Welcome(Message):
@@ -181,6 +186,17 @@ class Unlink(Message):
     """The link ends here and now, answered by :class:`Done` when an answer is wanted."""
 
 
+class Lost(Message):
+    """The sender has heard nothing for too long and takes the link as lost. No answer.
+
+    Its transfers may still run: its leases end when it gives them back, or with the connection.
+    """
+
+
+class Ping(Message):
+    """Are you there? Answered by :class:`Done` as a reply to no request."""
+
+
 Body = (
     Hello
     | Welcome
@@ -194,6 +210,8 @@ Body = (
     | RegionFreed
     | Join
     | Unlink
+    | Lost
+    | Ping
 )
 
 

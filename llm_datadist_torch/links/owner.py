@@ -33,6 +33,7 @@ from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.transports.base import RegionView
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.llm_config import DROP, KEEP
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 RESOLVE_BY_ID = "id"
@@ -48,11 +49,14 @@ class Owner:
         catalog: What this instance owns.
         consume_keys: Whether a complete pull by a request key consumes it: in two-sided mode
             (reference API, 8.5).
+        orphans: What becomes of keys that a peer had begun to pull when its link was lost; see
+            :data:`~llm_datadist_torch.values.llm_config.ORPHAN_POLICIES`.
     """
 
-    def __init__(self, catalog: Catalog, *, consume_keys: bool) -> None:
+    def __init__(self, catalog: Catalog, *, consume_keys: bool, orphans: str = KEEP) -> None:
         self._catalog = catalog
         self._consume_keys = consume_keys
+        self._orphans = orphans
         self._lease_ids = itertools.count(1)
 
     def answer(
@@ -93,6 +97,14 @@ class Owner:
             if grant is not None:
                 self._catalog.end_lease(grant.entry)
 
+    def end_orphans(self, link: Link) -> None:
+        """The link was lost: the keys that its peer has begun to pull follow the policy."""
+        begun, link.begun = link.begun, {}
+        if self._orphans == KEEP:
+            return
+        for name, entry in begun.items():
+            self._catalog.end_orphan(entry, name, drop=self._orphans == DROP)
+
     # -- leases -----------------------------------------------------------------------------------
 
     def _resolve(self, link: Link, ask: Resolve) -> CacheView:
@@ -113,6 +125,8 @@ class Owner:
         lease_id = next(self._lease_ids)
         consumes = found.consumes if self._consume_keys and not ask.write else None
         link.grants[lease_id] = Grant(entry, consumes, ask.write)
+        if consumes is not None:
+            link.begun[consumes] = entry
         if entry.region is not None:
             link.shown_regions.add(entry.region.region_id)
         return CacheView(
@@ -156,6 +170,8 @@ class Owner:
                 min(grant.entry.layout.num_tensors, body.fetched[1]),
             )
             self._catalog.consume(grant.entry, grant.consumes, range(start, stop))
+        if grant.consumes is not None and grant.consumes not in grant.entry.keys:
+            link.begun.pop(grant.consumes, None)
         self._catalog.end_lease(grant.entry)
 
     # -- relayed bytes ----------------------------------------------------------------------------

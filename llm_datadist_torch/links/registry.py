@@ -7,6 +7,7 @@ import logging
 import threading
 
 from llm_datadist_torch.links.endpoint import Endpoint
+from llm_datadist_torch.links.events import LinkEvents
 from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
 from llm_datadist_torch.links.messages import Release
 from llm_datadist_torch.links.owner import Owner
@@ -32,12 +33,16 @@ class LinkRegistry:
         owner: Where the peers' leases end.
         transports: What can move bytes.
         endpoint: What sends messages.
+
+    Attributes:
+        events: Who is told of links.
     """
 
     def __init__(self, owner: Owner, transports: TransportSet, endpoint: Endpoint) -> None:
         self._owner = owner
         self._transports = transports
         self._endpoint = endpoint
+        self.events = LinkEvents()
         self._lock = threading.Lock()
         self._links: dict[int, Link] = {}
         self._by_route: dict[Route, Link] = {}
@@ -79,23 +84,43 @@ class LinkRegistry:
         *,
         dialed: bool,
         hold: str,
+        name: str = "",
+        address: tuple[str, int] | None = None,
+        replaces: Link | None = None,
     ) -> None:
         """A link has been agreed on.
 
+        Args:
+            peer: The peer's id; see :class:`Link`, also for those not named here.
+            epoch: The peer's life.
+            route: The way of its messages.
+            offers: What its transports say.
+            dialed: Whether we asked.
+            hold: What it is kept for.
+            name: What both sides call it.
+            address: Where the peer can be dialed again.
+            replaces: The lost link that it is to take the place of.
+
         Raises:
-            LLMLinkError: No transport in common, or nobody here holds the link any more.
+            LLMLinkError: No transport in common, nobody here holds the link any more, or what it
+                replaces has been unlinked.
         """
-        link = Link(peer, epoch, route, self._endpoint, dialed)
+        link = Link(peer, epoch, route, self._endpoint, dialed, name, address)
         channel = self._transports.connect(offers, LinkRelay(link))
         link.open_channel(channel)
         with self._lock:
-            held = hold in self._holds
+            before = self._links.get(peer)
+            held = hold in self._holds and replaces in (None, before)
             if held:
                 link.holds.add(hold)
                 self._links[peer] = self._by_route[route] = link
         if not held:
-            link.end(LinkState.UNLINKED, "the communicator has ended")
-            raise error_for(LLMStatusCode.LLM_LINK_FAILED, "no such communicator", peer=peer)
+            link.end(LinkState.UNLINKED, "nobody wants it any more")
+            raise error_for(
+                LLMStatusCode.LLM_LINK_FAILED, "no such communicator, or unlinked", peer=peer
+            )
+        again = before is not None and before.state is LinkState.LOST
+        self.events.put(peer, "relinked" if again else "linked", channel.summary)
         logger.info("linked with cluster %d: %s", peer, channel.summary)
 
     def end(self, link: Link, state: LinkState, reason: str, *, keep_route: bool = False) -> None:
@@ -107,24 +132,35 @@ class LinkRegistry:
             self._endpoint.drop(link.route)
 
     def _forget(self, link: Link, state: LinkState, reason: str) -> None:
-        link.end(state, reason)
+        ended = link.end(state, reason)
         with self._lock:
             self._by_route.pop(link.route, None)
-            link.holds.clear()
-            # A lost link stays listed, so that its use says what happened.
-            if state is LinkState.UNLINKED and self._links.get(link.peer) is link:
-                del self._links[link.peer]
+            listed = self._links.get(link.peer) is link
+            # A lost link stays listed with its holds, so that its use says what happened, or
+            # links anew.
+            if state is LinkState.UNLINKED:
+                link.holds.clear()
+                if listed:
+                    del self._links[link.peer]
+        if state is LinkState.LOST and ended:
+            self._owner.end_orphans(link)
+            self.events.put(link.peer, "lost", reason)
+        elif state is LinkState.UNLINKED and (ended or listed):
+            self.events.put(link.peer, "unlinked", reason)
 
     # -- a peer that does not let go --------------------------------------------------------------
 
-    def end_but_keep_leases(self, link: Link, reason: str) -> None:
-        """End a link whose peer still uses our caches.
+    def end_but_keep_leases(self, link: Link, state: LinkState, reason: str) -> None:
+        """End a link whose peer may still use our caches.
 
         They are not freed before it says that it has finished, or its connection ends.
         """
         with self._lock:
             self._draining[link.route] = link
-        self._forget(link, LinkState.UNLINKED, reason)
+        self._forget(link, state, reason)
+        if not link.grants:
+            self._drained(link.route)
+            link.hang_up()
 
     def give_back(self, route: Route, release: Release) -> bool:
         """A lease of a link that has ended comes back; whether the route is of such a link."""
@@ -134,7 +170,7 @@ class LinkRegistry:
         self._owner.release(link, release)
         if not link.grants:
             self._drained(route)
-            self._endpoint.drop(route)
+            link.hang_up()
         return True
 
     def gone(self, route: Route) -> None:
@@ -194,5 +230,4 @@ class LinkRegistry:
             if hold in link.holds and len(link.holds) > 1:
                 link.holds.discard(hold)
                 return False
-            # A lost link has no holds: it is kept for its news only.
             return link.holds == {hold} or link.state is not LinkState.LINKED

@@ -32,6 +32,9 @@ class Handler(Protocol):
     def on_lost(self, route: Route, reason: str) -> None:
         """The connection is closed or never came about; ``route`` is dead."""
 
+    def on_stuck(self, route: Route, reason: str) -> None:
+        """The connection is there, but a message could not be sent."""
+
 
 def tcp_address(host: str, port: int) -> str:
     """The ZeroMQ address of a host and port.

@@ -8,6 +8,13 @@ import zmq
 from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 
 _LINGER_MS = 200
+_RECEIVE_QUEUE, _SEND_QUEUE = 64, 1000
+"""Messages of one connection that may wait here, so that nobody can fill the memory.
+
+Who sends faster than they are read is slowed down by TCP; who does not read is lost.
+"""
+_KEEPALIVE_S = {zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 6}
+_UNACKNOWLEDGED_MS = 40_000
 
 LOSS_EVENTS = (
     zmq.EVENT_CLOSED
@@ -44,7 +51,13 @@ def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socke
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.setsockopt(zmq.IPV6, 1)
     socket.setsockopt(zmq.LINGER, _LINGER_MS)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.SNDHWM, _SEND_QUEUE)
+    socket.setsockopt(zmq.RCVHWM, _RECEIVE_QUEUE)
+    # A host that has vanished ends the connection, and with it the leases that a lost peer held.
+    # A process that is only stopped does not: its kernel answers.
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE_S.items():
+        socket.setsockopt(option, value)
+    socket.setsockopt(zmq.TCP_MAXRT, _UNACKNOWLEDGED_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     return socket

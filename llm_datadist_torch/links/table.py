@@ -9,9 +9,11 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 
+from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
+from llm_datadist_torch.links.heartbeats import Heartbeats
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import (
     Body,
@@ -20,6 +22,8 @@ from llm_datadist_torch.links.messages import (
     Envelope,
     Hello,
     Join,
+    Lost,
+    Ping,
     Refused,
     RegionFreed,
     Release,
@@ -27,6 +31,7 @@ from llm_datadist_torch.links.messages import (
 )
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
+from llm_datadist_torch.links.relink import Relinker
 from llm_datadist_torch.links.routes import Route
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
@@ -45,7 +50,8 @@ class LinkTable:
     we end the link, we first give no more leases, and wait for those there are, at most until the
     deadline. A peer that then still has one is not waited for any longer; what it uses is freed
     when it says that it has finished, or when its connection ends. The leases of a peer that dies,
-    or that ends the link itself, end with the link.
+    or that ends the link itself, end with the link. One that only fell silent may wake up and go
+    on: its leases end when it gives them back, or with the connection.
 
     Thread safety: public methods may be called from any thread; ``on_*`` come from the endpoint's
     thread.
@@ -54,7 +60,8 @@ class LinkTable:
         cluster_id: This instance's id.
         owner: Answers peers about our caches.
         transports: What can move bytes.
-        remote_accessible: Both ends of a link must have the same value.
+        config: How links are kept: ``remote_accessible`` (both ends of a link must have the same),
+            ``heartbeat_ms``, ``auto_relink``.
     """
 
     def __init__(
@@ -62,30 +69,25 @@ class LinkTable:
         cluster_id: int,
         owner: Owner,
         transports: TransportSet,
-        *,
-        remote_accessible: bool,
+        config: EngineConfig,
     ) -> None:
-        self.identity = Identity(cluster_id, uuid.uuid4().hex, remote_accessible)
+        self.identity = Identity(cluster_id, uuid.uuid4().hex, config.remote_accessible)
         self._owner = owner
         self.endpoint = Endpoint(self)
         self.registry = LinkRegistry(owner, transports, self.endpoint)
         self._handshake = Handshake(self.identity, self.registry, self.endpoint)
+        self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
+        Heartbeats(config.heartbeat_ms, self.links, self._silent).start(self.endpoint.timers)
 
     # -- for the instance -------------------------------------------------------------------------
 
     def find(self, peer: int) -> Link:
-        """The link to ``peer``.
+        """See :meth:`Relinker.find`."""
+        return self._relinker.find(peer)
 
-        Raises:
-            LLMNotLinkedError: There is none, or it was lost.
-        """
-        link = self.registry.get(peer)
-        if link is None:
-            raise error_for(
-                LLMStatusCode.LLM_NOT_YET_LINK, f"cluster {peer} is not linked", peer=peer
-            )
-        link.check_linked()
-        return link
+    def use(self, peer: int, deadline: Deadline) -> Link:
+        """See :meth:`Relinker.use`."""
+        return self._relinker.use(peer, deadline)
 
     def links(self) -> list[Link]:
         """All links, lost ones too."""
@@ -177,22 +179,29 @@ class LinkTable:
         with link.transfer(deadline):
             if link.state is not LinkState.LINKED:
                 self.registry.end(link, LinkState.UNLINKED, "unlinked")
-                return
-            link.leaving = True
-            finished = link.wait_for_leases(deadline)
-            # The peer's transfers must not succeed from now on. No answer needed.
-            link.post(Unlink())
-            if finished:
-                self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")
+                linked_again = self.registry.linked(peer) is not None
             else:
-                logger.warning(
-                    "cluster %d still uses %d cache(s) after %d ms: the link ends, but they are"
-                    " not freed before it has finished or ended",
-                    peer,
-                    len(link.grants),
-                    deadline.budget_ms,
-                )
-                self.registry.end_but_keep_leases(link, "unlinked on this side")
+                linked_again = False
+                self._leave(link, deadline)
+        if linked_again:
+            self.unlink_here(peer, deadline, hold)
+
+    def _leave(self, link: Link, deadline: Deadline) -> None:
+        link.leaving = True
+        finished = link.wait_for_leases(deadline)
+        # The peer's transfers must not succeed from now on. No answer needed.
+        link.post(Unlink())
+        if finished:
+            self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")
+        else:
+            logger.warning(
+                "cluster %d still uses %d cache(s) after %d ms: the link ends, but they are"
+                " not freed before it has finished or ended",
+                link.peer,
+                len(link.grants),
+                deadline.budget_ms,
+            )
+            self.registry.end_but_keep_leases(link, LinkState.UNLINKED, "unlinked on this side")
 
     def region_freed(self, region_id: int) -> None:
         """Tell the peers that may have mapped a region to let go of it."""
@@ -219,6 +228,7 @@ class LinkTable:
         for link in self.links():
             self.registry.end(link, LinkState.UNLINKED, "finalize")
         self.registry.drain_all()
+        self.registry.events.close()
 
     # -- the endpoint's handler -------------------------------------------------------------------
 
@@ -229,12 +239,25 @@ class LinkTable:
     def on_message(self, route: Route, envelope: Envelope, data: bytes | None) -> None:
         """See :class:`~llm_datadist_torch.links.routes.Handler`."""
         link = self.registry.at(route)
-        if envelope.reply:
+        if link is not None:
+            link.heard_at = time.monotonic()
+        if isinstance(envelope.body, (Ping, Lost)):
+            if link is not None:
+                self._on_sign(link, envelope.body)
+        elif envelope.reply:
             if link is not None:
                 link.on_reply(envelope.request_id, envelope.body, data)
+            elif isinstance(envelope.body, CacheView):
+                # Asked on a link that is over: nobody else would return this lease.
+                self.endpoint.send(route, Envelope(0, False, Release(envelope.body.lease_id, None)))
             else:
                 self._handshake.on_answer(route, envelope.body)
-            return
+        else:
+            self._serve(link, route, envelope, data)
+
+    def _serve(
+        self, link: Link | None, route: Route, envelope: Envelope, data: bytes | None
+    ) -> None:
         try:
             asked = envelope.request_id != 0
             answer = self._answer(link, route, envelope.body, data, asked=asked)
@@ -257,6 +280,12 @@ class LinkTable:
                 self.endpoint.drop(route)
             else:
                 link.hang_up()
+
+    def _on_sign(self, link: Link, sign: Ping | Lost) -> None:
+        if isinstance(sign, Ping):
+            self.endpoint.send(link.route, Envelope(0, True, Done()))
+        else:
+            self._lose(link, f"cluster {link.peer} lost it")
 
     def _answer(
         self, link: Link | None, route: Route, body: Body, data: bytes | None, *, asked: bool
@@ -317,3 +346,20 @@ class LinkTable:
         if link is not None:
             logger.warning("link to cluster %d lost: %s", link.peer, reason)
             self.registry.end(link, LinkState.LOST, reason)
+
+    def on_stuck(self, route: Route, reason: str) -> None:
+        """See :class:`~llm_datadist_torch.links.routes.Handler`."""
+        link = self.registry.at(route)
+        if link is None:
+            self.on_lost(route, reason)
+        else:
+            self._silent(link, reason)
+
+    def _silent(self, link: Link, reason: str) -> None:
+        """The connection is there, but the peer does nothing. If it ever wakes up, it is told."""
+        link.post(Lost())
+        self._lose(link, reason)
+
+    def _lose(self, link: Link, reason: str) -> None:
+        logger.warning("link to cluster %d lost: %s", link.peer, reason)
+        self.registry.end_but_keep_leases(link, LinkState.LOST, reason)

@@ -34,6 +34,8 @@ class AsynchronousMovement(ManagerBase):
         src_block_indices: Sequence[int] | torch.Tensor | None = None,
         dst_block_indices: Sequence[int] | torch.Tensor | None = None,
         dst_block_memory_size: int | None = None,
+        *,
+        timeout: int | None = None,
     ) -> CacheTask:
         """Send layers of a cache to peers in the background, each as soon as it is ready.
 
@@ -49,9 +51,8 @@ class AsynchronousMovement(ManagerBase):
         The configs are independent: one that fails doesn't stop the others. If the synchronizer
         says False, those that want the layer fail with ``LLM_PARAM_INVALID``. If it raises, they
         fail with that error's status or ``LLM_UNKNOWN_ERROR``, and the task ends. The source keeps
-        its memory until the task is done, also if it is deallocated; each layer may take
-        ``sync_kv_timeout``. At most 32 tasks of an instance run at a time, others queue. Works in
-        both modes, with both kinds of config, which are not changed, and may be after the call.
+        its memory until the task is done, also if it is deallocated. At most 32 tasks of an
+        instance run at a time, others queue. Works in both modes, with both kinds of config.
 
         Args:
             src_cache: Cache in device memory, with an even number of tensors.
@@ -62,6 +63,7 @@ class AsynchronousMovement(ManagerBase):
             dst_block_indices: Blocks at the peer, each once; counted from the address if given so.
             dst_block_memory_size: Bytes of a block at the peer, required with only
                 ``dst_block_indices``; with both, None, 0 or S.
+            timeout: Milliseconds for each layer, as for ``pull_cache``. Not in the reference.
 
         Returns:
             The task, with one result per config: ``LLM_KV_CACHE_NOT_EXIST`` (the source has ended,
@@ -70,7 +72,7 @@ class AsynchronousMovement(ManagerBase):
 
         Raises:
             TypeError: Wrong types; a config whose key or layer range was set to None.
-            ValueError: Indices or size outside uint64.
+            ValueError: Indices or size outside uint64, ``timeout`` outside int32.
             LLMParamError: Arguments that contradict each other, or a blocks cache without indices.
             LLMException: LLM_FAILED: the instance is being finalized.
         """
@@ -83,7 +85,7 @@ class AsynchronousMovement(ManagerBase):
             dst_block_indices,
             dst_block_memory_size,
         )
-        return layerwise.start(instance, call)
+        return layerwise.start(instance, call, timeout)
 
     def pull_cache_async(
         self,
@@ -96,11 +98,12 @@ class AsynchronousMovement(ManagerBase):
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> CacheTask:
         """``pull_cache`` in the background. Not in the reference.
 
         The arguments' types and values are checked at once, as by ``pull_cache``; the task reports
-        everything else. ``sync_kv_timeout`` counts from when the transfer begins to run; at most 8
+        everything else. ``timeout`` counts from when the transfer begins to run; at most 8
         pulls and pushes of an instance do at a time, those on one link one after the other. The
         cache keeps its memory until the task is done.
 
@@ -113,6 +116,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range: Layers of ``cache``; None for all.
             tensor_num_per_layer: Tensors of a layer.
             wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
+            timeout: As for ``pull_cache``, from when the transfer begins to run.
 
         Returns:
             The task, with one result.
@@ -133,7 +137,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer, wait_stream)
+        return layerwise.start_one(instance, transfer, wait_stream, timeout)
 
     def pull_blocks_async(
         self,
@@ -146,6 +150,7 @@ class AsynchronousMovement(ManagerBase):
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> CacheTask:
         """``pull_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -158,6 +163,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range: Layers of ``dst_cache``; None for all.
             tensor_num_per_layer: Tensors of a layer.
             wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
+            timeout: As for ``pull_cache``, from when the transfer begins to run.
 
         Returns:
             The task, with one result.
@@ -178,7 +184,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer, wait_stream)
+        return layerwise.start_one(instance, transfer, wait_stream, timeout)
 
     def push_cache_async(
         self,
@@ -191,6 +197,7 @@ class AsynchronousMovement(ManagerBase):
         tensor_num_per_layer: int = 2,
         *,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> CacheTask:
         """``push_cache`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -203,6 +210,7 @@ class AsynchronousMovement(ManagerBase):
             size: Only -1.
             tensor_num_per_layer: Tensors of a layer.
             wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
+            timeout: As for ``pull_cache``, from when the transfer begins to run.
 
         Returns:
             The task, with one result.
@@ -223,7 +231,7 @@ class AsynchronousMovement(ManagerBase):
             size,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer, wait_stream)
+        return layerwise.start_one(instance, transfer, wait_stream, timeout)
 
     def push_blocks_async(
         self,
@@ -236,6 +244,7 @@ class AsynchronousMovement(ManagerBase):
         tensor_num_per_layer: int = 2,
         *,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> CacheTask:
         """``push_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
 
@@ -248,6 +257,7 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
             tensor_num_per_layer: Tensors of a layer.
             wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
+            timeout: As for ``pull_cache``, from when the transfer begins to run.
 
         Returns:
             The task, with one result.
@@ -269,4 +279,4 @@ class AsynchronousMovement(ManagerBase):
             dst_layer_range,
             tensor_num_per_layer,
         )
-        return layerwise.start_one(instance, transfer, wait_stream)
+        return layerwise.start_one(instance, transfer, wait_stream, timeout)

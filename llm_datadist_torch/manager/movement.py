@@ -143,6 +143,7 @@ class CacheMovement(ManagerBase):
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> None:
         """Pull the beginning of a row of a peer's contiguous cache (reference API, 9.3).
 
@@ -161,13 +162,15 @@ class CacheMovement(ManagerBase):
             wait_stream: No byte moves before what is on this stream now is done. None: the calling
                 thread's current stream of the cache's device or, for host memory, of the NPU in
                 use; ``torch.cpu.current_stream()`` waits for nothing. Not in the reference.
+            timeout: Milliseconds that this call may take, linking a lost link anew included; None:
+                ``sync_kv_timeout``. Not in the reference.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
             LLMCacheNotFoundError: ``cache`` has ended; or the peer has no such cache, row or key.
-            LLMNotLinkedError: The peer isn't linked; as ``LLMPeerLostError`` if it was, also while
-                we pull.
-            LLMTimeoutError: Not done within ``sync_kv_timeout``. ``cache`` may be partly written,
+            LLMNotLinkedError: The peer isn't linked; as ``LLMPeerLostError`` if it was lost and
+                isn't back, or while we pull.
+            LLMTimeoutError: Not done within ``timeout``. ``cache`` may be partly written,
                 and is not written any more.
         """
         instance = self._open(LLMStatusCode.LLM_PARAM_INVALID)
@@ -183,6 +186,7 @@ class CacheMovement(ManagerBase):
                 tensor_num_per_layer,
             ),
             wait_stream,
+            timeout,
         )
 
     def pull_blocks(
@@ -196,6 +200,7 @@ class CacheMovement(ManagerBase):
         dst_layer_range: range | None = None,
         tensor_num_per_layer: int = 2,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> None:
         """Pull blocks of a peer's cache into blocks of ours (reference API, 9.3).
 
@@ -213,6 +218,7 @@ class CacheMovement(ManagerBase):
             dst_layer_range: Layers of ``dst_cache``; None for all.
             tensor_num_per_layer: Tensors of a layer; matters only with a layer range.
             wait_stream: As for :meth:`pull_cache`.
+            timeout: As for :meth:`pull_cache`.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
@@ -234,6 +240,7 @@ class CacheMovement(ManagerBase):
                 tensor_num_per_layer,
             ),
             wait_stream,
+            timeout,
         )
 
     def push_cache(
@@ -247,6 +254,7 @@ class CacheMovement(ManagerBase):
         tensor_num_per_layer: int = 2,
         *,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> None:
         """Push a whole row of a contiguous cache into a row of a peer's (reference API, 9.4).
 
@@ -262,12 +270,13 @@ class CacheMovement(ManagerBase):
             tensor_num_per_layer: Tensors of a layer; ``src_cache`` must be a whole number of
                 layers.
             wait_stream: As for :meth:`pull_cache`.
+            timeout: As for :meth:`pull_cache`.
 
         Raises:
             LLMParamError: What does not fit, before a byte is written.
             LLMCacheNotFoundError: ``src_cache`` has ended; or the peer has no such cache or row.
             LLMNotLinkedError: As for :meth:`pull_cache`.
-            LLMTimeoutError: Not done within ``sync_kv_timeout``. The peer's row may be partly
+            LLMTimeoutError: Not done within ``timeout``. The peer's row may be partly
                 written.
         """
         instance = self._open(LLMStatusCode.LLM_PARAM_INVALID)
@@ -283,6 +292,7 @@ class CacheMovement(ManagerBase):
                 tensor_num_per_layer,
             ),
             wait_stream,
+            timeout,
         )
 
     def push_blocks(
@@ -296,6 +306,7 @@ class CacheMovement(ManagerBase):
         tensor_num_per_layer: int = 2,
         *,
         wait_stream: Stream | None = None,
+        timeout: int | None = None,
     ) -> None:
         """Push blocks of ours into blocks of a peer's cache (reference API, 9.4).
 
@@ -311,13 +322,14 @@ class CacheMovement(ManagerBase):
             tensor_num_per_layer: Tensors of a layer; ``src_cache`` must be a whole number of
                 layers.
             wait_stream: As for :meth:`pull_cache`.
+            timeout: As for :meth:`pull_cache`.
 
         Raises:
             AttributeError: ``dst_cache_key`` is None.
             LLMParamError: What does not fit, before a byte is written.
             LLMCacheNotFoundError: ``src_cache`` has ended; or the peer has no such cache.
             LLMNotLinkedError: As for :meth:`pull_cache`.
-            LLMTimeoutError: Not done within ``sync_kv_timeout``. The peer's blocks may be partly
+            LLMTimeoutError: Not done within ``timeout``. The peer's blocks may be partly
                 written.
         """
         instance = self._open(LLMStatusCode.LLM_PARAM_INVALID)
@@ -333,4 +345,5 @@ class CacheMovement(ManagerBase):
                 tensor_num_per_layer,
             ),
             wait_stream,
+            timeout,
         )

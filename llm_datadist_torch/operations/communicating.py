@@ -9,10 +9,10 @@ from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.rank_table import Member, meeting_host, members_of, port_of
 from llm_datadist_torch.links.routes import tcp_address
-from llm_datadist_torch.operations.linking import check_timeout
 from llm_datadist_torch.values.checks import (
     check_dict,
     check_isinstance,
+    check_timeout_ms,
     check_uint32,
     check_uint64,
     param_error,
@@ -41,7 +41,7 @@ def link(
     members = check_members(comm_name, cluster_rank_info, rank_table)
     check_isinstance("rendezvous", rendezvous, str)
     check_isinstance("wait", wait, bool, allow_none=False)
-    timeout_ms = _default_timeout(instance) if timeout is None else check_timeout(timeout)
+    timeout_ms = _default_timeout(instance) if timeout is None else check_timeout_ms(timeout)
     check_available(instance, "link")
     address = _address(comm_name, members, rank_table, rendezvous)
     comm_id = instance.communicators.start(

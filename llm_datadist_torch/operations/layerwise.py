@@ -31,8 +31,13 @@ logger = logging.getLogger("llm_datadist_torch")
 OPERATION = "transfer_cache_async"
 
 
-def start(instance: Instance, call: Layerwise) -> CacheTask:
-    """Start a layer by layer transfer. Holds a lease on the source until the task is done."""
+def start(instance: Instance, call: Layerwise, timeout: int | None = None) -> CacheTask:
+    """Start a layer by layer transfer. Holds a lease on the source until the task is done.
+
+    Raises:
+        TypeError, ValueError, LLMParamError: ``timeout``, what each layer may take, is no time.
+    """
+    timeout = transfers.check_timeout(timeout)
     held = ExitStack()
     layers = call.layers_wanted
     try:
@@ -42,7 +47,7 @@ def start(instance: Instance, call: Layerwise) -> CacheTask:
 
     def job(work: Work) -> None:
         for layer in layers:
-            _send_layer(instance, call, entry, layer, work)
+            _send_layer(instance, call, entry, layer, work, timeout)
 
     return submit(
         instance.layer_workers,
@@ -50,12 +55,19 @@ def start(instance: Instance, call: Layerwise) -> CacheTask:
     )
 
 
-def start_one(instance: Instance, transfer: Transfer, wait_stream: Stream | None) -> CacheTask:
+def start_one(
+    instance: Instance,
+    transfer: Transfer,
+    wait_stream: Stream | None,
+    timeout: int | None = None,
+) -> CacheTask:
     """Start a pull or push. Holds a lease on the local cache until the task is done.
 
     Raises:
         TypeError: ``wait_stream`` is no stream.
+        TypeError, ValueError, LLMParamError: ``timeout`` is no time.
     """
+    timeout = transfers.check_timeout(timeout)
     after = streams.point(wait_stream, transfer.cache.device)
     held = ExitStack()
     try:
@@ -66,7 +78,8 @@ def start_one(instance: Instance, transfer: Transfer, wait_stream: Stream | None
 
     def job(work: Work) -> None:
         with work.step(0):
-            if _attempt(work, 0, partial(transfers.run_leased, instance, transfer, entry, after)):
+            move = partial(transfers.run_leased, instance, transfer, entry, after, timeout)
+            if _attempt(work, 0, move):
                 work.succeed(0)
                 work.layers_done = 1
 
@@ -96,7 +109,12 @@ def failed(error: LLMException, num_results: int, layers_total: int) -> CacheTas
 
 
 def _send_layer(
-    instance: Instance, call: Layerwise, entry: CacheEntry, layer: int, work: Work
+    instance: Instance,
+    call: Layerwise,
+    entry: CacheEntry,
+    layer: int,
+    work: Work,
+    timeout: int | None,
 ) -> None:
     """Wait for one layer and send it to all that want it. Layers nobody wants any more are skipped.
 
@@ -116,7 +134,9 @@ def _send_layer(
     for index in wanting:
         target = call.targets[index]
         with work.step(index):
-            sent = _attempt(work, index, partial(_send, instance, call, entry, target, layer))
+            sent = _attempt(
+                work, index, partial(_send, instance, call, entry, target, layer, timeout)
+            )
             if sent and layer == target.layers[-1]:
                 work.succeed(index)
     work.layers_done += 1
@@ -160,14 +180,19 @@ def _attempt(work: Work, index: int, move: Callable[[], None]) -> bool:
 
 
 def _send(
-    instance: Instance, call: Layerwise, entry: CacheEntry, target: Target, layer: int
+    instance: Instance,
+    call: Layerwise,
+    entry: CacheEntry,
+    target: Target,
+    layer: int,
+    timeout: int | None,
 ) -> None:
-    """Send one layer to one target. Blocks, at most for ``sync_kv_timeout``."""
+    """Send one layer to one target. Blocks, at most for ``timeout``."""
     at = layer - target.layers.start
     if target.key is not None:
         transfer = _by_key(call, target, layer, target.first_layer + at)
         transfers.check_peer(instance, transfer)
-        transfers.run_leased(instance, transfer, entry)
+        transfers.run_leased(instance, transfer, entry, timeout=timeout)
         return
     rest = target.addrs[at * PER_LAYER : (at + 1) * PER_LAYER]
     tensor = layer * PER_LAYER
@@ -176,7 +201,7 @@ def _send(
         sent = _Sent()
         transfer = _by_address(call, target, tensor, rest, sent)
         transfers.check_peer(instance, transfer)
-        transfers.run_leased(instance, transfer, entry)
+        transfers.run_leased(instance, transfer, entry, timeout=timeout)
         tensor, rest = tensor + sent.count, rest[sent.count :]
 
 

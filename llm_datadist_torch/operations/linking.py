@@ -14,12 +14,7 @@ from llm_datadist_torch.config import LISTEN_KEY, parse_listen_ip_info, role_to_
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.link import LinkState
-from llm_datadist_torch.values.checks import (
-    check_int32,
-    check_isinstance,
-    check_uint64,
-    param_error,
-)
+from llm_datadist_torch.values.checks import check_isinstance, check_uint64, param_error
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo, entry_to_host
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import (
@@ -32,20 +27,6 @@ from llm_datadist_torch.values.status import (
 logger = logging.getLogger("llm_datadist_torch")
 
 LinkResult = tuple[LLMStatusCode, list[LLMStatusCode]]
-
-
-def check_timeout(timeout: int) -> int:
-    """Return the ``timeout`` argument, checked, as an int.
-
-    Raises:
-        TypeError: No int.
-        ValueError: Outside int32.
-        LLMParamError: Not positive.
-    """
-    timeout = check_int32("timeout", timeout)
-    if timeout <= 0:
-        raise param_error(f"timeout={timeout} must be positive")
-    return timeout
 
 
 def check_clusters(clusters: Sequence[LLMClusterInfo], *, need_local: bool) -> None:
@@ -80,7 +61,7 @@ def link_clusters(
             targets.append(LLMStatusCode.LLM_PARAM_INVALID)
             continue
         peer, (ip, port) = _id_of(cluster), cluster.remote_ip_info_list[0]
-        status = _status_with_a_backend(instance, peer)
+        status = _status_with_a_backend(instance, peer, (ip, port))
         targets.append((peer, entry_to_host(ip), port) if status is None else status)
     return _overall(instance.links.link_all(targets, deadline))
 
@@ -154,7 +135,9 @@ def relisten(instance: Instance, listen: tuple[str, int] | None) -> None:
         raise error_for(LLMStatusCode.LLM_FAILED, str(error), op="switch_role") from error
 
 
-def _status_with_a_backend(instance: Instance, peer: int) -> LLMStatusCode | None:
+def _status_with_a_backend(
+    instance: Instance, peer: int, address: tuple[int | str, int]
+) -> LLMStatusCode | None:
     """What asking for a link comes to at once with the reference's transfer backend, or None.
 
     There a link has one direction, and each side asks for its own (reference API, 11.6). Here one
@@ -169,6 +152,7 @@ def _status_with_a_backend(instance: Instance, peer: int) -> LLMStatusCode | Non
     if link is None or link.dialed:
         return None
     link.dialed = True
+    link.address = entry_to_host(address[0]), address[1]
     return LLMStatusCode.LLM_SUCCESS
 
 

@@ -16,13 +16,13 @@ from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.links.link import Link
 from llm_datadist_torch.links.messages import CacheView, Release, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.operations.plans import Plan, RemoteCache
 from llm_datadist_torch.streams import Stream, StreamPoint
 from llm_datadist_torch.transports.base import Direction, Movement
-from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.checks import check_timeout_ms, param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.values.status import (
     LLMException,
@@ -65,10 +65,16 @@ class Transfer:
     plan: Callable[[Layout, RemoteCache], Plan | list[Plan]]
 
 
-def run(instance: Instance, transfer: Transfer, wait_stream: Stream | None) -> None:
-    """Carry out a transfer; blocks until the data has landed, at most for ``sync_kv_timeout``.
+def run(
+    instance: Instance,
+    transfer: Transfer,
+    wait_stream: Stream | None,
+    timeout: int | None = None,
+) -> None:
+    """Carry out a transfer; blocks until the data has landed.
 
-    No byte moves before what is on ``wait_stream`` now is done (see :func:`streams.point`).
+    At most for ``timeout``, or ``sync_kv_timeout``. A lost link is made anew first. No byte moves
+    before what is on ``wait_stream`` now is done (see :func:`streams.point`).
 
     Raises:
         TypeError: ``wait_stream`` is no stream.
@@ -77,10 +83,11 @@ def run(instance: Instance, transfer: Transfer, wait_stream: Stream | None) -> N
         LLMNotLinkedError: No link, or it was lost meanwhile.
         LLMTimeoutError: Not done in time; nothing is written any more, the link stays usable.
     """
+    timeout = check_timeout(timeout)
     check_peer(instance, transfer)
     after = streams.point(wait_stream, transfer.cache.device)
     with instance.using(transfer.cache) as entry:
-        run_leased(instance, transfer, entry, after)
+        run_leased(instance, transfer, entry, after, timeout)
 
 
 def check_peer(instance: Instance, transfer: Transfer) -> None:
@@ -96,16 +103,29 @@ def check_peer(instance: Instance, transfer: Transfer) -> None:
         )
 
 
+def check_timeout(timeout: int | None) -> int | None:
+    """Return a call's own time limit, checked.
+
+    Raises:
+        TypeError, ValueError, LLMParamError: As :func:`check_timeout_ms`.
+    """
+    return None if timeout is None else check_timeout_ms(timeout)
+
+
 def run_leased(
-    instance: Instance, transfer: Transfer, entry: CacheEntry, after: StreamPoint | None = None
+    instance: Instance,
+    transfer: Transfer,
+    entry: CacheEntry,
+    after: StreamPoint | None = None,
+    timeout: int | None = None,
 ) -> None:
     """As :func:`run`, for a caller that holds a lease on the local cache.
 
-    ``after``: What must be done before a byte moves.
+    ``after``: What must be done before a byte moves. ``timeout`` has been checked.
     """
     _check_local(instance, transfer, entry)
-    link = instance.links.find(transfer.key.cluster_id)
-    deadline, ask = instance.deadline(), _question(transfer)
+    deadline, ask = instance.deadline(timeout), _question(transfer)
+    link = instance.links.use(transfer.key.cluster_id, deadline)
     # Only reads: what is written to must not be freed meanwhile, and only a lease sees to that.
     keeps = instance.config.remote_accessible and transfer.direction is Direction.READ
     if after is not None:
@@ -238,9 +258,8 @@ def _leased(link: Link, ask: Resolve, deadline: Deadline) -> Iterator[RemoteCach
     try:
         yield remote
     finally:
-        # To a peer that has ended the link, too: it may keep what we used until we say so.
-        if link.state is not LinkState.LOST:
-            link.post(Release(view.lease_id, remote.fetched))
+        # To a peer that has ended or lost the link, too: it may keep what we used until we say so.
+        link.post(Release(view.lease_id, remote.fetched))
 
 
 def _question(transfer: Transfer) -> Resolve:

@@ -167,6 +167,20 @@ def check_int32(name: str, value: int) -> int:
     return _check_int(name, value, INT32_MIN, INT32_MAX)
 
 
+def check_timeout_ms(timeout: int) -> int:
+    """Returns a `timeout` argument in milliseconds, as an int.
+
+    Raises:
+        TypeError: no int.
+        ValueError: outside int32.
+        LLMParamError: not positive.
+    """
+    timeout = check_int32("timeout", timeout)
+    if timeout <= 0:
+        raise param_error(f"timeout={timeout} must be positive")
+    return timeout
+
+
 def check_int64(name: str, value: int) -> int:
     """Returns `value` if it is an int that fits (TypeError, ValueError otherwise)."""
     return _check_int(name, value, INT64_MIN, INT64_MAX)

@@ -27,6 +27,41 @@ DEVICES = ("auto", "npu", "cpu")
 """What the option of the device may be; the first is the default."""
 
 
+KEEP, DROP, OFFER_AGAIN = ORPHAN_POLICIES = ("keep", "drop", "offer_again")
+"""What becomes of a request key that a peer had begun to pull, when the link to it is lost.
+
+The key stays, with what was fetched of it counted; or it goes; or it stays, and all of it has to be
+pulled anew before it is consumed. The first is the default.
+"""
+HEARTBEAT_MS, SHORTEST_HEARTBEAT_MS, LONGEST_HEARTBEAT_MS = 1000, 20, 3_600_000
+
+
+def check_orphan_policy(name: str, text: str) -> str:
+    """Returns the text of an orphan policy.
+
+    Raises:
+        LLMParamError: it is none of `ORPHAN_POLICIES`.
+    """
+    if text not in ORPHAN_POLICIES:
+        raise param_error(f"{name}={text!r} must be one of {', '.join(ORPHAN_POLICIES)}.")
+    return text
+
+
+def check_heartbeat(name: str, value: int) -> int:
+    """Returns a heartbeat interval.
+
+    Raises:
+        LLMParamError: it is neither 0 nor of a sensible length.
+    """
+    if value != 0 and not SHORTEST_HEARTBEAT_MS <= value <= LONGEST_HEARTBEAT_MS:
+        raise param_error(
+            f"{name}={shown(value)} is out of range [{SHORTEST_HEARTBEAT_MS},"
+            f" {LONGEST_HEARTBEAT_MS}].",
+            remedy="give milliseconds, or 0 for no heartbeats",
+        )
+    return value
+
+
 def check_device_text(name: str, text: str) -> str:
     """Returns the text of a device option.
 
@@ -110,10 +145,10 @@ def _text_even_empty(key: str, doc: str) -> _Option[str]:
     return _Option[str](key, "", _check_text, lambda value: value, doc, none_unsets=True)
 
 
-def _flag(key: str, doc: str) -> _Option[bool]:
+def _flag(key: str, doc: str, *, default: bool = False) -> _Option[bool]:
     return _Option[bool](
         key,
-        False,
+        default,
         lambda name, value: check_isinstance(name, value, bool),
         lambda value: "1" if value else "0",
         doc,
@@ -129,6 +164,15 @@ def _number_text(value: int | None) -> str | None:
 def _check_device(name: str, value: str | None) -> str | None:
     check_isinstance(name, value, str)
     return value if value is None else check_device_text(name, value)
+
+
+def _check_orphan_policy(name: str, value: str | None) -> str | None:
+    check_isinstance(name, value, str)
+    return value if value is None else check_orphan_policy(name, value)
+
+
+def _check_heartbeat(name: str, value: int) -> int:
+    return check_heartbeat(name, check_isinstance(name, value, int, allow_none=False))
 
 
 def _check_within(low: int, high: int) -> _Check:
@@ -224,6 +268,25 @@ class LLMConfig:
     listen_ip_info = _text_if_any("llm.listenIpInfo", 'Where to listen: "ip:port".')
     transport = _text_if_any(
         "llm.Transport", "What moves bytes, by name (not in the reference); unset: the best."
+    )
+    # The next three are not in the reference.
+    heartbeat_interval = _Option[int](
+        "llm.HeartbeatInterval",
+        HEARTBEAT_MS,
+        _check_heartbeat,
+        _number_text,
+        "Milliseconds between two signs of life on a link; a peer is lost after 3. 0: none.",
+    )
+    auto_relink = _flag(
+        "llm.AutoRelink", "Whether using a lost link makes it anew; True if unset.", default=True
+    )
+    orphan_policy = _Option[str](
+        "llm.OrphanPolicy",
+        KEEP,
+        _check_orphan_policy,
+        lambda value: value,
+        'Request keys that a lost peer had begun to pull: "keep", "drop", or "offer_again".',
+        none_unsets=True,
     )
     enable_cache_manager = _flag("llm.EnableCacheManager", "Must be True here.")
     enable_remote_cache_accessible = _flag(

@@ -17,7 +17,7 @@ from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.link import Link
 from llm_datadist_torch.links.messages import Resolve
 from llm_datadist_torch.transports.choice import LinkChannel
-from tests.peers import Peer, Ref, Service
+from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.helpers import OK, Peers, Services
 
 ME, PEER = 1, 2
@@ -188,6 +188,8 @@ def test_memory_that_is_freed_while_it_is_read(
     other.allocate("theirs", *SIZE, paged=True, keys=THEIRS)
     other.paint("theirs", 7)
     assert pull(here) is None
+    # The lease comes back a moment later; until then nothing is freed.
+    assert settle(lambda: other.counters()["leases"] == 0)
 
     def free_and_reuse() -> None:
         if not remote:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the endpoint's thread does at certain times."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+
+logger = logging.getLogger("llm_datadist_torch")
+
+
+class Timers:
+    """Calls and when they are due, on the monotonic clock.
+
+    Thread safety: none; it belongs to the thread that calls ``run_due``.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[Callable[[], None], list[float]] = {}
+
+    def set(self, call: Callable[[], None], times: Iterable[float]) -> None:
+        """From now on ``call`` is due at these times, and not at those it was set to before."""
+        self._times[call] = sorted(times)
+
+    def wait_ms(self) -> int | None:
+        """Milliseconds until something is due; None for never."""
+        soonest = min((times[0] for times in self._times.values() if times), default=None)
+        if soonest is None:
+            return None
+        return max(0, math.ceil((soonest - time.monotonic()) * 1000))
+
+    def run_due(self) -> None:
+        """Make the calls that are due; what they raise is logged."""
+        now = time.monotonic()
+        for call, times in list(self._times.items()):
+            if times and times[0] <= now:
+                times.pop(0)
+                try:
+                    call()
+                except Exception:
+                    logger.exception("error in the link thread")
