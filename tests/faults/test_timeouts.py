@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls with a time limit of their own."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LayerSynchronizer
+from llm_datadist_torch import TransferWithCacheKeyConfig as Config
+from tests.faults.helpers import OK, PEER, THEIRS, TIMEOUT, Peers, start_peer
+from tests.peers import Peer, Ref, Service, settle
+
+ROW = CacheKeyByIdAndIndex(PEER, 2, 0)
+BLOCKS = (THEIRS, Ref("mine"), [0, 1], [0, 1])
+CALLS = {
+    "pull_blocks": BLOCKS,
+    "push_blocks": BLOCKS,
+    "pull_cache": (ROW, Ref("row")),
+    "push_cache": (ROW, Ref("row")),
+}
+
+
+@pytest.fixture
+def peer(here: Service, peers: Peers) -> Peer:
+    """Its calls may take 20 s, and it sleeps whenever the test likes."""
+    peer = peers()
+    here.start(1)
+    here.allocate("mine", 2, 4, 64, paged=True)
+    here.allocate("row", 2, 1, 64, paged=False)
+    port = start_peer(peer, 5)
+    peer.ask("allocate", "rows", 2, 2, 64, paged=False)
+    assert here.link(PEER, port) == OK
+    return peer
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_of_its_own_time(here: Service, peer: Peer, call: str) -> None:
+    with peer.stopped():
+        started = time.monotonic()
+        failure = here.attempt(call, *CALLS[call], timeout=50)
+        assert failure.status == TIMEOUT
+        assert "50 ms" in failure.text
+        task = getattr(here.manager, f"{call}_async")(*map(here._real, CALLS[call]), timeout=60)
+        assert task.synchronize().name == TIMEOUT
+        assert time.monotonic() - started < 10
+    # The link is as it was, and the leases granted too late come back.
+    assert here.attempt(call, *CALLS[call], timeout=20_000) is None
+    assert settle(lambda: not peer.ask("counters")["leases"])
+
+
+def test_layer_by_layer(here: Service, peer: Peer) -> None:
+    class Ready(LayerSynchronizer):
+        def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
+            return True
+
+    config = Config(BlocksCacheKey(PEER, 0), range(1), range(1))
+    cache = here.held["mine"].cache
+    with peer.stopped():
+        task = here.manager.transfer_cache_async(cache, Ready(), [config], [0], [0], timeout=50)
+        assert task.synchronize().name == TIMEOUT
+    task = here.manager.transfer_cache_async(cache, Ready(), [config], [0], [0], timeout=20_000)
+    assert task.synchronize().name == "LLM_SUCCESS"
+
+
+@pytest.mark.parametrize(
+    ("timeout", "kind"),
+    [(0, "LLMParamError"), (-1, "LLMParamError"), (2**31, "ValueError"), ("1", "TypeError"),
+     (1.5, "TypeError")],
+)  # fmt: skip
+@pytest.mark.parametrize("call", [*CALLS, *(f"{call}_async" for call in CALLS)])
+def test_what_is_no_time(here: Service, peer: Peer, call: str, timeout: object, kind: str) -> None:
+    failure = here.attempt(call, *CALLS[call.removesuffix("_async")], timeout=timeout)
+    assert failure.kind == kind
+    assert "timeout" in failure.text
