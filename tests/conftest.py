@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -95,6 +96,16 @@ def _num_npus() -> int:
     return 0 if why_no_npu()[0] else torch.npu.device_count()  # type: ignore[attr-defined]
 
 
+def _has_netns() -> bool:
+    name = f"probe{os.getpid()}"
+    try:
+        for action in ("add", "del"):
+            subprocess.run(["ip", "netns", action, name], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return True
+
+
 # marker -> (what it needs, whether this machine has it)
 _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "needs_ipv6": ("the IPv6 loopback address", _has_ipv6),
@@ -111,6 +122,7 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "needs_two_npus": ("two NPUs", lambda: _num_npus() >= 2),
     "needs_simulated_npu": ("a simulated NPU, to make it fail", is_active),
     "needs_hixl": ("HIXL's Python module", lambda: importlib.util.find_spec("hixl") is not None),
+    "needs_netns": ("network namespaces: root, and the command ip", _has_netns),
     "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),
 }
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -191,6 +192,12 @@ class Service(Caches):
         """Close every other way of the link."""
         channel = self.instance.links.find(peer).channel._channels["local"]
         channel._ways[:] = [way for way in channel._ways if way.name == "relay"]
+
+    def enter_network(self, namespace: str) -> None:
+        """Threads that this one starts from now on, and itself, are in a network namespace."""
+        with Path(f"/run/netns/{namespace}").open() as file:
+            if ctypes.CDLL(None).setns(file.fileno(), 0x40000000):
+                raise OSError("setns failed")
 
     def become(self, user: int) -> None:
         """Gives up root: from now on the kernel keeps other users' memory from this process."""

@@ -20,7 +20,13 @@ from zmq.utils.monitor import recv_monitor_message
 
 from llm_datadist_torch.links.messages import Done, Envelope, decode, encode
 from llm_datadist_torch.links.routes import Handler, Route, tcp_address
-from llm_datadist_torch.links.sockets import LOSS_EVENTS, bound_port, new_dialer, new_listener
+from llm_datadist_torch.links.sockets import (
+    LOSS_EVENTS,
+    bound_port,
+    new_dialer,
+    new_listener,
+    send_patiently,
+)
 from llm_datadist_torch.links.timers import Timers
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -29,6 +35,8 @@ _BURST = 64
 """Messages read from one socket before the others get their turn."""
 _REBIND_S, _REBIND_RETRY_S = 1.0, 0.005
 """How long a port that we have closed may still be busy: ZeroMQ does it in the background."""
+_SEND_S = 0.1
+"""How long a peer's full queue may take to have room, before it counts as not reading at all."""
 _COMMAND_S = 5.0
 """Longest that a command waits for the thread."""
 _PROBE_AFTER_S = (0.0, 0.01, 0.05, 0.25)
@@ -64,6 +72,7 @@ class Endpoint:
         self._readers: dict[zmq.Socket[bytes] | int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
+        self._stuck: set[Route] = set()
         self.timers = Timers()
         self._extra_ports: dict[str, int] = {}
         self._running = True
@@ -335,9 +344,13 @@ class Endpoint:
         if route.socket == 0:
             frames = [route.identity, *frames]
         try:
-            socket.send_multipart(frames, zmq.NOBLOCK)
+            send_patiently(socket, frames, 0 if route in self._stuck else _SEND_S)
         except zmq.Again:
-            self._handler.on_stuck(route, "the peer does not read what is sent to it")
+            # Once: a peer that never reads must not keep the others waiting again and again.
+            if route not in self._stuck:
+                self._stuck.add(route)
+                self._watched.add(route)
+                self._handler.on_stuck(route, "the peer does not read what is sent to it")
         except zmq.ZMQError as error:
             reason = (
                 "connection closed" if error.errno == errno.EHOSTUNREACH else str(error.strerror)
@@ -353,6 +366,7 @@ class Endpoint:
 
     def _lose(self, route: Route, reason: str) -> None:
         self._drop(route)
+        self._stuck.discard(route)
         self._handler.on_lost(route, reason)
 
     def _drop(self, route: Route) -> None:

@@ -204,7 +204,12 @@ class Link:
             )
         reply, payload = answer
         if isinstance(reply, LLMException):
-            raise reply
+            try:
+                raise reply
+            finally:
+                # The error knows this frame, and its callers' caches: without this they would be
+                # kept until the garbage collector finds the cycle.
+                del reply, answer, pending
         if isinstance(reply, Refused):
             raise error_for(code_2_status(reply.status), reply.text, peer=self.peer)
         return reply, payload

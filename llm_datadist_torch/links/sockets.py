@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import time
+
 import zmq
 
 from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 
 _LINGER_MS = 200
-_RECEIVE_QUEUE, _SEND_QUEUE = 64, 1000
+_SEND_RETRY_S = 0.001
+_RECEIVE_QUEUE, _SEND_QUEUE = 64, 128
 """Messages of one connection that may wait here, so that nobody can fill the memory.
 
 Who sends faster than they are read is slowed down by TCP; who does not read is lost.
@@ -45,6 +48,25 @@ def new_listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
 def bound_port(socket: zmq.Socket[bytes]) -> int:
     """The port that was bound last."""
     return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+
+def send_patiently(socket: zmq.Socket[bytes], frames: list[bytes], patience_s: float) -> None:
+    """Send a message, which a full queue may delay for so long.
+
+    Raises:
+        zmq.Again: The queue is still full.
+        zmq.ZMQError: It can't be sent.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again:
+            if time.monotonic() >= end:
+                raise
+        else:
+            return
+        time.sleep(_SEND_RETRY_S)
 
 
 def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that goes down and comes back, and peers that flood it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch.links import messages
+from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.transports.local.host import HostIdentity
+from tests.faults.helpers import (
+    FAST,
+    ME,
+    NYL,
+    OK,
+    PEER,
+    TIMEOUT,
+    Peers,
+    events_of,
+    kinds,
+    pull,
+    start_here,
+    start_peer,
+)
+from tests.peers import Service, settle
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True)
+
+
+@pytest.fixture
+def network() -> Iterator[tuple[str, str, Callable[[str], None]]]:
+    """A namespace, an address in it that we reach, and what sets the connection up or down."""
+    space, ours, theirs = (f"{name}{os.getpid() % 100000}" for name in ("far", "va", "vb"))
+    net = f"10.231.{os.getpid() % 250}"
+    ip("netns", "add", space)
+    try:
+        ip("link", "add", ours, "type", "veth", "peer", "name", theirs, "netns", space)
+        ip("addr", "add", f"{net}.1/24", "dev", ours)
+        ip("link", "set", ours, "up")
+        for args in (
+            ("addr", "add", f"{net}.2/24", "dev", theirs),
+            ("link", "set", theirs, "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            ip("-n", space, *args)
+        yield space, f"{net}.2", lambda state: ip("link", "set", ours, state)
+    finally:
+        ip("netns", "del", space)
+
+
+@pytest.mark.needs_netns
+def test_the_network_goes_down_and_comes_back(
+    here: Service, peers: Peers, network: tuple[str, str, Callable[[str], None]]
+) -> None:
+    space, address, set_link = network
+    peer, near = peers(), peers()
+    peer.ask("enter_network", space)
+    port = start_peer(peer, 5, listen=f"{address}:0", options=FAST)
+    start_here(here, options=FAST, timeout_ms=2000)
+    assert here.link(PEER, port, ip=address) == OK
+    near_port = near.ask("start", 3, options=FAST)
+    near.ask("allocate", "near", 2, 4, 64, paged=True, keys=BlocksCacheKey(3, 0))
+    near.ask("paint", "near", 7)
+    assert here.link(3, near_port) == OK
+    here.allocate("other", 2, 4, 64, paged=True)
+    seen = events_of(here)
+    for colour in (5, 6):
+        peer.ask("paint", "theirs", colour)
+        assert pull(here) is None
+        assert here.colours("mine") == [colour]
+        set_link("down")
+        # A call that waits for an answer when the network goes, and one that begins afterwards.
+        failures = [pull(here, timeout=20_000), pull(here, timeout=300)]
+        assert failures[0].status == NYL
+        assert failures[1].status in (NYL, TIMEOUT)
+        # Other peers are served as before.
+        ids = [0, 1, 2, 3]
+        other = here.held["other"].cache
+        here.manager.pull_blocks(BlocksCacheKey(3, 0), other, ids, ids)
+        assert here.colours("other") == [7]
+        assert settle(lambda: peer.ask("link_states") == {ME: "lost"})
+        set_link("up")
+        assert settle(lambda: pull(here) is None)
+        assert here.colours("mine") == [colour]
+    expected = ["lost", "relinked"] * 2
+    assert kinds(seen, 4) == expected
+    assert settle(lambda: not any(peer.ask("counters")[name] for name in ("leases", "grants")))
+
+
+def test_who_does_not_read_is_lost(here: Service, peers: Peers) -> None:
+    """A linked peer asks for 4 GiB and reads none of it."""
+    size = 1 << 20
+    port = here.start(ME, options={"llm.HeartbeatInterval": "0"})
+    here.allocate("mine", 1, 4, size, paged=True, keys=BlocksCacheKey(ME, 0))
+    before = resident()
+    context = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    try:
+        dealer.setsockopt(zmq.RCVHWM, 1)
+        dealer.setsockopt(zmq.LINGER, 0)
+        dealer.setsockopt(zmq.RCVTIMEO, 10_000)
+        dealer.connect(f"tcp://127.0.0.1:{port}")
+        offer = {"local": msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))}
+        hello = messages.Hello(messages.PROTOCOL_VERSION, PEER, ME, "life", False, offer)
+        dealer.send(encode(Envelope(1, False, hello)))
+        assert isinstance(messages.decode(dealer.recv()).body, messages.Welcome)
+        dealer.send(encode(Envelope(2, False, messages.Resolve("blocks", 0, 0, True, False))))
+        view = messages.decode(dealer.recv()).body
+        assert isinstance(view, messages.CacheView)
+        address = int.from_bytes(view.addrs, "little")
+        spans = torch.tensor([[address, size]]).numpy().tobytes()
+        read = encode(Envelope(3, False, messages.ReadBytes(view.lease_id, spans)))
+        for _ in range(4096):
+            dealer.send(read)
+        assert settle(lambda: here.link_states() == {PEER: "lost"})
+        assert resident() - before < 512 << 20
+        # Its lease lasts as long as its connection.
+        assert here.counters()["leases"] == 1
+        peer = peers()
+        peer.ask("start", 3)
+        assert peer.ask("link", ME, port) == OK
+    finally:
+        context.destroy(0)
+    assert settle(lambda: here.counters()["leases"] == 0)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
