@@ -20,6 +20,7 @@ from llm_datadist_torch import (
     DataType,
     EventSynchronizer,
     LayerSynchronizer,
+    LinkListener,
     LLMClusterInfo,
     LLMConfig,
     LLMDataDist,
@@ -67,6 +68,9 @@ def linked() -> LLMDataDist:
     status, results = datadist.link_clusters([cluster], timeout=2000)
     assert_type(status, LLMStatusCode)
     assert_type(results, list[LLMStatusCode])
+    listener = datadist.on_link_event(lambda event: print(event.peer, event.kind == "lost"))
+    assert_type(listener, LinkListener)
+    listener.remove()
     datadist.unlink_clusters((cluster,), force=True)
     datadist.switch_role(LLMRole.PROMPT, {"llm.listenIpInfo": "127.0.0.1:0"})
     address = datadist.listen_address
