@@ -62,9 +62,10 @@ class Case:
         return self.tensors * BLOCKS * self.block_bytes
 
 
-def start_instance(role: LLMRole, cluster_id: int) -> LLMDataDist:
+def start_instance(role: LLMRole, cluster_id: int, *, remote: bool) -> LLMDataDist:
     config = LLMConfig()
     config.enable_cache_manager = True
+    config.enable_remote_cache_accessible = remote
     config.listen_ip_info = "127.0.0.1:0"
     config.sync_kv_timeout = 60_000
     datadist = LLMDataDist(role, cluster_id)
@@ -72,9 +73,9 @@ def start_instance(role: LLMRole, cluster_id: int) -> LLMDataDist:
     return datadist
 
 
-def own(pipe: Connection) -> None:
+def own(pipe: Connection, remote: bool) -> None:
     """The owner's process: makes caches as it is told, until it is told None."""
-    datadist = start_instance(LLMRole.PROMPT, OWNER)
+    datadist = start_instance(LLMRole.PROMPT, OWNER, remote=remote)
     manager = datadist.cache_manager
     pipe.send(datadist.listen_address)
     while (case := pipe.recv()) is not None:
@@ -215,7 +216,8 @@ def print_row(result: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the sweep."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kib", type=int, nargs="+", default=[4, 16, 64, 256, 1024])
+    parser.add_argument("--kib", type=int, nargs="*", default=[4, 16, 64, 256, 1024])
+    parser.add_argument("--remote", action="store_true", help="remote-accessible mode")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--calls", type=int, default=3000, help="pulls for the latency figures")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -225,9 +227,9 @@ def main() -> None:
     baseline = compile_baseline()
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    owner = context.Process(target=own, args=(theirs,), daemon=True)
+    owner = context.Process(target=own, args=(theirs, options.remote), daemon=True)
     owner.start()
-    datadist = start_instance(LLMRole.DECODER, PULLER)
+    datadist = start_instance(LLMRole.DECODER, PULLER, remote=options.remote)
     peer = LLMClusterInfo()
     peer.remote_cluster_id = OWNER
     peer.append_local_ip_info("127.0.0.1", 0)
