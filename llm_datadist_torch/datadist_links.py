@@ -10,7 +10,8 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
 from llm_datadist_torch.links.info import LinkInfo
-from llm_datadist_torch.operations import communicating, linking
+from llm_datadist_torch.links.questions import QuestionHandler
+from llm_datadist_torch.operations import asking, communicating, linking
 from llm_datadist_torch.operations.linking import LinkResult
 from llm_datadist_torch.values.checks import check_isinstance, check_timeout_ms
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
@@ -119,6 +120,49 @@ class LinkCalls(ABC):
         if not callable(callback):
             raise TypeError(f"callback must be callable, but is {type(callback).__name__}")
         return instance.links.registry.events.add(callback)
+
+    def ask(self, remote_cluster_id: int, payload: bytes, timeout: int | None = None) -> bytes:
+        """Ask the program of a linked peer something, and wait for its answer.
+
+        For what programs have to agree on besides the bytes of caches. Questions to one peer arrive
+        in order, also with regard to pulls and pushes that ask the peer. A lost link is made anew,
+        as by a pull. Not in the reference.
+
+        Args:
+            remote_cluster_id: The peer.
+            payload: Whatever it understands, at most 1 MiB.
+            timeout: Milliseconds; None: ``sync_kv_timeout``.
+
+        Raises:
+            RuntimeError: Not initialised.
+            TypeError: Wrong types.
+            ValueError: An int outside its width.
+            LLMParamError: Too many bytes.
+            LLMNotLinkedError: The peer isn't linked, or is lost meanwhile.
+            LLMTimeoutError: No answer in time.
+            LLMFeatureNotEnabledError: The peer's program answers no questions.
+            LLMException: What the peer's handler raised, with its status (LLM_FAILED for other
+                errors) and text.
+        """
+        return asking.ask(self._check_is_inited(), remote_cluster_id, payload, timeout)
+
+    def on_question(self, handler: QuestionHandler | None) -> None:
+        """Answer the questions of peers (:meth:`ask`) by this. Not in the reference.
+
+        Args:
+            handler: Called with the peer's cluster id and its payload; what it returns, at most 1
+                MiB, is the answer. It is called from the thread that serves all peers, one at a
+                time, and must neither block nor use this instance. None: nobody answers, as at
+                first.
+
+        Raises:
+            RuntimeError: Not initialised.
+            TypeError: ``handler`` can't be called.
+        """
+        instance = self._check_is_inited()
+        if handler is not None and not callable(handler):
+            raise TypeError(f"handler must be callable, but is {type(handler).__name__}")
+        instance.links.questions.set_handler(handler)
 
     def link(
         self,

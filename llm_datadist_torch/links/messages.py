@@ -11,7 +11,7 @@ import msgspec
 
 from llm_datadist_torch.transports.base import RegionView
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 8 << 20
 """Of one frame. The largest are relayed bytes, in pieces of 4 MiB (``RELAY_CHUNK``)."""
 
@@ -193,6 +193,18 @@ class Lost(Message):
     """
 
 
+class Question(Message):
+    """The user of this instance asks the user of the peer. Answered by :class:`Answer`."""
+
+    payload: bytes
+
+
+class Answer(Message):
+    """What the user of the peer says to a :class:`Question`."""
+
+    payload: bytes
+
+
 class Ping(Message):
     """Are you there? Answered by :class:`Done` as a reply to no request."""
 
@@ -211,6 +223,8 @@ Body = (
     | Join
     | Unlink
     | Lost
+    | Question
+    | Answer
     | Ping
 )
 

@@ -16,6 +16,7 @@ from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
 from llm_datadist_torch.links.heartbeats import Heartbeats
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import (
+    Answer,
     Body,
     CacheView,
     Done,
@@ -24,12 +25,14 @@ from llm_datadist_torch.links.messages import (
     Join,
     Lost,
     Ping,
+    Question,
     Refused,
     RegionFreed,
     Release,
     Unlink,
 )
 from llm_datadist_torch.links.owner import Owner
+from llm_datadist_torch.links.questions import Questions
 from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
 from llm_datadist_torch.links.relink import Relinker
 from llm_datadist_torch.links.routes import Route
@@ -73,6 +76,7 @@ class LinkTable:
     ) -> None:
         self.identity = Identity(cluster_id, uuid.uuid4().hex, config.remote_accessible)
         self._owner = owner
+        self.questions = Questions()
         self.endpoint = Endpoint(self)
         self.registry = LinkRegistry(owner, transports, self.endpoint)
         self._handshake = Handshake(self.identity, self.registry, self.endpoint)
@@ -307,6 +311,8 @@ class LinkTable:
         if isinstance(body, Join):
             self.registry.hold(link, body.hold)
             return Done(), None
+        if isinstance(body, Question):
+            return Answer(self.questions.answer(link.peer, body.payload)), None
         answer = self._owner.answer(link, body, data)
         if answer is not None and isinstance(answer[0], CacheView) and link.leaving:
             # Whoever ends the link may not have seen this lease.

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ask``: what the program of one instance asks that of another."""
+
+from __future__ import annotations
+
+from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.messages import Answer, Question
+from llm_datadist_torch.links.questions import check_payload
+from llm_datadist_torch.operations import transfers
+from llm_datadist_torch.values.checks import check_uint64
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
+
+
+def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> bytes:
+    """Ask a peer, and wait for its answer; see ``LLMDataDist.ask``."""
+    check_uint64("remote_cluster_id", peer)
+    check_payload("payload", payload)
+    deadline = instance.deadline(transfers.check_timeout(timeout))
+    link = instance.links.use(peer, deadline)
+    reply, _ = link.request(Question(payload), deadline)
+    if not isinstance(reply, Answer):
+        raise error_for(
+            LLMStatusCode.LLM_FAILED, f"unexpected answer {type(reply).__name__}", peer=peer
+        )
+    return reply.payload

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``ask`` and ``on_question``: what programs say to each other over a link."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from llm_datadist_torch import (
+    LLMClusterInfo,
+    LLMDataDist,
+    LLMException,
+    LLMFeatureNotEnabledError,
+    LLMNotLinkedError,
+    LLMParamError,
+    LLMStatusCode,
+    LLMTimeoutError,
+)
+from llm_datadist_torch.links.questions import MAX_QUESTION_BYTES
+from tests.conftest import InstanceFactory
+
+
+@pytest.fixture
+def pair(instance_factory: InstanceFactory) -> tuple[LLMDataDist, LLMDataDist]:
+    """Two linked instances; the first has dialed."""
+    dialer, owner = instance_factory(timeout_ms=20_000), instance_factory(timeout_ms=20_000)
+    cluster = LLMClusterInfo()
+    cluster.remote_cluster_id = owner.cluster_id
+    cluster.append_local_ip_info("127.0.0.1", 0)
+    assert owner.listen_address is not None
+    cluster.append_remote_ip_info(*owner.listen_address)
+    assert dialer.link_clusters([cluster], timeout=20_000)[0] == LLMStatusCode.LLM_SUCCESS
+    return dialer, owner
+
+
+def test_both_sides_ask(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    for asker, answerer in (pair, pair[::-1]):
+        answerer.on_question(lambda peer, payload: b"%d:" % peer + payload)
+        for payload in (b"", b"what?", bytes(range(256)) * 2048):
+            answer = asker.ask(answerer.cluster_id, payload)
+            assert answer == b"%d:" % asker.cluster_id + payload
+
+
+def test_questions_of_many_threads_find_their_answers(
+    pair: tuple[LLMDataDist, LLMDataDist],
+) -> None:
+    asker, answerer = pair
+    answerer.on_question(lambda peer, payload: payload[::-1])
+    wrong = []
+
+    def run(name: bytes) -> None:
+        for number in range(50):
+            payload = b"%s/%d" % (name, number)
+            if asker.ask(answerer.cluster_id, payload) != payload[::-1]:
+                wrong.append(payload)
+
+    threads = [threading.Thread(target=run, args=(b"%d" % n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_nobody_answers(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    asker, answerer = pair
+    with pytest.raises(LLMFeatureNotEnabledError, match="nobody answers"):
+        asker.ask(answerer.cluster_id, b"x")
+    answerer.on_question(lambda peer, payload: b"yes")
+    assert asker.ask(answerer.cluster_id, b"x") == b"yes"
+    answerer.on_question(None)
+    with pytest.raises(LLMFeatureNotEnabledError):
+        asker.ask(answerer.cluster_id, b"x")
+
+
+def test_a_handler_that_fails_harms_nobody(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    asker, answerer = pair
+
+    def handler(peer: int, payload: bytes) -> bytes:
+        if payload == b"typed":
+            raise LLMParamError("no such request", status_code=LLMStatusCode.LLM_PARAM_INVALID)
+        if payload == b"broken":
+            raise KeyError("lost")
+        return None if payload == b"none" else bytes(MAX_QUESTION_BYTES + 1)  # type: ignore[return-value]
+
+    answerer.on_question(handler)
+    with pytest.raises(LLMParamError, match="no such request"):
+        asker.ask(answerer.cluster_id, b"typed")
+    with pytest.raises(LLMException, match="KeyError at the peer: 'lost'") as caught:
+        asker.ask(answerer.cluster_id, b"broken")
+    assert caught.value.status_code == LLMStatusCode.LLM_FAILED
+    with pytest.raises(LLMException, match="TypeError at the peer"):
+        asker.ask(answerer.cluster_id, b"none")
+    with pytest.raises(LLMParamError, match="at most 1048576"):
+        asker.ask(answerer.cluster_id, b"long")
+    answerer.on_question(lambda peer, payload: b"still there")
+    assert asker.ask(answerer.cluster_id, b"x") == b"still there"
+
+
+def test_no_answer_in_time(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    asker, answerer = pair
+    go_on = threading.Event()
+
+    def handler(peer: int, payload: bytes) -> bytes:
+        go_on.wait(60)
+        return b"late"
+
+    answerer.on_question(handler)
+    try:
+        with pytest.raises(LLMTimeoutError):
+            asker.ask(answerer.cluster_id, b"x", timeout=50)
+    finally:
+        go_on.set()
+    answerer.on_question(lambda peer, payload: b"in time")
+    assert asker.ask(answerer.cluster_id, b"x") == b"in time"
+
+
+def test_wrong_arguments(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    asker, answerer = pair
+    with pytest.raises(TypeError):
+        asker.ask(answerer.cluster_id, "text")  # type: ignore[arg-type]
+    with pytest.raises(LLMParamError):
+        asker.ask(answerer.cluster_id, bytes(MAX_QUESTION_BYTES + 1))
+    with pytest.raises(LLMNotLinkedError):
+        asker.ask(answerer.cluster_id + 10**9, b"x")
+    with pytest.raises(TypeError):
+        asker.on_question(5)  # type: ignore[arg-type]
+    asker.finalize()
+    for call in (lambda: asker.ask(1, b""), lambda: asker.on_question(None)):
+        with pytest.raises(RuntimeError):
+            call()
