@@ -95,8 +95,8 @@ class Peer:
 class NearPeer:
     """The same face for a service in this process."""
 
-    def __init__(self) -> None:
-        self.service = Service()
+    def __init__(self, service: Service | None = None) -> None:
+        self.service = Service() if service is None else service
         self.pid = os.getpid()
 
     def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:

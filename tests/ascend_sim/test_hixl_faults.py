@@ -111,6 +111,18 @@ def test_a_transfer_fails_half_way(here, there):
     assert there("m.data") == pattern(100, SIZE)[:written] + pattern(1, SIZE)[written:]
 
 
+def test_a_large_transfer_has_large_steps(here, there):
+    """While another thread computes, each step waits for the GIL: there must not be thousands."""
+    big = there("big = Host(bytes([5]) * (64 << 20)); register(e, big); big.addr")
+    code = """
+    mine = Host(bytes(64 << 20)); register(e, mine)
+    before = faults.count('hixl.step')
+    status = e.transfer_sync(remote, hixl.READ, descs((mine.addr, big, 64 << 20)), 60000)
+    status, faults.count('hixl.step') - before, mine.data.count(5)
+    """
+    assert here(code, big=big) == (0, 32, 64 << 20)
+
+
 def test_disconnect_waits_for_what_moves(here, there):
     """Some bytes are on their way while disconnect is called; when it returns, none are."""
     code = """

@@ -27,7 +27,10 @@ from llm_datadist_torch.ascend_sim.hixl.types import (
 from llm_datadist_torch.ascend_sim.hixl.wire import Deadline
 
 PATIENCE_S = 1.0
-_STEP_BYTES = 256 << 10
+# Each step needs the GIL a dozen times, for which it waits 5 ms each time while some other thread
+# computes: a large transfer has larger steps, not more of them.
+_SMALLEST_STEP_BYTES = 256 << 10
+_STEPS_BY_SIZE = 32
 _STEP_PIECES = 256
 
 LocalAlias = Callable[[int, int], int | None]
@@ -36,15 +39,17 @@ LocalAlias = Callable[[int, int], int | None]
 
 def _steps(pieces: Sequence[runtime.Piece]) -> list[list[runtime.Piece]]:
     """Cuts a transfer into steps of limited size; the last is to be done first."""
+    total = sum(length for _, _, length in pieces)
+    step_bytes = max(_SMALLEST_STEP_BYTES, -(-total // _STEPS_BY_SIZE))
     steps: list[list[runtime.Piece]] = [[]]
     size = 0
     for local, remote, length in pieces:
         done = 0
         while done < length:
-            if size == _STEP_BYTES or len(steps[-1]) == _STEP_PIECES:
+            if size == step_bytes or len(steps[-1]) == _STEP_PIECES:
                 steps.append([])
                 size = 0
-            part = min(length - done, _STEP_BYTES - size)
+            part = min(length - done, step_bytes - size)
             steps[-1].append((local + done, remote + done, part))
             done += part
             size += part
