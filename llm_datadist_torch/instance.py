@@ -17,6 +17,7 @@ from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.communicators import Communicators
+from llm_datadist_torch.links.descriptors import FOR_AN_INSTANCE, need_descriptors
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.memory.address import HOST
@@ -62,10 +63,11 @@ class Instance:
         LLMOutOfMemoryError: A pool could not be had.
         LLMFeatureNotEnabledError: The device can't be used.
         LLMParamError: There is no device of this index.
-        LLMException: ``listen_ip_info`` can't be bound.
+        LLMException: ``listen_ip_info`` can't be bound, or too few descriptors are left.
     """
 
     def __init__(self, cluster_id: int, config: EngineConfig) -> None:
+        need_descriptors(FOR_AN_INSTANCE, "init")
         self.cluster_id = cluster_id
         self.config = config
         self._open = True

@@ -18,11 +18,15 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from llm_datadist_torch.links.descriptors import FOR_A_LINK, lack_of_descriptors
 from llm_datadist_torch.links.messages import Done, Envelope, decode, encode
+from llm_datadist_torch.links.poller import Poller
 from llm_datadist_torch.links.routes import Handler, Route, tcp_address
 from llm_datadist_torch.links.sockets import (
     LOSS_EVENTS,
+    bind_patiently,
     bound_port,
+    new_context,
     new_dialer,
     new_listener,
     send_patiently,
@@ -33,7 +37,9 @@ logger = logging.getLogger("llm_datadist_torch")
 
 _BURST = 64
 """Messages read from one socket before the others get their turn."""
-_REBIND_S, _REBIND_RETRY_S = 1.0, 0.005
+_BEFORE_PROBE = 4096
+"""Messages read from the listener before looking who is gone: hundreds may say goodbye at once."""
+_REBIND_S = 1.0
 """How long a port that we have closed may still be busy: ZeroMQ does it in the background."""
 _SEND_S = 0.1
 """How long a peer's full queue may take to have room, before it counts as not reading at all."""
@@ -62,14 +68,13 @@ class Endpoint:
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
-        self._context = zmq.Context()
+        self._context = new_context()
         self._commands: collections.deque[Callable[[], None]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._wake_lock = threading.Lock()
-        self._poller = zmq.Poller()
+        self._poller = Poller()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._monitors: dict[int, zmq.Socket[bytes]] = {}
-        self._readers: dict[zmq.Socket[bytes] | int, Callable[[], None]] = {}
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
         self._stuck: set[Route] = set()
@@ -99,7 +104,7 @@ class Endpoint:
         """
         if listen is not None:
             self._bind(*listen)
-        self._listen_to(self._wake, self._carry_out)
+        self._poller.register(self._wake, self._carry_out)
         self._on_start = on_start
         self._thread.start()
 
@@ -203,21 +208,10 @@ class Endpoint:
     def _run(self) -> None:
         self._on_start()
         while self._running:
-            for ready, _ in self._poller.poll(self.timers.wait_ms()):
-                try:
-                    self._serve(ready)
-                except Exception:
-                    # One bad message or peer must not take the others' links down.
-                    logger.exception("error in the link thread")
+            self._poller.serve(self.timers.wait_ms())
             # After what has arrived: that a peer is silent shows only when all of it is read.
             self.timers.run_due()
         self._release()
-
-    def _serve(self, ready: zmq.Socket[bytes] | int) -> None:
-        reader = self._readers.get(ready)
-        # A socket that an earlier reader of this round has closed is no longer listed.
-        if reader is not None:
-            reader()
 
     def _carry_out(self) -> None:
         os.eventfd_read(self._wake)
@@ -228,8 +222,9 @@ class Endpoint:
             if self._commands:
                 os.eventfd_write(self._wake, 1)
 
-    def _receive(self, number: int, socket: zmq.Socket[bytes]) -> None:
-        for _ in range(_BURST):
+    def _receive(self, number: int, socket: zmq.Socket[bytes], most: int = _BURST) -> None:
+        self._poller.touch(socket)
+        for _ in range(most):
             if self._sockets.get(number) is not socket:
                 return
             try:
@@ -265,6 +260,10 @@ class Endpoint:
         self._lose(Route(number, b""), reason)
 
     def _dial(self, number: int, address: str) -> None:
+        lack = lack_of_descriptors(FOR_A_LINK)
+        if lack:
+            self._lose(Route(number, b""), lack)
+            return
         socket = new_dialer(self._context)
         self._add(number, socket, LOSS_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
@@ -282,6 +281,7 @@ class Endpoint:
                 if listener is None:
                     socket.close()
                 raise OSError(error.errno, f"can't listen on {host}: {error.strerror}") from error
+            self._poller.touch(socket)
             if listener is None:
                 self._add(0, socket, zmq.EVENT_DISCONNECTED)
             self._extra_ports[host] = bound_port(socket)
@@ -290,18 +290,12 @@ class Endpoint:
     def _bind(self, host: str, port: int, *, patience_s: float = 0.0) -> None:
         address = tcp_address(host, port)
         socket = new_listener(self._context)
-        end = time.monotonic() + patience_s
-        while True:
-            try:
-                socket.bind(address)
-                break
-            except zmq.ZMQError as error:
-                if error.errno != errno.EADDRINUSE or time.monotonic() > end:
-                    socket.close()
-                    raise OSError(
-                        error.errno, f"can't listen on {host}:{port}: {error.strerror}"
-                    ) from error
-            time.sleep(_REBIND_RETRY_S)
+        try:
+            bind_patiently(socket, address, patience_s)
+        except zmq.ZMQError as error:
+            socket.close()
+            text = f"can't listen on {host}:{port}: {error.strerror}"
+            raise OSError(error.errno, text) from error
         self._unbind()
         self._add(0, socket, zmq.EVENT_DISCONNECTED)
         self.listen_address = (host, bound_port(socket))
@@ -330,17 +324,14 @@ class Endpoint:
     def _add(self, number: int, socket: zmq.Socket[bytes], events: int) -> None:
         monitor = socket.get_monitor_socket(events)
         self._sockets[number], self._monitors[number] = socket, monitor
-        self._listen_to(socket, lambda: self._receive(number, socket))
-        self._listen_to(monitor, lambda: self._on_event(monitor, number))
-
-    def _listen_to(self, source: zmq.Socket[bytes] | int, reader: Callable[[], None]) -> None:
-        self._readers[source] = reader
-        self._poller.register(source, zmq.POLLIN)
+        self._poller.register(socket, lambda: self._receive(number, socket))
+        self._poller.register(monitor, lambda: self._on_event(monitor, number))
 
     def _send(self, route: Route, frames: list[bytes]) -> None:
         socket = self._sockets.get(route.socket)
         if socket is None:
             return
+        self._poller.touch(socket)
         if route.socket == 0:
             frames = [route.identity, *frames]
         try:
@@ -360,7 +351,7 @@ class Endpoint:
     def _probe(self) -> None:
         # What a peer said before it went still counts, a goodbye above all.
         if 0 in self._sockets:
-            self._receive(0, self._sockets[0])
+            self._receive(0, self._sockets[0], _BEFORE_PROBE)
         for route in list(self._watched):
             self._send(route, [encode(Envelope(0, True, Done()))])
 
@@ -379,7 +370,6 @@ class Endpoint:
     def _close_socket(self, number: int) -> None:
         socket, monitor = self._sockets.pop(number), self._monitors.pop(number)
         for source in (socket, monitor):
-            del self._readers[source]
             self._poller.unregister(source)
         socket.disable_monitor()
         # Not left to the garbage collector: a forgotten reference would block the context's end.
@@ -392,6 +382,7 @@ class Endpoint:
     def _release(self) -> None:
         for number in list(self._sockets):
             self._close_socket(number)
+        self._poller.close()
         self._context.term()
         with self._wake_lock:
             wake, self._wake = self._wake, -1

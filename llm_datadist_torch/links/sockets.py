@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 import zmq
@@ -11,6 +12,7 @@ from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 
 _LINGER_MS = 200
 _SEND_RETRY_S = 0.001
+_BIND_RETRY_S = 0.005
 _RECEIVE_QUEUE, _SEND_QUEUE = 64, 128
 """Messages of one connection that may wait here, so that nobody can fill the memory.
 
@@ -18,6 +20,12 @@ Who sends faster than they are read is slowed down by TCP; who does not read is 
 """
 _KEEPALIVE_S = {zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 6}
 _UNACKNOWLEDGED_MS = 40_000
+
+_MAX_SOCKETS = 3 * 4096 + 16
+"""ZeroMQ's own limit is 1023: a link that we dial takes 3, those that peers dial share one.
+
+Its table of them takes 12 bytes each.
+"""
 
 LOSS_EVENTS = (
     zmq.EVENT_CLOSED
@@ -27,6 +35,13 @@ LOSS_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 """What a connecting socket's monitor reports when there is no connection, or no more."""
+
+
+def new_context() -> zmq.Context[zmq.Socket[bytes]]:
+    """A context with room for thousands of links."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+    return context
 
 
 def new_dialer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
@@ -48,6 +63,24 @@ def new_listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
 def bound_port(socket: zmq.Socket[bytes]) -> int:
     """The port that was bound last."""
     return int(socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
+
+
+def bind_patiently(socket: zmq.Socket[bytes], address: str, patience_s: float) -> None:
+    """Bind a socket to an address, which may still be busy for so long.
+
+    Raises:
+        zmq.ZMQError: It can't be bound.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > end:
+                raise
+        else:
+            return
+        time.sleep(_BIND_RETRY_S)
 
 
 def send_patiently(socket: zmq.Socket[bytes], frames: list[bytes], patience_s: float) -> None:
