@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.memory.address_index import AddressIndex
 from llm_datadist_torch.memory.generations import Generations
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
@@ -33,6 +34,7 @@ class Catalog:
         self._changed = threading.Condition()
         self._entries: dict[int, CacheEntry] = {}
         self._keys: dict[KeyName, CacheEntry] = {}
+        self._by_address: AddressIndex[CacheEntry] = AddressIndex()
         self._ids = itertools.count(1)
         self._generations = Generations()
         self._on_free = on_free
@@ -83,6 +85,7 @@ class Catalog:
             entry.generation = self._generations.take()
             entry.keys = named
             self._entries[entry.cache_id] = entry
+            self._by_address.add(entry, entry.addrs.tolist(), layout.extent)
             self._keys.update(dict.fromkeys(named, entry))
 
     # -- lookup -----------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ class Catalog:
         with self._changed:
             inside = [
                 entry
-                for entry in self._entries.values()
+                for entry in self._by_address.near(address)
                 if entry.reachable and entry.layout.tensor_at(entry.addrs, address) is not None
             ]
             if inside:
@@ -261,6 +264,7 @@ class Catalog:
             entries = list(self._entries.values())
             self._entries.clear()
             self._keys.clear()
+            self._by_address.clear()
             # The old counters go with the last entry that has some.
             self._generations = Generations()
         for entry in entries:
@@ -304,6 +308,7 @@ class Catalog:
             return None
         freed = self._entries.pop(entry.cache_id, None)
         if freed is not None:
+            self._by_address.remove(freed, freed.addrs.tolist(), freed.layout.extent)
             # Before anybody else can get the memory.
             freed.freed()
         return freed
