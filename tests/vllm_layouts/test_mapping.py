@@ -69,7 +69,7 @@ def requests(draw):
     return kind, sizes, tp_sizes, num_tokens, first, lists
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(requests())
 def test_every_worker_gets_its_heads_of_every_token(case):
     kind, sizes, tp_sizes, num_tokens, first, (src_blocks, dst_blocks) = case

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A proxy before prefill and decode servers of vLLM: OpenAI's completions, one prompt per request.
+
+Each request goes to a prefill server with max_tokens=1, and then, with the kv_transfer_params of
+its answer, to a decode server, whose answer (also a stream) is passed on. Servers take turns; one
+that can't be reached is left alone for a while, and the next is tried. Without any prefill server a
+decode server does all of it.
+
+    python examples/vllm/proxy.py --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+logger = logging.getLogger("proxy")
+
+# A server that can't be reached is not tried for so long, unless there is no other.
+REST_S = 5.0
+HEALTH_S = 2.0
+PATHS = ("/v1/completions", "/v1/chat/completions")
+# Of a request; the prefill server computes one token, and nobody sees it.
+NOT_FOR_PREFILL = ("stream_options", "min_tokens", "best_of")
+
+
+class UnreachableError(Exception):
+    """A server gave no answer, or one that says that it can't."""
+
+
+class Servers:
+    """Servers of one kind, used in turn."""
+
+    def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self.urls = [url.rstrip("/") for url in urls]
+        self._clock = clock
+        self._turn = 0
+        self._rests_until = dict.fromkeys(self.urls, 0.0)
+
+    def in_turn(self) -> list[str]:
+        """All of them, in the order in which a request tries them."""
+        start, self._turn = self._turn, self._turn + 1
+        turned = [self.urls[(start + at) % len(self.urls)] for at in range(len(self.urls))]
+        now = self._clock()
+        # Sorting is stable: those that rest come last.
+        return sorted(turned, key=lambda url: self._rests_until[url] > now)
+
+    def failed(self, url: str) -> None:
+        self._rests_until[url] = self._clock() + REST_S
+
+    def answered(self, url: str) -> None:
+        self._rests_until[url] = 0.0
+
+
+class Proxy:
+    """The application's state."""
+
+    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        self._prefill, self._decode = Servers(prefill), Servers(decode)
+        self._session: aiohttp.ClientSession | None = None
+
+    def application(self) -> web.Application:
+        app = web.Application(client_max_size=64 << 20)
+        for path in PATHS:
+            app.router.add_post(path, self.complete)
+        app.router.add_get("/health", self.health)
+        app.router.add_get("/v1/models", self.models)
+        app.cleanup_ctx.append(self._with_session)
+        return app
+
+    async def _with_session(self, _: web.Application) -> AsyncIterator[None]:
+        # Generating takes as long as it takes; only connecting has a limit.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        self._session = aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+        )
+        yield
+        await self._session.close()
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        assert self._session is not None
+        return self._session
+
+    # -- completions ------------------------------------------------------------------------------
+
+    async def complete(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body = await request.json()
+        except ValueError:
+            return refused("the body is no JSON")
+        if not isinstance(body, dict):
+            return refused("the body is no JSON object")
+        prompt = body.get("prompt")
+        if isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt):
+            if len(prompt) != 1:
+                return refused("send one prompt per request: each has KV of its own")
+            body["prompt"] = prompt[0]
+        answer, params = await self._prefilled(request.path, body)
+        if answer is not None:
+            return answer
+        if params is not None:
+            body["kv_transfer_params"] = params
+        return await self._decoded(request, body)
+
+    async def _prefilled(
+        self, path: str, body: dict[str, Any]
+    ) -> tuple[web.Response | None, dict[str, Any] | None]:
+        """The answer of a prefill server that refuses the request, or the kv_transfer_params."""
+        asked = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
+        asked |= {"max_tokens": 1, "n": 1, "stream": False}
+        if "max_completion_tokens" in asked:
+            asked["max_completion_tokens"] = 1
+        asked["kv_transfer_params"] = {"do_remote_decode": True}
+        for url in self._prefill.in_turn():
+            try:
+                async with self.session.post(url + path, json=asked) as answer:
+                    check_status(answer)
+                    payload = await answer.read()
+                    self._prefill.answered(url)
+                    if answer.status != 200:
+                        return passed_on(answer, payload), None
+                    told = await answer.json()
+                    return None, told.get("kv_transfer_params")
+            except (aiohttp.ClientError, UnreachableError, OSError, ValueError) as error:
+                self._prefill.failed(url)
+                logger.warning("prefill server %s: %s", url, error)
+        logger.warning("no prefill server answers, a decode server does it all")
+        return None, None
+
+    async def _decoded(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        for url in self._decode.in_turn():
+            response: web.StreamResponse | None = None
+            try:
+                async with self.session.post(url + request.path, json=body) as answer:
+                    check_status(answer)
+                    self._decode.answered(url)
+                    if not body.get("stream") or answer.status != 200:
+                        return passed_on(answer, await answer.read())
+                    response = web.StreamResponse(headers={"Content-Type": answer.content_type})
+                    await response.prepare(request)
+                    async for chunk in answer.content.iter_any():
+                        await response.write(chunk)
+                    await response.write_eof()
+                    return response
+            except (aiohttp.ClientError, UnreachableError, OSError) as error:
+                if response is not None:
+                    # The client has a part of the answer: it must see that it is not all. A client
+                    # that is gone itself gets here, too, and is no server's fault.
+                    logger.warning("a stream from %s was cut: %s", url, error)
+                    if request.transport is not None:
+                        request.transport.abort()
+                    return response
+                self._decode.failed(url)
+                logger.warning("decode server %s: %s", url, error)
+        return error_response(503, "no decode server answers")
+
+    # -- what else there is -----------------------------------------------------------------------
+
+    async def models(self, _: web.Request) -> web.Response:
+        for url in self._decode.in_turn():
+            try:
+                async with self.session.get(url + "/v1/models") as answer:
+                    return passed_on(answer, await answer.read())
+            except (aiohttp.ClientError, OSError):
+                self._decode.failed(url)
+        return error_response(503, "no decode server answers")
+
+    async def health(self, _: web.Request) -> web.Response:
+        """200 if requests are answered, with what each server says."""
+        up = {
+            kind: dict(
+                zip(
+                    servers.urls,
+                    await asyncio.gather(*map(self._is_up, servers.urls)),
+                    strict=True,
+                )
+            )
+            for kind, servers in (("prefill", self._prefill), ("decode", self._decode))
+        }
+        return web.json_response(up, status=200 if any(up["decode"].values()) else 503)
+
+    async def _is_up(self, url: str) -> bool:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
+        try:
+            async with self.session.get(url + "/health", timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            return False
+
+
+def check_status(answer: aiohttp.ClientResponse) -> None:
+    """5xx is this server's fault, and another may do better; anything else is the answer."""
+    if answer.status >= 500:
+        raise UnreachableError(f"status {answer.status}")
+
+
+def passed_on(answer: aiohttp.ClientResponse, payload: bytes) -> web.Response:
+    return web.Response(status=answer.status, body=payload, content_type=answer.content_type)
+
+
+def refused(message: str) -> web.Response:
+    return error_response(400, message)
+
+
+def error_response(status: int, message: str) -> web.Response:
+    """An error in OpenAI's form."""
+    kind = "BadRequestError" if status == 400 else "ServiceUnavailableError"
+    return web.json_response(
+        {"error": {"message": message, "type": kind, "code": status}}, status=status
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prefill", nargs="+", required=True, metavar="URL")
+    parser.add_argument("--decode", nargs="+", required=True, metavar="URL")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    web.run_app(
+        Proxy(args.prefill, args.decode).application(),
+        host=args.host,
+        port=args.port,
+        access_log=None,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Disaggregated serving with vLLM: prefill servers, decode servers and a proxy on this host. Ctrl-C ends all.
+#
+#   examples/vllm/serve_pd.sh                       a small random model that is made in place, on the CPU
+#   MODEL=... PREFILL=2 DECODE=2 examples/vllm/serve_pd.sh --max-model-len 8192
+#
+# PYTHON: that of an environment with vLLM and this package (default: .venv-vllm's, which `make test-vllm` makes).
+# PORT: the proxy's. BASE_PORT: the first of the servers'. WHOLE=1: also a server without a connector, to compare with.
+# PREFILL_ARGS, DECODE_ARGS: arguments for the servers of one kind. Further arguments go to all servers.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+: "${PYTHON:=$root/.venv-vllm/bin/python}" "${PREFILL:=1}" "${DECODE:=1}" "${PORT:=8000}" "${BASE_PORT:=8100}" "${WHOLE:=}"
+: "${PREFILL_ARGS:=}" "${DECODE_ARGS:=}" "${WAIT_S:=600}"
+logs=${LOGS:-$(mktemp -d)}
+mkdir -p "$logs"
+started=()
+
+# Also when something fails: nothing is left behind. Only what this script has started is ended.
+cleanup() {
+  trap - EXIT INT TERM
+  for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
+  wait
+}
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+args=("$@")
+if [ -z "${MODEL:-}" ]; then
+  MODEL=$logs/model
+  "$PYTHON" "$here/tiny_model.py" "$MODEL"
+  args=(--dtype float32 --max-model-len 2048 --enforce-eager --block-size 128 --kv-cache-memory-bytes $((64 << 20)) "$@")
+fi
+
+# Both variables are needed on a machine without network and without accelerator; they do no harm elsewhere.
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
+next_port=$BASE_PORT
+serve() {  # serve NAME [ARGUMENT...]: sets url
+  local name=$1
+  shift
+  url=http://127.0.0.1:$next_port
+  "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$MODEL" --served-model-name served --host 127.0.0.1 \
+    --port "$next_port" "${args[@]}" "$@" >"$logs/$name.log" 2>&1 &
+  started+=($!)
+  next_port=$((next_port + 1))
+}
+transfer() {  # transfer ROLE: the JSON of --kv-transfer-config
+  # What can't be fetched is computed again.
+  printf '{"kv_connector": "LLMDataDistConnector", "kv_connector_module_path": "llm_datadist_torch.vllm.connector",'
+  printf ' "kv_role": "%s", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {}}' "$1"
+}
+
+prefill=() decode=() all=()
+# shellcheck disable=SC2086  # several arguments in one variable
+for ((i = 0; i < PREFILL; i++)); do
+  serve "prefill$i" --kv-transfer-config "$(transfer kv_producer)" $PREFILL_ARGS
+  prefill+=("$url")
+done
+# shellcheck disable=SC2086
+for ((i = 0; i < DECODE; i++)); do
+  serve "decode$i" --kv-transfer-config "$(transfer kv_consumer)" $DECODE_ARGS
+  decode+=("$url")
+done
+all=("${prefill[@]}" "${decode[@]}")
+if [ -n "$WHOLE" ]; then
+  serve whole
+  all+=("$url")
+  echo "without a connector: $url"
+fi
+"$PYTHON" "$here/proxy.py" --port "$PORT" --prefill "${prefill[@]}" --decode "${decode[@]}" >"$logs/proxy.log" 2>&1 &
+started+=($!)
+all+=("http://127.0.0.1:$PORT")
+
+echo "starting ${#all[@]} processes, logs in $logs"
+is_up() {
+  "$PYTHON" -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1] + "/health", timeout=3)' "$1" 2>/dev/null
+}
+for at in "${!all[@]}"; do
+  until is_up "${all[$at]}"; do
+    if ! kill -0 "${started[$at]}" 2>/dev/null; then
+      echo "the server of ${all[$at]} has ended:" >&2
+      tail -n 20 "$logs"/*.log >&2
+      exit 1
+    fi
+    if [ "$SECONDS" -gt "$WAIT_S" ]; then
+      echo "${all[$at]} is not up after $WAIT_S s" >&2
+      exit 1
+    fi
+    sleep 1
+  done
+done
+echo "ready: http://127.0.0.1:$PORT"
+# Until the first of them ends.
+wait -n
+echo "a server has ended" >&2
+exit 1
