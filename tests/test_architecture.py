@@ -31,7 +31,7 @@ LAYERS: list[list[set[str]]] = [
     [{"datadist", "datadist_links"}],
     [{"public"}, {"compat"}],
     [{""}],  # __init__.py
-    [{"cli"}],
+    [{"cli"}, {"vllm"}],
     [{"__main__"}],
 ]
 
@@ -142,6 +142,17 @@ def test_operations_name_no_transport(module):
         if name.split(".")[0] == module:
             used = set(IMPORTS[name])
             assert not {n for n in used if n.startswith("transports.")} - {"transports.base"}, path
+
+
+def test_only_the_connector_imports_vllm():
+    for module, path in MODULES.items():
+        if module == "vllm.connector":
+            continue
+        # The plugin's function imports it when vLLM calls it; modules do so when they are imported.
+        for node in ast.parse(path.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] == "vllm"], f"{path}:{node.lineno}"
 
 
 def test_validation_is_not_by_assert():

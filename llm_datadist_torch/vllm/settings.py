@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``kv_connector_extra_config``: what a user may set."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_datadist_torch.values.checks import param_error
+
+PULL, PUSH = MODES = ("pull", "push")
+
+# Peers' ids travel in JSON, where not every reader keeps more than 53 bits.
+_ID_BITS = 52
+
+
+def random_id() -> int:
+    """A cluster id that nobody else has, for one life of a worker."""
+    return secrets.randbits(_ID_BITS) or 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The connector's settings, checked.
+
+    Attributes:
+        mode: "pull": the consumer reads from the producer when it wants to. "push": the producer
+            writes to the consumer during its prefill.
+        host: Address that this engine's workers listen on, and at which peers reach them.
+        port: Port of the first worker, the next has the next; 0 for free ones.
+        cluster_id: Name of the first worker among peers, the next has the next; 0 for random ones.
+            With "push" the producer's requests name the consumer, so it wants a known id and port.
+        lease_s: Seconds for which a producer keeps the blocks of a finished prompt for a consumer.
+        timeout_s: Seconds that one transfer may take, linking included.
+        heartbeat_s: Seconds between two signs of life on a link; a peer is lost after 3.
+        threads: Transfers of a worker that run at a time.
+        verify: Compare checksums of all blocks after a pull.
+    """
+
+    mode: str = PULL
+    host: str = "127.0.0.1"
+    port: int = 0
+    cluster_id: int = 0
+    lease_s: float = 120.0
+    timeout_s: float = 10.0
+    heartbeat_s: float = 5.0
+    threads: int = field(default=4)
+    verify: bool = False
+
+    @classmethod
+    def of(cls, extra_config: Mapping[str, Any]) -> Settings:
+        """The settings of a ``kv_connector_extra_config``.
+
+        Raises:
+            LLMParamError: A key that is not known, or a value that is none for it.
+        """
+        fields = {each.name: each for each in dataclasses.fields(cls)}
+        for name, value in extra_config.items():
+            if name not in fields:
+                raise param_error(
+                    f"kv_connector_extra_config: {name!r} is no setting of the connector",
+                    remedy=f"known ones are {', '.join(fields)}.",
+                )
+            _check_type(name, value, fields[name].default)
+        settings = cls(**extra_config)
+        settings._check_values()
+        return settings
+
+    def _check_values(self) -> None:
+        if self.mode not in MODES:
+            raise param_error(f"mode={self.mode!r} must be one of {', '.join(MODES)}")
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("cluster_id", 0, 2**_ID_BITS),
+            ("lease_s", 1, 86400),
+            ("timeout_s", 0.1, 3600),
+            ("heartbeat_s", 0.1, 3600),
+            ("threads", 1, 64),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise param_error(f"{name}={value} is out of range [{low}, {high}]")
+
+    @property
+    def timeout_ms(self) -> int:
+        """``timeout_s`` in the unit of this library."""
+        return int(self.timeout_s * 1000)
+
+
+def _check_type(name: str, value: object, default: object) -> None:
+    wanted = (int, float) if isinstance(default, float) else (type(default),)
+    # A bool is an int, but no port.
+    if not isinstance(value, wanted) or isinstance(value, bool) is not isinstance(default, bool):
+        raise param_error(
+            f"{name}={value!r} must be of type {type(default).__name__},"
+            f" but is {type(value).__name__}"
+        )

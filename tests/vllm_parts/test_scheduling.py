@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's half of the connector, without vLLM."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llm_datadist_torch.vllm.scheduling import PullScheduler
+from llm_datadist_torch.vllm.steps import Grant, Pull
+
+PEERS = [(5, "127.0.0.1", 7000)]
+
+
+@dataclass
+class Request:
+    request_id: str
+    prompt_token_ids: list[int] | None
+    kv_transfer_params: dict[str, Any] | None = None
+    num_computed_tokens: int = 0
+    mm_features: list[Any] = field(default_factory=list)
+    lora_request: Any = None
+
+
+def scheduler(**roles: bool) -> PullScheduler:
+    made = PullScheduler("engine", **({"serves": True, "pulls": True} | roles))
+    made.set_workers(PEERS, "digest")
+    return made
+
+
+def handed_over(prompt: list[int], blocks: list[int], **further: Any) -> dict[str, Any]:
+    """What a producer tells of a prompt, after a way through JSON."""
+    request = Request("p", prompt, {"do_remote_decode": True}, len(prompt), **further)
+    kept, params = scheduler().finished(request, blocks, completed=True)
+    assert kept
+    return json.loads(json.dumps(params))
+
+
+def test_what_is_handed_over_is_pulled() -> None:
+    prompt = list(range(300))
+    params = handed_over(prompt, [4, 9, 2])
+    consumer = scheduler()
+    request = Request("d", prompt, params)
+    assert consumer.num_matched(request, 0) == 300
+    assert consumer.num_matched(request, 128) == 172, "it may be asked several times"
+    consumer.allocated(request, [1, 7, 8], 172)
+    (pull,) = consumer.take_step().pulls
+    assert pull == Pull("d", pull.remote, (1, 7, 8), 128, 300)
+    assert pull.remote.remote_peers == ((5, "127.0.0.1", 7000),)
+    assert pull.remote.remote_block_ids == (4, 9, 2)
+    assert pull.remote.digest == "digest"
+    assert not consumer.take_step().pulls
+    # The second call, a preemption, a failed load: computed here.
+    consumer.allocated(request, [1, 7, 8], 0)
+    assert consumer.num_matched(request, 0) == 0
+    assert consumer.finished(request, [1, 7, 8], completed=True) == (False, None)
+    assert not consumer.take_step().pulls
+
+
+def test_leases_have_rising_numbers() -> None:
+    producer = scheduler()
+    for name in ("a", "b"):
+        request = Request(name, [1, 2], {"do_remote_decode": True}, 2)
+        producer.finished(request, [3], completed=True)
+    assert producer.take_step().grants == [Grant(1, "a", (3,)), Grant(2, "b", (3,))]
+
+
+def test_all_of_it_is_there_already() -> None:
+    params = handed_over([1, 2, 3], [4])
+    consumer = scheduler()
+    request = Request("d", [1, 2, 3], params)
+    assert consumer.num_matched(request, 3) == 0
+    consumer.allocated(request, [1], 0)
+    (pull,) = consumer.take_step().pulls
+    assert not pull.awaited, "only a release"
+    assert not pull.local_blocks
+
+
+def test_aborted_before_it_had_blocks() -> None:
+    consumer = scheduler()
+    request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
+    assert consumer.finished(request, [], completed=False) == (False, None)
+    (pull,) = consumer.take_step().pulls
+    assert not pull.awaited
+    assert pull.remote.remote_lease == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "further"),
+    [
+        ([1, 2, 4], {}),
+        ([1, 2], {}),
+        ([1, 2, 3], {"lora_request": SimpleNamespace(lora_name="other")}),
+        ([1, 2, 3], {"mm_features": [SimpleNamespace(identifier="image")]}),
+        (None, {}),
+    ],
+)
+def test_the_kv_of_another_prompt(
+    prompt: list[int] | None, further: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = scheduler()
+    request = Request("d", prompt, handed_over([1, 2, 3], [4]), **further)
+    with caplog.at_level(logging.WARNING):
+        assert consumer.num_matched(request, 0) == 0
+    assert "had another prompt" in caplog.text
+    (pull,) = consumer.take_step().pulls
+    assert not pull.awaited, "the producer need not keep it"
+    assert consumer.num_matched(request, 0) == 0
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"remote_lease": "one"},
+        {"remote_peers": []},
+        {"remote_peers": [[5, "127.0.0.1"]]},
+        {"remote_block_ids": None},
+        {"remote_num_tokens": -1},
+        {"prompt": 7},
+    ],
+)
+def test_params_that_are_none(broken: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    consumer = scheduler()
+    request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]) | broken)
+    with caplog.at_level(logging.WARNING):
+        assert consumer.num_matched(request, 0) == 0
+    assert "kv_transfer_params" in caplog.text
+    assert not consumer.take_step().pulls
+
+
+@pytest.mark.parametrize(
+    ("params", "blocks", "completed", "roles"),
+    [
+        (None, [1], True, {}),
+        ({}, [1], True, {}),
+        ({"do_remote_decode": False}, [1], True, {}),
+        ({"do_remote_decode": True}, [1], False, {}),
+        ({"do_remote_decode": True}, [], True, {}),
+        ({"do_remote_decode": True}, [1], True, {"serves": False}),
+    ],
+)
+def test_what_is_not_kept(
+    params: dict[str, Any] | None, blocks: list[int], completed: bool, roles: dict[str, bool]
+) -> None:
+    producer = scheduler(**roles)
+    request = Request("p", [1, 2], params, 2)
+    assert producer.finished(request, blocks, completed=completed) == (False, None)
+    assert not producer.take_step().grants
+
+
+def test_a_producer_pulls_nothing() -> None:
+    request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
+    assert scheduler(pulls=False).num_matched(request, 0) == 0
