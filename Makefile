@@ -7,12 +7,15 @@ BIN := $(VENV)/bin
 # All of .venv plus torch_npu, kept apart: where torch_npu is installed without the Ascend runtime, `import torch` fails.
 NPU_VENV := $(VENV)-npu
 NPU_BIN := $(NPU_VENV)/bin
+# All of .venv plus vLLM, kept apart because it is large and wants another transformers.
+VLLM_VENV := $(VENV)-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
 SIM_CSRC := llm_datadist_torch/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h tests/ascend_sim/*.cpp)
 
-.PHONY: help demo test test-cpu test-npu-sim test-npu test-sanitize lint format bench dev clean
+.PHONY: help demo test test-cpu test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -30,9 +33,9 @@ endif
 
 test: test-cpu test-npu-sim  ## Run all tests: on the CPU, and on simulated NPUs
 
-# What needs torch_npu is left to test-npu-sim.
+# What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.built  ## Run the tests on the CPU
-	$(BIN)/python -m pytest --ignore=tests/ascend_sim --ignore=tests/npu $(TEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/ascend_sim --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
 DEVICE_TESTS := tests/npu tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
@@ -46,6 +49,9 @@ test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those o
 # With the python that has torch_npu, CANN and this package installed: make test-npu PYTHON=...
 test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
 	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.built  ## Run the tests of the connector with real vLLM engines, on the CPU
+	$(VLLM_BIN)/python -m pytest tests/vllm $(TEST_ARGS)
 
 test-sanitize: $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
@@ -76,7 +82,7 @@ dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the 
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) build *.egg-info llm_datadist_torch/_C*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info llm_datadist_torch/_C*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -90,6 +96,8 @@ $(VENV)/.deps: pyproject.toml
 # 25.1 is the first pip that installs dependency groups.
 	@$(BIN)/python -m pip install -q 'pip>=25.1'
 	@$(BIN)/python -m pip install -q --group dev
+# The package is installed anew, too: its metadata may have changed.
+	@rm -f $(VENV)/.installed
 	@touch $@
 
 # The first time the editable install builds the extension; later only what changed is compiled.
@@ -111,4 +119,14 @@ $(NPU_VENV)/.built: $(VENV)/.built
 	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(NPU_BIN))/_base.pth"
 # Without its dependencies, which are there already.
 	@$(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps torch_npu==2.13.0
+	@touch $@
+
+# A third, in the same way. Its own packages come first, so its transformers hides that of .venv.
+$(VLLM_VENV)/.built: $(VENV)/.built tests/vllm/requirements.txt tests/vllm/requirements-no-deps.txt
+	@echo "setting up $(VLLM_VENV): vLLM for CPUs"
+	@test -x $(VLLM_BIN)/python || $(BIN)/python -m venv --without-pip $(VLLM_VENV)
+	@site() { $$1/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(VLLM_BIN))/_base.pth"
+	@$(BIN)/python -m pip --python $(VLLM_BIN)/python install -q -r tests/vllm/requirements.txt
+	@$(BIN)/python -m pip --python $(VLLM_BIN)/python install -q --no-deps -r tests/vllm/requirements-no-deps.txt
 	@touch $@

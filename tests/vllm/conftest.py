@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that all tests share: starting one takes longer than most tests."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.engines import ROOT, Engine
+
+MODULE = "llm_datadist_torch.vllm.connector"
+BENT: dict[str, Any] = {"module": "tests.vllm.bent_connector", "name": "BentConnector"}
+BLOCK_BYTES = 4 * 2 * 128 * 64 * 4
+"""Of a block in fp32, all layers."""
+
+# What each is for:
+#   whole32, whole16: without a connector, what is right
+#   p1, p2, d1, d2: fp32, all of them kv_both; the first of each with prefix caching, chunked
+#       prefill and checksums; p2 has larger blocks; d2 has few blocks, and fails requests that
+#       could not be loaded
+#   p16, d16: bf16, scheduler and worker in processes of their own, the connector as a plugin
+#   victim1, victim2: to be killed
+ENGINES: dict[str, dict[str, Any]] = {
+    "whole32": {"enable_prefix_caching": False},
+    "whole16": {"enable_prefix_caching": False, "dtype": "bfloat16"},
+    "p1": {
+        "connector": {"verify": True},
+        "module": MODULE,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+    },
+    "p2": {
+        "connector": {},
+        "module": MODULE,
+        "enable_prefix_caching": False,
+        "block_size": 256,
+    },
+    "d1": {
+        **BENT,
+        "connector": {"verify": True},
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+    },
+    "d2": {
+        **BENT,
+        "connector": {},
+        "policy": "fail",
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 26 * BLOCK_BYTES,
+    },
+    "p16": {
+        "connector": {},
+        "role": "kv_producer",
+        "in_process": False,
+        "dtype": "bfloat16",
+    },
+    "d16": {
+        "connector": {},
+        "role": "kv_consumer",
+        "in_process": False,
+        "dtype": "bfloat16",
+    },
+    "victim1": {**BENT, "connector": {"lease_s": 1.0}},
+    "victim2": {"connector": {}, "module": MODULE},
+}
+
+
+class Engines:
+    """All engines by name, and what they have computed."""
+
+    def __init__(self, directory: Path) -> None:
+        model = directory / "model"
+        subprocess.run(
+            [sys.executable, "examples/vllm/tiny_model.py", str(model)],
+            check=True,
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        self._made: dict[str, Engine] = {}
+        self._right: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+        self.bends = {name: directory / f"bends-{name}" for name in ENGINES}
+        for name, arguments in ENGINES.items():
+            self.bends[name].mkdir()
+            log = directory / f"{name}.log"
+            self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
+
+    def __getitem__(self, name: str) -> Engine:
+        return self._made[name]
+
+    def wait_until_ready(self) -> None:
+        for engine in self._made.values():
+            engine.wait_until_ready()
+
+    def right(self, prompts: list[list[int]], max_tokens: int, dtype: int = 32) -> list[list[int]]:
+        """The tokens of an engine that does all of it by itself."""
+        whole = f"whole{dtype}"
+        keys = [(whole, tuple(prompt), max_tokens) for prompt in prompts]
+        for prompt, key in zip(prompts, keys, strict=True):
+            if key not in self._right:
+                (answer,) = self[whole].generate([prompt], max_tokens)
+                self._right[key] = answer["tokens"]
+        return [self._right[key] for key in keys]
+
+    def hand_over(
+        self, producer: str, consumer: str, prompts: list[list[int]], max_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Prefill all prompts at the one, then decode at the other."""
+        return self[consumer].generate(prompts, max_tokens, self.prefill(producer, prompts))
+
+    def prefill(self, producer: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """Prefill; what the consumer is to be given, per prompt."""
+        keep = [{"do_remote_decode": True}] * len(prompts)
+        return [each["params"] for each in self[producer].generate(prompts, 1, keep)]
+
+    def close(self) -> None:
+        with ThreadPoolExecutor(len(self._made)) as threads:
+            list(threads.map(Engine.close, self._made.values()))
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    made = Engines(tmp_path_factory.mktemp("engines"))
+    try:
+        made.wait_until_ready()
+        yield made
+    finally:
+        made.close()
+
+
+def tokens_of(answers: list[dict[str, Any]]) -> list[list[int]]:
+    return [answer["tokens"] for answer in answers]
+
+
+def random_prompts(*lengths: int, seed: int) -> list[list[int]]:
+    numbers = random.Random(seed)
+    return [[numbers.randrange(3, 1024) for _ in range(length)] for length in lengths]
