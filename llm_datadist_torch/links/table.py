@@ -349,7 +349,10 @@ class LinkTable:
         self._handshake.on_lost(route, reason)
         self.registry.gone(route)
         link = self.registry.at(route)
-        if link is not None:
+        if link is not None and link.leaving:
+            # The peer has heard that we are ending it, and has closed its side.
+            self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")
+        elif link is not None:
             logger.warning("link to cluster %d lost: %s", link.peer, reason)
             self.registry.end(link, LinkState.LOST, reason)
 

@@ -33,12 +33,12 @@ def crowd() -> Iterator[tuple[list[Peer], list[tuple[int, int]]]]:
 @pytest.fixture
 def here() -> Iterator[LLMDataDist]:
     datadist = LLMDataDist(LLMRole.MIX, ME)
-    datadist.init(make_options(device="cpu"))
+    datadist.init(make_options(device="cpu", timeout_ms=30_000))
     yield datadist
     datadist.finalize()
 
 
-def pull_from_all(here: LLMDataDist, peers: Sequence[int]) -> None:
+def pull_from(here: LLMDataDist, peers: Sequence[int]) -> None:
     room = here.cache_manager.allocate_blocks_cache(DESC)
     for peer in peers:
         here.cache_manager.pull_blocks(BlocksCacheKey(peer, 0), room, [0, 1], [1, 0])
@@ -57,16 +57,16 @@ def test_dialing_and_being_dialed(
     ids = [peer for peer, _ in addresses]
     overall, each = here.link_clusters(infos(addresses), 60_000)
     assert (overall.name, Counter(status.name for status in each)) == (OK, {OK: len(ids)})
-    pull_from_all(here, ids)
+    pull_from(here, ids[::8])
     assert here.unlink_clusters(infos(addresses), 60_000)[0].name == OK
     assert here.links() == []
-    assert settle(lambda: sum(peer.ask("num_linked") for peer in peers) == 0)
+    assert settle(lambda: sum(peer.ask("num_linked") for peer in peers) == 0, 60)
 
     for peer in peers:
         peer.begin("link_many", ME, here.listen_address[1])
     assert Counter(status for peer in peers for status in peer.answer()) == {OK: len(ids)}
     assert states(here) == {"linked": len(ids)}
-    pull_from_all(here, ids)
+    pull_from(here, ids[::8])
 
     # A quarter of them dies at once: those links are lost, and the others are served.
     seen: list[LinkEvent] = []
@@ -74,7 +74,11 @@ def test_dialing_and_being_dialed(
     block(here, ME)
     peers[-1].kill()
     dead = {peer for peer in ids if peer >= 1000 * PROCESSES}
-    assert settle(lambda: states(here)["lost"] == len(dead))
-    assert settle(lambda: len(seen) >= len(dead))
+    assert settle(lambda: states(here)["lost"] == len(dead), 60)
+    assert settle(lambda: len(seen) >= len(dead), 60)
     assert {event.peer for event in seen} == dead
-    pull_from_all(here, [peer for peer in ids if peer not in dead])
+    pull_from(here, [peer for peer in ids[::8] if peer not in dead])
+    # We end all links; peers that close their side while we still tell others are not lost.
+    seen.clear()
+    here.finalize()
+    assert Counter(event.kind for event in seen) == {"unlinked": len(ids)}
