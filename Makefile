@@ -74,8 +74,9 @@ format: $(VENV)/.built  ## Format Python and C++
 
 bench: $(VENV)/.built  ## Measure; prints tables, writes build/bench/*.json
 	mkdir -p build/bench
-	for name in copy pull allocate; do \
+	for name in copy pull allocate links; do \
 	  $(BIN)/python -m benchmarks.bench_$$name --json build/bench/$$name.json || exit 1; done
+	$(BIN)/python -m benchmarks.simulate_cluster --costs build/bench/links.json --json build/bench/cluster.json
 
 dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
 	if [ -d .git ] && command -v git >/dev/null; then $(BIN)/pre-commit install >/dev/null; fi
