@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short soak, and that a soak notices what it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import soak
+from benchmarks.soak import Limits
+from benchmarks.soak_worker import BLOCKS, Operations, WrongBytesError, words_of
+
+
+def test_some_seconds_of_everything() -> None:
+    """Growth over seconds is warming up: only what can't be is a failure here."""
+    result = soak.run(
+        10, pause_s=0.004, kill_every_s=3, sample_every_s=0.5, limits=Limits(64, 32, 16)
+    )
+    assert result["problems"] == []
+    assert result["kills"] >= 1
+    for operation in ("pull", "push", "layerwise", "offer", "allocate"):
+        assert result["done"].get(f"{operation}: done", 0) > 0, result["done"]
+
+
+def test_growth_is_noticed() -> None:
+    flat = [{"pss_mib": 100.0, "rss_mib": 200.0, "fds": 20, "threads": 8} for _ in range(40)]
+    assert soak.growth(flat) == {
+        "pss_mib": (100, 100), "rss_mib": (200, 200), "fds": (20, 20), "threads": (8, 8)
+    }  # fmt: skip
+    leaking = [each | {"fds": 20 + number} for number, each in enumerate(flat)]
+    early, late = soak.growth(leaking)["fds"]
+    assert late - early == 20 > Limits().fds
+
+
+def test_wrong_bytes_are_noticed() -> None:
+    class Thread(Operations):
+        def __init__(self) -> None:
+            pass
+
+    thread, every = Thread(), torch.arange(BLOCKS)
+    thread.room = type("Room", (), {"tensors": [words_of(7, n, every) for n in range(4)]})()
+    thread.check(7, every, every)
+    thread.room.tensors[3][5, 9] += 1
+    with pytest.raises(WrongBytesError, match="seed 7, tensor 3"):
+        thread.check(7, every, every)
+    with pytest.raises(WrongBytesError, match="seed 8"):
+        thread.check(8, every[:1], every[:1])
