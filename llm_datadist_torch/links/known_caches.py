@@ -9,8 +9,11 @@ from typing import TypeAlias
 
 from llm_datadist_torch.links.messages import CacheView, Resolve
 
-MAX_KNOWN = 65536
-"""Keys remembered per link, about 1 KiB each; beyond that those used longest ago are forgotten."""
+MAX_KNOWN = 1024
+"""Keys remembered per link, about 1 KiB each; beyond that those used longest ago are forgotten.
+
+Not more: with request keys, of which each is pulled once, every link comes to hold as many.
+"""
 
 Question: TypeAlias = tuple[str, int, int, bool | None]
 
