@@ -22,8 +22,8 @@ import simpy
 
 Steps: TypeAlias = Generator[simpy.Event, None, None]
 
-BURST = 64
-"""Messages that an endpoint handles before it looks at other connections."""
+TURNS = 8
+"""Groups of links that an endpoint asks for a sign of life one after the other, per interval."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,11 @@ def simulate_setup(costs: Costs, deployment: Deployment) -> float:
 def heartbeats(
     costs: Costs, deployment: Deployment, endpoint: EndpointThread, links: int, begin_us: float
 ) -> Steps:
-    """A question and its answer per link and interval, in bursts: all links are looked at once."""
+    """A question and its answer per link and interval; a group of links at a time."""
     yield endpoint.env.timeout(begin_us)
     while True:
-        for begin in range(0, 2 * links, BURST):
-            endpoint.serve(min(BURST, 2 * links - begin) * costs.heartbeat_us)
-        yield endpoint.env.timeout(deployment.heartbeat_s * 1e6)
+        endpoint.serve(2 * links / TURNS * costs.heartbeat_us)
+        yield endpoint.env.timeout(deployment.heartbeat_s * 1e6 / TURNS)
 
 
 def simulate_service(
@@ -180,7 +179,7 @@ def simulate_service(
     for threads, links in ((prefill, deployment.decode), (decode, deployment.prefill)):
         for thread in threads:
             if deployment.heartbeat_s:
-                begin_us = rng.random() * deployment.heartbeat_s * 1e6
+                begin_us = rng.random() * deployment.heartbeat_s * 1e6 / TURNS
                 env.process(heartbeats(costs, deployment, thread, links, begin_us))
     if deployment.pulls_per_s:
         for thread in decode:
