@@ -85,7 +85,9 @@ MANAGER_CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "name", "arguments"), MANAGER_CALLS, ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    ("status", "name", "arguments"), MANAGER_CALLS, ids=[name for _, name, _ in MANAGER_CALLS]
+)
 def test_saved_manager_after_finalize(status, name, arguments, instance_factory):
     datadist = instance_factory()
     manager = datadist.cache_manager

@@ -113,7 +113,9 @@ def test_abort_while_the_device_works() -> None:
     assert ready.synchronize_layer(0, 60_000) is False
 
 
-@pytest.mark.parametrize("event", [None, 1, object(), torch.zeros(1)], ids=str)
+@pytest.mark.parametrize(
+    "event", [None, 1, object(), torch.zeros(1)], ids=["None", "int", "object", "tensor"]
+)
 def test_what_is_no_event(event: Any) -> None:
     with pytest.raises(TypeError, match=r"events\[1\]"):
         EventSynchronizer([threading.Event(), event])
