@@ -2,17 +2,20 @@
 """What the tables of the API are run on: every transport and device there is, in both modes.
 
 THE one list is ``SETUPS``: where there is an NPU, those on it, else those on the CPU. A further
-transport is one more line there.
+transport is one more line there. One of somebody else's, installed from a package of its own, is
+tested alone by ``LLMDD_TRANSPORT=name pytest tests/conformance`` (docs/adding_a_transport.md).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
+from llm_datadist_torch.transports.registry import known_transports
 from tests.devices import on_npu
 from tests.peers import NearPeer, Peer, Service
 
@@ -49,6 +52,9 @@ class Setup:
     def link(self, here: Service, peer: Peer | NearPeer) -> None:
         """Start both instances and link them, so that bytes go this way."""
         options: dict[str, Any] = {"remote": self.remote, "device": self.device}
+        if self.transport not in ("local", "hixl"):
+            # On one host `local` would win.
+            options["options"] = {"llm.Transport": self.transport}
         here.start(ME, **options)
         assert here.link(PEER, peer.ask("start", PEER, **options))[0] == "LLM_SUCCESS"
         if self.way == "relay":
@@ -72,7 +78,28 @@ ON_NPU = _modes(
     Setup("hixl", "hixl", kind="tensors", device="npu"),
     Setup("hixl", "hixl", kind="ints", device="npu"),
 )
+
+
+def of_others(name: str, device: str) -> list[Setup]:
+    """An installed transport, with memory of every kind that it says it moves.
+
+    Its ``move`` must return its name: that is how it is seen that the bytes went through it.
+    """
+    classes, broken = known_transports()
+    if name not in classes:
+        raise pytest.UsageError(broken.get(name, f"LLMDD_TRANSPORT={name}: it is not installed"))
+    able = classes[name].capabilities
+    if not (able.host_memory if device == "cpu" else able.device_memory):
+        raise pytest.UsageError(f"LLMDD_TRANSPORT={name}: it does not move memory of {device}")
+    kinds = ("allocated", "tensors", "ints")
+    far = [Setup(name, name, kind=kind, device=device) for kind in kinds if able.same_host]
+    near = [Setup(name, name, near=True, device=device)] if able.same_process else []
+    return _modes(*near, *far)
+
+
 SETUPS = ON_NPU if on_npu() else ON_CPU
+if "LLMDD_TRANSPORT" in os.environ:
+    SETUPS = of_others(os.environ["LLMDD_TRANSPORT"], "npu" if on_npu() else "cpu")
 # What an answer says does not depend on the way, but on who answers: one setup of each is enough
 # for tables without bytes.
 ANSWERS = [setup for setup in SETUPS if setup.kind == "allocated" and setup.way != "relay"]

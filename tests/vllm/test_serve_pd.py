@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example as users run it: servers, proxy, and the comparison with a server by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.service import settle
+from tests.vllm.engines import ROOT
+
+pytestmark = pytest.mark.timeout(900)
+
+START_S = 600
+
+
+class Serving:
+    """The script, running."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._output = directory / "output"
+        told = {"WHOLE": "1", "PORT": "0", "BASE_PORT": "0", "LOGS": str(directory)}
+        told |= {"WAIT_S": str(START_S), "PYTHON": sys.executable}
+        with self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                ["examples/vllm/serve_pd.sh"],
+                cwd=ROOT,
+                env=os.environ | told | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def text(self) -> str:
+        logs = [path.read_text(errors="replace")[-3000:] for path in self.directory.glob("*.log")]
+        return "\n".join([self._output.read_text(), *logs])
+
+    def url(self, name: str) -> str:
+        found = re.search(rf"^{name}: (http\S+)", self._output.read_text(), re.MULTILINE)
+        assert found, self.text()
+        return found[1]
+
+    def is_ready(self) -> bool:
+        assert self.process.poll() is None, self.text()
+        return "\nready: " in self._output.read_text()
+
+    def processes(self) -> list[int]:
+        """Of its session: itself, its servers and theirs."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == self.process.pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+        return found
+
+
+@pytest.fixture(scope="module")
+def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    made = Serving(tmp_path_factory.mktemp("serving"))
+    try:
+        assert settle(made.is_ready, START_S), made.text()
+        yield made
+    finally:
+        for pid in made.processes():
+            os.kill(pid, signal.SIGKILL)
+        made.process.wait(60)
+
+
+def test_texts_are_those_of_a_server_without_a_connector(serving: Serving) -> None:
+    command = [sys.executable, "examples/vllm/compare.py", "--proxy", serving.url("ready")]
+    command += ["--whole", serving.url("without a connector")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{serving.text()}"
+    assert done.stdout.count(": equal") == 12
+    decode = (serving.directory / "decode0.log").read_text()
+    assert "was not fetched" not in decode
+    assert "is computed here" not in decode
+
+
+def test_health_names_all_servers(serving: Serving) -> None:
+    with urllib.request.urlopen(serving.url("ready") + "/health", timeout=30) as answer:
+        told = json.load(answer)
+    assert [list(each.values()) for each in told.values()] == [[True], [True]]
+
+
+def test_nothing_is_left_when_it_is_ended(serving: Serving) -> None:
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.process.wait(120) == 143
+    assert settle(lambda: not serving.processes(), 60)
