@@ -6,7 +6,7 @@
 #   MODEL=... PREFILL=2 DECODE=2 examples/vllm/serve_pd.sh --max-model-len 8192
 #
 # PYTHON: that of an environment with vLLM and this package (default: .venv-vllm's, which `make test-vllm` makes).
-# PORT: the proxy's. BASE_PORT: the first of the servers'. WHOLE=1: also a server without a connector, to compare with.
+# PORT: the proxy's. BASE_PORT: the first of the servers'; 0 for free ones. WHOLE=1: also a server without a connector, to compare with.
 # PREFILL_ARGS, DECODE_ARGS: arguments for the servers of one kind. Further arguments go to all servers.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -37,14 +37,22 @@ fi
 # Both variables are needed on a machine without network and without accelerator; they do no harm elsewhere.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 next_port=$BASE_PORT
+take_port() {  # sets port
+  if [ "$next_port" = 0 ]; then
+    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  else
+    port=$next_port
+    next_port=$((next_port + 1))
+  fi
+}
 serve() {  # serve NAME [ARGUMENT...]: sets url
   local name=$1
   shift
-  url=http://127.0.0.1:$next_port
+  take_port
+  url=http://127.0.0.1:$port
   "$PYTHON" -m vllm.entrypoints.openai.api_server --model "$MODEL" --served-model-name served --host 127.0.0.1 \
-    --port "$next_port" "${args[@]}" "$@" >"$logs/$name.log" 2>&1 &
+    --port "$port" "${args[@]}" "$@" >"$logs/$name.log" 2>&1 &
   started+=($!)
-  next_port=$((next_port + 1))
 }
 transfer() {  # transfer ROLE: the JSON of --kv-transfer-config
   # What can't be fetched is computed again.
@@ -68,6 +76,11 @@ if [ -n "$WHOLE" ]; then
   serve whole
   all+=("$url")
   echo "without a connector: $url"
+fi
+if [ "$PORT" = 0 ]; then
+  next_port=0
+  take_port
+  PORT=$port
 fi
 "$PYTHON" "$here/proxy.py" --port "$PORT" --prefill "${prefill[@]}" --decode "${decode[@]}" >"$logs/proxy.log" 2>&1 &
 started+=($!)

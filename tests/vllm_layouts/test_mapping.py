@@ -204,3 +204,9 @@ def test_lists_that_do_not_fit():
         with pytest.raises(LLMParamError, match=reason):
             mapping.rows(local, remote, *args)
     assert mapping.rows(local, remote, [0, 1], [0], 64, 64) == {}
+
+
+def test_workers_spread_over_those_that_have_the_same():
+    ours = [Worker(MLA, BLOCKS, 32, rank, 4).layout for rank in range(4)]
+    assert [mapping.sources(layout, 4) for layout in ours] == [[0], [1], [2], [3]]
+    assert [mapping.sources(layout, 2) for layout in ours] == [[0], [1], [0], [1]]
