@@ -7,8 +7,9 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from llm_datadist_torch.secret_file import secret_from_file
 from llm_datadist_torch.values.checks import (
     INT32_MAX,
     UINT16_MAX,
@@ -30,6 +31,7 @@ from llm_datadist_torch.values.llm_config import (
     check_heartbeat,
     check_orphan_policy,
 )
+from llm_datadist_torch.values.secret import check_link_secret
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 __all__ = [
@@ -54,6 +56,7 @@ _TRANSPORT = "llm.Transport"
 _HEARTBEAT = "llm.HeartbeatInterval"
 _AUTO_RELINK = "llm.AutoRelink"
 _ORPHANS = "llm.OrphanPolicy"
+_SECRET = "llm.LinkSecret"  # noqa: S105
 _DEVICE_POOL = "llm.MemPoolConfig"
 _HOST_POOL = "llm.HostMemPoolConfig"
 # llm.Role is what init itself would add: it may come back in a dict that was used before.
@@ -188,6 +191,7 @@ class EngineConfig:
         heartbeat_ms: time between two signs of life on a link, 0 for none.
         auto_relink: whether using a lost link makes it anew.
         orphan_policy: one of `ORPHAN_POLICIES`.
+        link_secret: what all peers must know, None where links are open.
     """
 
     role: LLMRole
@@ -209,6 +213,7 @@ class EngineConfig:
     heartbeat_ms: int = HEARTBEAT_MS
     auto_relink: bool = True
     orphan_policy: str = KEEP
+    link_secret: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_options(cls, role: LLMRole, options: dict[str, str]) -> EngineConfig:
@@ -261,6 +266,7 @@ class EngineConfig:
             ),
             auto_relink=_flag(settled, _AUTO_RELINK, default="1"),
             orphan_policy=check_orphan_policy(_ORPHANS, settled.get(_ORPHANS, KEEP)),
+            link_secret=_secret(settled),
         )
         _warn_of_unknown(options)
         return config
@@ -342,6 +348,12 @@ def _number(options: Mapping[str, str], key: str, low: int, high: int) -> int | 
 
 def _pool(options: Mapping[str, str], key: str) -> PoolConfig | None:
     return PoolConfig.from_json(key, options[key]) if key in options else None
+
+
+def _secret(options: Mapping[str, str]) -> str | None:
+    if _SECRET not in options:
+        return secret_from_file()
+    return check_link_secret(_SECRET, options[_SECRET])
 
 
 def _warn_of_unknown(options: Mapping[str, str]) -> None:

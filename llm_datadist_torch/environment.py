@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environment variables. Tools read and set them: `cli`, `compat` and the simulator.
 
-Of the library itself only `link` does, for where the members of a communicator meet.
+The library itself reads two: where the members of a communicator meet (`link`), and which file has
+the link secret (`init`).
 """
 
 from __future__ import annotations

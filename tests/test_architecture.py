@@ -20,7 +20,7 @@ LAYERS: list[list[set[str]]] = [
     [{"values"}],
     [{"deadline"}],
     [{"in_flight", "streams"}],
-    [{"ops"}, {"config"}, {"work", "workers"}],
+    [{"ops"}, {"config", "secret_file"}, {"work", "workers"}],
     [{"memory", "geometry", "catalog", "cache_entry", "cache"}],
     [{"transports.base", "transports.choice"}],
     [{"transports"}, {"links"}],

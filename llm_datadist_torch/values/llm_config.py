@@ -17,6 +17,7 @@ from llm_datadist_torch.values.checks import (
     shown,
 )
 from llm_datadist_torch.values.cluster_info import trans_str_ip
+from llm_datadist_torch.values.secret import check_secret_value
 
 _T = TypeVar("_T")
 _Check = Callable[[str, Any], Any]
@@ -286,6 +287,15 @@ class LLMConfig:
         _check_orphan_policy,
         lambda value: value,
         'Request keys that a lost peer had begun to pull: "keep", "drop", or "offer_again".',
+        none_unsets=True,
+    )
+    # Not in the reference.
+    link_secret = _Option[str | None](
+        "llm.LinkSecret",
+        None,
+        check_secret_value,
+        lambda value: value,
+        "Shared by all instances that may link; a random text of 16 characters and more.",
         none_unsets=True,
     )
     enable_cache_manager = _flag("llm.EnableCacheManager", "Must be True here.")
