@@ -6,34 +6,34 @@ from __future__ import annotations
 import collections
 import errno
 import itertools
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
-from typing import TypeVar
 
 import msgspec
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
+from llm_datadist_torch.links.auth import Doorkeeper, LinkKeys, warn_of_network
+from llm_datadist_torch.links.commands import Commands
 from llm_datadist_torch.links.descriptors import FOR_A_LINK, lack_of_descriptors
-from llm_datadist_torch.links.messages import Done, Envelope, decode, encode
+from llm_datadist_torch.links.inbound import Inbound
+from llm_datadist_torch.links.messages import Done, Envelope, encode, parse
 from llm_datadist_torch.links.poller import Poller
 from llm_datadist_torch.links.routes import Handler, Route, tcp_address
 from llm_datadist_torch.links.sockets import (
+    INBOUND_EVENTS,
     LOSS_EVENTS,
     bind_patiently,
     bound_port,
     new_context,
     new_dialer,
     new_listener,
+    new_monitor,
+    next_event,
     send_patiently,
+    why_lost,
 )
 from llm_datadist_torch.links.timers import Timers
-
-logger = logging.getLogger("llm_datadist_torch")
 
 _BURST = 64
 """Messages read from one socket before the others get their turn."""
@@ -41,18 +41,15 @@ _BEFORE_PROBE = 4096
 """Messages read from the listener before looking who is gone: hundreds may say goodbye at once."""
 _REBIND_S = 1.0
 """How long a port that we have closed may still be busy: ZeroMQ does it in the background."""
+_MALFORMED = 16
+"""Messages that make no sense, after which a connection is ended."""
 _SEND_S = 0.1
 """How long a peer's full queue may take to have room, before it counts as not reading at all."""
-_COMMAND_S = 5.0
-"""Longest that a command waits for the thread."""
 _PROBE_AFTER_S = (0.0, 0.01, 0.05, 0.25)
 """When to look which listener link a closed connection belonged to:
 
 ZeroMQ drops its route a moment later.
 """
-
-
-_T = TypeVar("_T")
 
 
 class Endpoint:
@@ -62,16 +59,21 @@ class Endpoint:
     any thread and don't block; they are carried out by the endpoint's thread, in order. ``start``
     and ``close`` belong to the instance's owner.
 
+    Args:
+        handler: Who gets what arrives.
+        keys: What both ends of a connection must have; None lets everybody in.
+
     Attributes:
         timers: What the thread does at certain times; the thread's alone once it runs.
     """
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, keys: LinkKeys | None = None) -> None:
         self._handler = handler
+        self._keys = keys
         self._context = new_context()
-        self._commands: collections.deque[Callable[[], None]] = collections.deque()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._wake_lock = threading.Lock()
+        self._doorkeeper = None if keys is None else Doorkeeper(self._context, keys)
+        self._malformed: collections.Counter[Route] = collections.Counter()
+        self._commands = Commands()
         self._poller = Poller()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._monitors: dict[int, zmq.Socket[bytes]] = {}
@@ -79,6 +81,7 @@ class Endpoint:
         self._watched: set[Route] = set()
         self._stuck: set[Route] = set()
         self.timers = Timers()
+        self._inbound = Inbound(self.timers, self._on_gone)
         self._extra_ports: dict[str, int] = {}
         self._running = True
         self._on_start: Callable[[], None] = lambda: None
@@ -104,7 +107,9 @@ class Endpoint:
         """
         if listen is not None:
             self._bind(*listen)
-        self._poller.register(self._wake, self._carry_out)
+        self._poller.register(self._commands.descriptor, self._commands.carry_out)
+        if self._doorkeeper is not None:
+            self._poller.register(self._doorkeeper.socket, self._doorkeeper.serve)
         self._on_start = on_start
         self._thread.start()
 
@@ -126,7 +131,7 @@ class Endpoint:
             check()
             self._relisten(listen)
 
-        self._in_thread(carry_out)
+        self._commands.call(carry_out)
 
     def listen_on(self, host: str) -> int:
         """Listen on one more address, until ``close`` or ``relisten``; blocks until it is done.
@@ -141,29 +146,12 @@ class Endpoint:
             ValueError: The host is no address.
             OSError: The address can't be bound.
         """
-        return self._in_thread(lambda: self._listen_on(host))
-
-    def _in_thread(self, work: Callable[[], _T]) -> _T:
-        done: Future[_T] = Future()
-
-        def carry_out() -> None:
-            try:
-                done.set_result(work())
-            except Exception as error:  # noqa: BLE001 (the caller gets it, whatever it is)
-                done.set_exception(error)
-
-        if not self._submit(carry_out):
-            raise OSError(errno.ESHUTDOWN, "the instance has been finalized")
-        # A command that close() came before is never carried out.
-        wait([done], _COMMAND_S)
-        if not done.done():
-            raise OSError(errno.ETIMEDOUT, "the instance is being finalized")
-        return done.result()
+        return self._commands.call(lambda: self._listen_on(host))
 
     def close(self) -> None:
         """Send what is queued, then close everything. Blocks for a moment; idempotent."""
         if self._thread.is_alive():
-            self._submit(self._stop)
+            self._commands.submit(self._stop)
             self._thread.join()
         elif self._running:
             self._stop()
@@ -177,7 +165,7 @@ class Endpoint:
 
     def connect(self, route: Route, host: str, port: int) -> None:
         """Start to connect; what comes of it shows by an answer or by ``on_lost``."""
-        self._submit(lambda: self._dial(route.socket, tcp_address(host, port)))
+        self._commands.submit(lambda: self._dial(route.socket, tcp_address(host, port)))
 
     def send(self, route: Route, envelope: Envelope, data: bytes | None = None) -> None:
         """Queue one message; if the route is dead, ``on_lost`` says so."""
@@ -185,25 +173,17 @@ class Endpoint:
         if threading.current_thread() is self._thread:
             self._send(route, frames)
         else:
-            self._submit(lambda: self._send(route, frames))
+            self._commands.submit(lambda: self._send(route, frames))
 
     def watch(self, route: Route) -> None:
         """Report the loss of this route of the listening socket."""
-        self._submit(lambda: self._watched.add(route))
+        self._commands.submit(lambda: self._watch(route))
 
     def drop(self, route: Route) -> None:
         """Close the route (a listener's route is only forgotten: the peer closes it)."""
-        self._submit(lambda: self._drop(route))
+        self._commands.submit(lambda: self._drop(route))
 
     # -- in the thread ----------------------------------------------------------------------------
-
-    def _submit(self, command: Callable[[], None]) -> bool:
-        # Under a lock, because the number of a closed descriptor soon belongs to somebody else.
-        with self._wake_lock:
-            if self._wake >= 0:
-                self._commands.append(command)
-                os.eventfd_write(self._wake, 1)
-            return self._wake >= 0
 
     def _run(self) -> None:
         self._on_start()
@@ -213,58 +193,68 @@ class Endpoint:
             self.timers.run_due()
         self._release()
 
-    def _carry_out(self) -> None:
-        os.eventfd_read(self._wake)
-        try:
-            while self._commands:
-                self._commands.popleft()()
-        finally:
-            if self._commands:
-                os.eventfd_write(self._wake, 1)
-
     def _receive(self, number: int, socket: zmq.Socket[bytes], most: int = _BURST) -> None:
         self._poller.touch(socket)
         for _ in range(most):
             if self._sockets.get(number) is not socket:
                 return
             try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
+                if number == 0:
+                    identity, frames = self._inbound.receive(socket)
+                else:
+                    identity, frames = b"", socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            identity = frames.pop(0) if number == 0 else b""
+            route = Route(number, identity)
             try:
-                envelope = decode(frames[0])
-            except (msgspec.DecodeError, IndexError) as error:
-                logger.warning("ignored %d malformed frame(s): %s", len(frames), error)
-                continue
-            data = frames[1] if len(frames) > 1 else None
-            self._handler.on_message(Route(number, identity), envelope, data)
+                envelope, data = parse(frames)
+            except msgspec.DecodeError as error:
+                self._complain(route, error)
+            else:
+                self._handler.on_message(route, envelope, data)
+
+    def _complain(self, route: Route, error: Exception) -> None:
+        self._inbound.complaints.say(f"ignored a malformed message: {error}")
+        self._malformed[route] += 1
+        if self._malformed[route] == _MALFORMED:
+            reason = f"{_MALFORMED} malformed messages"
+            if route.socket == 0:
+                self._inbound.expel(route.identity, reason)
+            else:
+                self._lose(route, f"the peer has sent {reason}")
+
+    def _on_gone(self, identity: bytes) -> None:
+        route = Route(0, identity)
+        self._malformed.pop(route, None)
+        if route in self._watched:
+            self._probe_soon()
+
+    def _probe_soon(self) -> None:
+        now = time.monotonic()
+        self.timers.set(self._probe, [now + after for after in _PROBE_AFTER_S])
 
     def _on_event(self, monitor: zmq.Socket[bytes], number: int) -> None:
-        event = zmq.Event(recv_monitor_message(monitor)["event"])
-        if number == 0:
-            now = time.monotonic()
-            self.timers.set(self._probe, [now + after for after in _PROBE_AFTER_S])
+        self._poller.touch(monitor)
+        told = next_event(monitor)
+        if told is None:
             return
-        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+        event, value = told
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._handler.on_connected(Route(number, b""))
             return
         # What the peer said before it went still counts.
         self._receive(number, self._sockets[number])
-        if number not in self._sockets:
-            return
-        reason = {
-            zmq.Event.CLOSED: "connection refused or unreachable",
-            zmq.Event.DISCONNECTED: "the peer closed the connection",
-        }.get(event, "the peer does not speak this protocol")
-        self._lose(Route(number, b""), reason)
+        if number in self._sockets:
+            secured = self._keys is not None
+            self._lose(Route(number, b""), why_lost(event, value, secured=secured))
 
     def _dial(self, number: int, address: str) -> None:
         lack = lack_of_descriptors(FOR_A_LINK)
         if lack:
             self._lose(Route(number, b""), lack)
             return
-        socket = new_dialer(self._context)
+        self._check_network(address)
+        socket = new_dialer(self._context, self._keys)
         self._add(number, socket, LOSS_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         try:
             socket.connect(address)
@@ -274,7 +264,7 @@ class Endpoint:
     def _listen_on(self, host: str) -> int:
         if host not in self._extra_ports:
             address, listener = tcp_address(host, 0), self._sockets.get(0)
-            socket = new_listener(self._context) if listener is None else listener
+            socket = new_listener(self._context, self._keys) if listener is None else listener
             try:
                 socket.bind(address)
             except zmq.ZMQError as error:
@@ -283,13 +273,15 @@ class Endpoint:
                 raise OSError(error.errno, f"can't listen on {host}: {error.strerror}") from error
             self._poller.touch(socket)
             if listener is None:
-                self._add(0, socket, zmq.EVENT_DISCONNECTED)
+                self._add(0, socket, INBOUND_EVENTS)
             self._extra_ports[host] = bound_port(socket)
+            self._inbound.ports.add(self._extra_ports[host])
+            self._check_network(address)
         return self._extra_ports[host]
 
     def _bind(self, host: str, port: int, *, patience_s: float = 0.0) -> None:
         address = tcp_address(host, port)
-        socket = new_listener(self._context)
+        socket = new_listener(self._context, self._keys)
         try:
             bind_patiently(socket, address, patience_s)
         except zmq.ZMQError as error:
@@ -297,14 +289,21 @@ class Endpoint:
             text = f"can't listen on {host}:{port}: {error.strerror}"
             raise OSError(error.errno, text) from error
         self._unbind()
-        self._add(0, socket, zmq.EVENT_DISCONNECTED)
+        self._add(0, socket, INBOUND_EVENTS)
         self.listen_address = (host, bound_port(socket))
+        self._inbound.ports.add(self.listen_address[1])
+        self._check_network(address)
+
+    def _check_network(self, address: str) -> None:
+        if self._keys is None:
+            warn_of_network(address)
 
     def _unbind(self) -> None:
         self.listen_address = None
         self._extra_ports.clear()
         if 0 in self._sockets:
             self._close_socket(0)
+            self._inbound.forget_all()
 
     def _relisten(self, listen: tuple[str, int] | None) -> None:
         old = self.listen_address
@@ -322,10 +321,14 @@ class Endpoint:
                 raise
 
     def _add(self, number: int, socket: zmq.Socket[bytes], events: int) -> None:
-        monitor = socket.get_monitor_socket(events)
+        monitor = new_monitor(socket, events)
         self._sockets[number], self._monitors[number] = socket, monitor
         self._poller.register(socket, lambda: self._receive(number, socket))
-        self._poller.register(monitor, lambda: self._on_event(monitor, number))
+        if number == 0:
+            self._inbound.listen_to(monitor)
+            self._poller.register(monitor, self._inbound.read_events)
+        else:
+            self._poller.register(monitor, lambda: self._on_event(monitor, number))
 
     def _send(self, route: Route, frames: list[bytes]) -> None:
         socket = self._sockets.get(route.socket)
@@ -340,7 +343,7 @@ class Endpoint:
             # Once: a peer that never reads must not keep the others waiting again and again.
             if route not in self._stuck:
                 self._stuck.add(route)
-                self._watched.add(route)
+                self._watch(route)
                 self._handler.on_stuck(route, "the peer does not read what is sent to it")
         except zmq.ZMQError as error:
             reason = (
@@ -360,9 +363,16 @@ class Endpoint:
         self._stuck.discard(route)
         self._handler.on_lost(route, reason)
 
+    def _watch(self, route: Route) -> None:
+        self._watched.add(route)
+        if route.socket == 0 and not self._inbound.keep(route.identity):
+            self._probe_soon()
+
     def _drop(self, route: Route) -> None:
         self._watched.discard(route)
+        self._malformed.pop(route, None)
         if route.socket == 0:
+            self._inbound.let_go(route.identity)
             return
         if route.socket in self._sockets:
             self._close_socket(route.socket)
@@ -371,7 +381,7 @@ class Endpoint:
         socket, monitor = self._sockets.pop(number), self._monitors.pop(number)
         for source in (socket, monitor):
             self._poller.unregister(source)
-        socket.disable_monitor()
+        socket.monitor(None, 0)
         # Not left to the garbage collector: a forgotten reference would block the context's end.
         monitor.close(0)
         socket.close()
@@ -382,10 +392,9 @@ class Endpoint:
     def _release(self) -> None:
         for number in list(self._sockets):
             self._close_socket(number)
+        if self._doorkeeper is not None:
+            self._doorkeeper.socket.close()
         self._poller.close()
+        self._inbound.close()
         self._context.term()
-        with self._wake_lock:
-            wake, self._wake = self._wake, -1
-            self._commands.clear()
-            if wake >= 0:
-                os.close(wake)
+        self._commands.close()

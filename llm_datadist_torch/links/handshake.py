@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.auth import SHARE_IT
 from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.link import Link, LinkState, Pending
 from llm_datadist_torch.links.messages import (
@@ -236,9 +237,11 @@ class Handshake:
         """The connection of a dial has ended, or never came about."""
         dial = self._dials.get(route)
         if dial is not None:
-            refused = "refused" in reason or "unreachable" in reason
+            secret = "link_secret" in reason
+            refused = secret or "refused" in reason or "unreachable" in reason
             status = LLMStatusCode.LLM_LINK_FAILED if refused else LLMStatusCode.LLM_FAILED
-            dial.answer.set(error_for(status, reason, peer=dial.peer))
+            remedy = SHARE_IT if secret else None
+            dial.answer.set(error_for(status, reason, peer=dial.peer, remedy=remedy))
 
     # -- being asked ------------------------------------------------------------------------------
 
@@ -249,6 +252,8 @@ class Handshake:
             LLMException: Why it can't have one.
         """
         me = self._identity
+        if self._registry.at(route) is not None:
+            raise error_for(_ALREADY, "this connection is a link already")
         if hello.version != PROTOCOL_VERSION:
             raise error_for(
                 LLMStatusCode.LLM_FAILED,
@@ -266,6 +271,13 @@ class Handshake:
         # A link to ourselves needs only the asking half.
         if hello.epoch != me.epoch:
             self._check_free(hello)
+            self._make(route, hello)
+            self._endpoint.watch(route)
+            self._make_way(hello.cluster_id)
+        return Welcome(me.cluster_id, me.epoch, self._registry.offers())
+
+    def _make(self, route: Route, hello: Hello) -> None:
+        try:
             self._registry.make(
                 hello.cluster_id,
                 hello.epoch,
@@ -275,9 +287,9 @@ class Handshake:
                 hold=hello.hold,
                 name=hello.name,
             )
-            self._endpoint.watch(route)
-            self._make_way(hello.cluster_id)
-        return Welcome(me.cluster_id, me.epoch, self._registry.offers())
+        except (msgspec.DecodeError, UnicodeError) as error:
+            text = f"what a transport offers is no offer: {error}"
+            raise error_for(LLMStatusCode.LLM_LINK_FAILED, text) from None
 
     def _check_free(self, hello: Hello) -> None:
         """Refuse a second link to one peer.

@@ -7,6 +7,8 @@ they are.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from llm_datadist_torch.transports.base import RegionView
@@ -15,8 +17,17 @@ PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 8 << 20
 """Of one frame. The largest are relayed bytes, in pieces of 4 MiB (``RELAY_CHUNK``)."""
 
+MAX_FRAMES = 2
+MAX_NAME = 256
+"""Characters of names and ids that peers choose."""
+MAX_OFFERS = 16
 
-class Message(msgspec.Struct, array_like=True, tag=True):
+Id = Annotated[int, msgspec.Meta(ge=0)]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Offers = Annotated[dict[Name, bytes], msgspec.Meta(max_length=MAX_OFFERS)]
+
+
+class Message(msgspec.Struct, array_like=True, tag=True, forbid_unknown_fields=True):
     """Base of everything that is said on a link."""
 
 
@@ -37,22 +48,22 @@ class Hello(Message):
     """
 
     version: int
-    cluster_id: int
+    cluster_id: Id
     expected_id: int
-    epoch: str
+    epoch: Name
     remote_accessible: bool
-    offers: dict[str, bytes]
-    hold: str = ""
-    name: str = ""
-    lost: str = ""
+    offers: Offers
+    hold: Name = ""
+    name: Name = ""
+    lost: Name = ""
 
 
 class Welcome(Message):
     """The answer that makes the link; the fields are those of :class:`Hello`."""
 
-    cluster_id: int
-    epoch: str
-    offers: dict[str, bytes]
+    cluster_id: Id
+    epoch: Name
+    offers: Offers
 
 
 class Refused(Message):
@@ -78,14 +89,14 @@ class Resolve(Message):
         write: The asker wants to write to it.
     """
 
-    kind: str
+    kind: Name
     value: int
     index: int
     paged: bool | None
     write: bool
 
 
-class Words(msgspec.Struct, frozen=True, array_like=True):
+class Words(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Two counters of a cache that its owner publishes, and their values when it answered.
 
     Attributes:
@@ -179,7 +190,7 @@ class Join(Message):
         hold: The purpose: "" for ``link_clusters``, else the token of a communicator.
     """
 
-    hold: str
+    hold: Name
 
 
 class Unlink(Message):
@@ -229,7 +240,7 @@ Body = (
 )
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One message on the wire.
 
     Attributes:
@@ -255,7 +266,24 @@ def encode(envelope: Envelope) -> bytes:
 def decode(frame: bytes) -> Envelope:
     """The message of these bytes.
 
+    What is nested deeper than the types of the messages are, or has more members, is no message.
+
     Raises:
         msgspec.DecodeError: They are none.
     """
-    return _decoder.decode(frame)
+    try:
+        return _decoder.decode(frame)
+    except (ValueError, RecursionError) as error:
+        # Texts that are no UTF-8, and nesting without end.
+        raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def parse(frames: list[bytes]) -> tuple[Envelope, bytes | None]:
+    """The message of these frames, and its data frame if it has one.
+
+    Raises:
+        msgspec.DecodeError: They are no message.
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise msgspec.DecodeError(f"{len(frames)} frames, a message has 1 to {MAX_FRAMES}")
+    return decode(frames[0]), frames[1] if len(frames) > 1 else None

@@ -38,6 +38,8 @@ from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 RESOLVE_BY_ID = "id"
 RESOLVE_BY_ADDRESS = "address"
+MAX_LEASES = 1024
+"""That one peer may hold at a time; it needs one per transfer."""
 
 
 class Owner:
@@ -108,6 +110,11 @@ class Owner:
     # -- leases -----------------------------------------------------------------------------------
 
     def _resolve(self, link: Link, ask: Resolve) -> CacheView:
+        if len(link.grants) >= MAX_LEASES:
+            raise error_for(
+                LLMStatusCode.LLM_LINK_BUSY,
+                f"the peer holds {len(link.grants)} leases, and no more than {MAX_LEASES} may be",
+            )
         found = self._find(ask)
         entry, layout = found.entry, found.entry.layout
         if not entry.remote_accessible:

@@ -19,6 +19,8 @@ logger = logging.getLogger("llm_datadist_torch")
 
 CLUSTERS = ""
 """The hold of ``link_clusters``."""
+MAX_LINKS = 4096
+"""Links of one instance at a time; so many that were lost are remembered, too."""
 
 
 class LinkRegistry:
@@ -102,9 +104,12 @@ class LinkRegistry:
             replaces: The lost link that it is to take the place of.
 
         Raises:
-            LLMLinkError: No transport in common, nobody here holds the link any more, or what it
-                replaces has been unlinked.
+            LLMLinkError: No transport in common, nobody here holds the link any more, what it
+                replaces has been unlinked, or there are too many links.
         """
+        if len(self._by_route) >= MAX_LINKS:
+            text = f"there are {MAX_LINKS} links, and no more may be"
+            raise error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=peer)
         link = Link(peer, epoch, route, self._endpoint, dialed, name, address)
         channel = self._transports.connect(offers, LinkRelay(link))
         link.open_channel(channel)
@@ -114,6 +119,7 @@ class LinkRegistry:
             if held:
                 link.holds.add(hold)
                 self._links[peer] = self._by_route[route] = link
+                self._remember_less()
         if not held:
             link.end(LinkState.UNLINKED, "nobody wants it any more")
             raise error_for(
@@ -122,6 +128,14 @@ class LinkRegistry:
         again = before is not None and before.state is LinkState.LOST
         self.events.put(peer, "relinked" if again else "linked", channel.summary)
         logger.info("linked with cluster %d: %s", peer, channel.summary)
+
+    def _remember_less(self) -> None:
+        """Peers with ever new ids must not fill the memory with links that are lost."""
+        if len(self._links) > 2 * MAX_LINKS:
+            for peer, link in list(self._links.items()):
+                if link.state is LinkState.LOST and link.address is None:
+                    del self._links[peer]
+                    return
 
     def end(self, link: Link, state: LinkState, reason: str, *, keep_route: bool = False) -> None:
         """End a link; the peer's leases end with it."""

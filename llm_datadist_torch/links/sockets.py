@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import time
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
+from llm_datadist_torch.links.auth import LinkKeys, why_no_connection
 from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 
 _LINGER_MS = 200
@@ -21,6 +24,7 @@ Who sends faster than they are read is slowed down by TCP; who does not read is 
 _KEEPALIVE_S = {zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 6}
 _UNACKNOWLEDGED_MS = 40_000
 
+_monitor_numbers = itertools.count()
 _MAX_SOCKETS = 3 * 4096 + 16
 """ZeroMQ's own limit is 1023: a link that we dial takes 3, those that peers dial share one.
 
@@ -35,6 +39,15 @@ LOSS_EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 """What a connecting socket's monitor reports when there is no connection, or no more."""
+INBOUND_EVENTS = (
+    zmq.EVENT_ACCEPTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+"""What is of interest about a listening socket."""
+_HANDSHAKE_MS = 10_000
+"""How long a connection may take until both sides have authenticated each other."""
 
 
 def new_context() -> zmq.Context[zmq.Socket[bytes]]:
@@ -44,20 +57,62 @@ def new_context() -> zmq.Context[zmq.Socket[bytes]]:
     return context
 
 
-def new_dialer(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """A socket that is connected once."""
+def new_dialer(context: zmq.Context[zmq.Socket[bytes]], keys: LinkKeys | None) -> zmq.Socket[bytes]:
+    """A socket that is connected once, to somebody who has the same keys."""
     socket = _new_socket(context, zmq.DEALER)
     # No reconnection behind our back: a message must never reach a later process at the same
     # address.
     socket.setsockopt(zmq.RECONNECT_IVL, -1)
+    if keys is not None:
+        keys.secure_dialer(socket)
     return socket
 
 
-def new_listener(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
-    """A socket that many connect to; sending to one that has gone is an error."""
+def new_listener(
+    context: zmq.Context[zmq.Socket[bytes]], keys: LinkKeys | None
+) -> zmq.Socket[bytes]:
+    """A socket that many with the same keys connect to; sending to one that is gone is an error."""
     socket = _new_socket(context, zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    if keys is not None:
+        keys.secure_listener(socket)
     return socket
+
+
+def new_monitor(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """A socket that tells of these events of another."""
+    address = f"inproc://llm_datadist_torch.monitor.{next(_monitor_numbers)}"
+    socket.monitor(address, events)
+    monitor: zmq.Socket[bytes] = socket.context.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.LINGER, 0)
+    # Without a limit: where it is full ZeroMQ's thread waits with a lock held that we may need.
+    monitor.setsockopt(zmq.RCVHWM, 0)
+    monitor.connect(address)
+    return monitor
+
+
+def next_event(monitor: zmq.Socket[bytes]) -> tuple[int, int] | None:
+    """The next event and its number, a descriptor or an error; None if there is none."""
+    try:
+        event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+    except zmq.Again:
+        return None
+    return int(event["event"]), event["value"]
+
+
+def why_lost(event: int, value: int, *, secured: bool) -> str:
+    """What to say of a dialer's connection that is not there, or no more.
+
+    Args:
+        event: One of ``LOSS_EVENTS``.
+        value: The event's number.
+        secured: Whether we have a secret.
+    """
+    if event == zmq.EVENT_CLOSED:
+        return "connection refused or unreachable"
+    if event == zmq.EVENT_DISCONNECTED:
+        return "the peer closed the connection"
+    return why_no_connection(event, value, secured=secured)
 
 
 def bound_port(socket: zmq.Socket[bytes]) -> int:
@@ -115,4 +170,5 @@ def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socke
         socket.setsockopt(option, value)
     socket.setsockopt(zmq.TCP_MAXRT, _UNACKNOWLEDGED_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
     return socket

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.auth import LinkKeys
 from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
 from llm_datadist_torch.links.heartbeats import Heartbeats
@@ -77,7 +78,8 @@ class LinkTable:
         self.identity = Identity(cluster_id, uuid.uuid4().hex, config.remote_accessible)
         self._owner = owner
         self.questions = Questions()
-        self.endpoint = Endpoint(self)
+        self.keys = LinkKeys.from_secret(config.link_secret)
+        self.endpoint = Endpoint(self, self.keys)
         self.registry = LinkRegistry(owner, transports, self.endpoint)
         self._handshake = Handshake(self.identity, self.registry, self.endpoint)
         self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)

@@ -113,7 +113,10 @@ def test_frames_that_are_no_messages(linked: tuple[Service, int]) -> None:
         dealer.send(msgspec.msgpack.encode([1, False, ["Hello", "wrong"]]))
         dealer.send(msgspec.msgpack.encode([2**64 - 1, True, ["Done"]]))
         dealer.send(b"\x93" * 100_000)
-        # After all that the connection still serves.
+    with stranger(port) as dealer:
+        for frames in ([b""], [b"", b"", b""], [whole[:3]], [whole, b"", b""]):
+            dealer.send_multipart(frames)
+        # So few are forgiven.
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 
 

@@ -111,7 +111,7 @@ def test_a_closed_instance_writes_to_no_descriptor(here: Service) -> None:
     """The number of its wake-up descriptor belongs to somebody else by then."""
     here.start(ME)
     endpoint = here.instance.links.endpoint
-    number = endpoint._wake
+    number = endpoint._commands.descriptor
     here.dd.finalize()
     other = os.eventfd(0, os.EFD_NONBLOCK)
     try:

@@ -162,13 +162,13 @@ def test_silent_server(here: Service) -> None:
 def test_other_protocol(here: Service, answer: bytes) -> None:
     here.start(1)
     with listening(answer, hang_up=True) as port:
-        assert here.link(2, port, 5000) == only("LLM_FAILED")
+        assert here.link(2, port, 5000) == only("LLM_LINK_FAILED")
 
 
 def test_peer_hangs_up(here: Service) -> None:
     here.start(1)
     with listening(hang_up=True) as port:
-        assert here.link(2, port, 5000) == only("LLM_FAILED")
+        assert here.link(2, port, 5000) == only("LLM_LINK_FAILED")
 
 
 def test_other_zmq_service(here: Service) -> None:
@@ -177,7 +177,7 @@ def test_other_zmq_service(here: Service) -> None:
     with zmq.Context() as context, context.socket(zmq.PUB) as socket_:
         port = socket_.bind_to_random_port("tcp://127.0.0.1")
         status, _ = here.link(2, port, 1000)
-        assert status in ("LLM_FAILED", "LLM_TIMEOUT")
+        assert status in ("LLM_LINK_FAILED", "LLM_TIMEOUT")
 
 
 def test_repeat_link(pair: tuple[Service, Service, int]) -> None:

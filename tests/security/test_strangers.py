@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Crowds of strangers: links go on working, and nothing grows without bounds."""
+
+from __future__ import annotations
+
+import resource
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from llm_datadist_torch.links import inbound, messages
+from llm_datadist_torch.links.messages import Envelope, encode
+from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
+from tests.peers import Peer, Service, settle, spawn
+from tests.security import attackers
+
+MIB = 1 << 20
+SECRET = {"options": {"llm.LinkSecret": "correct horse battery staple"}}
+
+
+class Victim(Service):
+    """An instance whose process may open few descriptors."""
+
+    def limit(self, descriptors: int) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
+
+    def patience(self, seconds: float) -> None:
+        inbound.STRANGER_S = seconds
+
+
+@pytest.fixture
+def victim() -> Iterator[Peer]:
+    peer = spawn(Victim)
+    yield peer
+    peer.close()
+
+
+@contextmanager
+def crowd(port: int, count: int, wave: int, said: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, attackers.__file__, str(port), str(count), str(wave), said]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
+        yield it
+        assert it.stdin is not None
+        it.stdin.close()
+        assert it.wait(30) == 0
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def resident(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.partition("VmRSS:")[2].split()[0]) << 10
+
+
+@pytest.mark.parametrize("secret", [SECRET, {}], ids=["secret", "open"])
+def test_ten_thousand_connections(here: Service, victim: Peer, peers: Peers, secret: dict) -> None:
+    """While they come, a link transfers, a new one is made, and descriptors stay few."""
+    victim.ask("limit", 1024)
+    port = start_peer(victim, 7, **secret)
+    start_here(here, **secret)
+    assert here.link(PEER, port) == OK
+    assert pull(here) is None
+    before = resident(victim.pid)
+    newcomer = peers()
+    newcomer.ask("start", 3, **secret)
+    pulled, most = 0, 0
+    with crowd(port, 10_000, 2500, "half a greeting") as attack:
+        assert attack.stdout is not None
+        end = time.monotonic() + 60
+        while not select.select([attack.stdout], [], [], 0)[0] and time.monotonic() < end:
+            here.paint("mine", 0)
+            assert pull(here) is None
+            assert here.colours("mine") == [7]
+            pulled += 1
+            most = max(most, descriptors(victim.pid))
+        # TCP drops what comes too fast; the crowd tries no more than once.
+        assert int(attack.stdout.readline()) > 5000
+        assert pulled > 3
+        assert newcomer.ask("link", PEER, port) == OK
+        assert settle(lambda: descriptors(victim.pid) < 400)
+    assert most <= 1024
+    assert resident(victim.pid) < before + 64 * MIB
+    assert settle(lambda: descriptors(victim.pid) < 100)
+    assert here.link_states() == {PEER: "linked"}
+
+
+@pytest.mark.parametrize("said", attackers.SAID)
+def test_who_never_gets_on(here: Service, victim: Peer, said: str) -> None:
+    victim.ask("patience", 1.0)
+    port = start_peer(victim, 7)
+    start_here(here)
+    assert here.link(PEER, port) == OK
+    before = descriptors(victim.pid)
+    with crowd(port, 20, 20, said) as attack:
+        assert attack.stdout is not None
+        assert attack.stdout.readline() == "20\n"
+        # They are still there, and are turned away.
+        assert settle(lambda: descriptors(victim.pid) <= before)
+    assert pull(here) is None
+    assert here.colours("mine") == [7]
+    assert here.link_states() == {PEER: "linked"}
+
+
+@contextmanager
+def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger, dealer.reconnect_ivl, dealer.sndhwm = 0, -1, 0
+        dealer.connect(f"tcp://127.0.0.1:{port}")
+        yield dealer
+
+
+def ended(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
+    return bool(monitor.poll(15_000))
+
+
+def send_for_ever(connection: socket.socket, data: bytes) -> None:
+    while True:
+        connection.sendall(data)
+
+
+def test_a_message_without_end(here: Service, victim: Peer) -> None:
+    """ZeroMQ keeps the parts of a message until the last has come: this one never does."""
+    port = start_peer(victim, 7)
+    start_here(here)
+    assert here.link(PEER, port) == OK
+    before = resident(victim.pid)
+    # Not by a ZeroMQ of ours, which would wait for the last part, too.
+    part = b"\x03" + (16 << 10).to_bytes(8, "big") + bytes(16 << 10)
+    with socket.create_connection(("127.0.0.1", port), timeout=15) as connection:
+        connection.sendall(attackers.GREETING + attackers.READY)
+        with pytest.raises(ConnectionError):
+            send_for_ever(connection, part)
+    assert resident(victim.pid) < before + 256 * MIB
+    assert pull(here) is None
+
+
+def test_garbage_is_answered_by_the_end_of_the_connection(here: Service, victim: Peer) -> None:
+    port = start_peer(victim, 7)
+    start_here(here)
+    assert here.link(PEER, port) == OK
+    with stranger(port) as dealer:
+        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        for _ in range(100):
+            dealer.send(b"\xc1")
+        assert ended(dealer, monitor)
+        dealer.disable_monitor()
+        monitor.close()
+    assert pull(here) is None
+
+
+def test_one_connection_is_one_link(victim: Peer) -> None:
+    port = start_peer(victim, 7)
+    offers = {"local": b"\x94\xa1x\x01\x01\x01"}
+    with stranger(port) as dealer:
+        dealer.rcvtimeo = 15_000
+        answers = []
+        for cluster_id in (11, 12, 13):
+            hello = messages.Hello(
+                messages.PROTOCOL_VERSION, cluster_id, PEER, "life", False, offers
+            )
+            dealer.send(encode(Envelope(1, False, hello)))
+            answers.append(messages.decode(dealer.recv_multipart()[0]).body)
+        assert [type(answer).__name__ for answer in answers] == ["Welcome", "Refused", "Refused"]
+        assert victim.ask("link_states") == {11: "linked"}
+        answers = set()
+        for _ in range(1100):
+            resolve = messages.Resolve("blocks", 0, 0, True, False)
+            dealer.send(encode(Envelope(2, False, resolve)))
+            answers.add(type(messages.decode(dealer.recv_multipart()[0]).body).__name__)
+        assert victim.ask("counters")["grants"] == 1024
+        assert "Refused" in answers
+    assert settle(lambda: victim.ask("counters")["leases"] == 0)
+    assert ME not in victim.ask("link_states")
