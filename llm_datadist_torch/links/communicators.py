@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.auth import Seal
 from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Card, Rendezvous
@@ -69,6 +70,7 @@ class Communicators:
 
     def __init__(self, links: LinkTable, workers: WorkerPool) -> None:
         self._links = links
+        self._seal = Seal(None if links.keys is None else links.keys.seal)
         self._workers = workers
         self._lock = threading.Lock()
         self._left = threading.Condition()
@@ -205,6 +207,7 @@ class Communicators:
                 work.check,
                 self._card,
                 lambda token: self._admit(comm, token, work),
+                self._seal,
             ).run()
             self._connect(comm, token, cards, work)
         except LLMException as error:

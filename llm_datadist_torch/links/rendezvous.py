@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import msgspec
 
 from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.auth import Seal
 from llm_datadist_torch.links.conduit import Conduit
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.values.checks import param_error
-from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+from llm_datadist_torch.values.status import LLMException, LLMLinkError, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -72,6 +73,7 @@ class Rendezvous:
         check: Raises when it is to be given up.
         card: Makes our card; called with an address of ours at which the others reach us.
         admit: Called with the token before any other member can have heard of us.
+        seal: Marks what is said, so that nobody without the secret can say it.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Rendezvous:
     check: Callable[[], None]
     card: Callable[[str], Card]
     admit: Callable[[str], None]
+    seal: Seal
 
     def run(self) -> Agreement:
         """Meet the others. Blocks until all are there.
@@ -112,16 +115,23 @@ class Rendezvous:
     def _host(self) -> Agreement:
         listener = self._bind()
         store = self._call(lambda: _new_store(self.address, self.deadline, listener.detach()))
-        token = uuid.uuid4().hex
-        self.admit(token)
-        self._put(store, "token", token.encode())
-        self._put_card(store, self.address[0])
-        # Last, because it invites the others.
+        # It invites the others.
         self._put(store, "members", self._members_text())
-        cards = self._cards(store)
+        nonces = self._nonces(store)
+        # Made of what each of them has just made up: nothing said earlier is good for it.
+        token = _token_of([uuid.uuid4().hex, *nonces])
+        self.admit(token)
+        self._put_card(store, self.address[0], token)
+        self._put(store, "token", msgspec.msgpack.encode((token, nonces)))
+        cards = self._cards(store, token)
         # The store lives until the others have read everything.
         self._wait_for(store, "left", "did not take part to the end")
         return Agreement(token, cards)
+
+    def _nonces(self, store: TCPStore) -> list[str]:
+        self._wait_for(store, "seat", "did not come")
+        others = range(1, len(self.members))
+        return [self._get(store, f"seat/{seat}").decode("ascii", "replace") for seat in others]
 
     def _bind(self) -> socket.socket:
         host, port = self.address
@@ -183,27 +193,44 @@ class Rendezvous:
                     remedy="give all members the same cluster_rank_info.",
                 )
             )
-        seat = self._key(f"seat/{self.seat}")
-        taken = self._call(lambda: store.compare_set(seat, "", nonce))
-        if bytes(taken) != nonce.encode():
+        what = f"seat/{self.seat}"
+        sealed = self._sealed(what, nonce.encode()).hex()
+        taken = self._call(lambda: store.compare_set(self._key(what), "", sealed))
+        if bytes(taken) != sealed.encode():
             raise _NotYetError(
                 self._timeout("an earlier communicator of this name has not ended its meeting")
             )
-        token = self._get(store, "token").decode("ascii", "replace")
+        token = self._token(store, nonce)
         self.admit(token)
-        self._put_card(store, here)
-        cards = self._cards(store)
+        self._put_card(store, here, token)
+        cards = self._cards(store, token)
         self._put(store, f"left/{self.seat}", b"")
         return Agreement(token, cards)
 
+    def _token(self, store: TCPStore, nonce: str) -> str:
+        while not self._has(store, "token"):
+            self.check()
+            if self.deadline.expired:
+                raise _NotYetError(self._timeout("not all members have come"))
+            time.sleep(_LOOK_S)
+        try:
+            token, nonces = msgspec.msgpack.decode(
+                self._get(store, "token"), type=tuple[str, list[str]]
+            )
+        except msgspec.DecodeError as error:
+            raise _NotYetError(self._timeout(f"what is said there is no token: {error}")) from None
+        if len(nonces) != len(self.members) - 1 or nonces[self.seat - 1] != nonce:
+            raise _NotYetError(self._timeout("what is said there is of another meeting"))
+        return token
+
     # -- all --------------------------------------------------------------------------------------
 
-    def _cards(self, store: TCPStore) -> list[Card]:
+    def _cards(self, store: TCPStore, token: str) -> list[Card]:
         self._wait_for(store, "card", "did not come")
         cards = []
         for seat, member in enumerate(self.members):
             try:
-                card = msgspec.msgpack.decode(self._get(store, f"card/{seat}"), type=Card)
+                card = msgspec.msgpack.decode(self._get(store, f"card/{seat}", token), type=Card)
             except msgspec.DecodeError as error:
                 raise _NotYetError(
                     self._timeout(f"what is said there is no card: {error}")
@@ -225,8 +252,9 @@ class Rendezvous:
             if others:
                 time.sleep(_LOOK_S)
 
-    def _put_card(self, store: TCPStore, here: str) -> None:
-        self._put(store, f"card/{self.seat}", msgspec.msgpack.encode(self.card(here)))
+    def _put_card(self, store: TCPStore, here: str, token: str) -> None:
+        card = msgspec.msgpack.encode(self.card(here))
+        self._put(store, f"card/{self.seat}", card, token)
 
     def _members_text(self) -> bytes:
         return str([tuple(member) for member in self.members]).encode()
@@ -235,12 +263,23 @@ class Rendezvous:
         name = hashlib.sha256(self.name.encode("utf-8", "surrogatepass")).hexdigest()
         return f"llm_datadist_torch/{name}/{what}"
 
-    def _put(self, store: TCPStore, what: str, value: bytes) -> None:
-        # It takes bytes, whatever its annotations say.
-        self._call(lambda: store.set(self._key(what), value))  # type: ignore[arg-type]
+    def _sealed(self, what: str, value: bytes, token: str = "") -> bytes:
+        return self.seal.close((self.name, what, token), value)
 
-    def _get(self, store: TCPStore, what: str) -> bytes:
-        return bytes(self._call(lambda: store.get(self._key(what))))
+    def _put(self, store: TCPStore, what: str, value: bytes, token: str = "") -> None:
+        # In hex, as everything: compare_set() takes text only.
+        sealed = self._sealed(what, value, token).hex()
+        self._call(lambda: store.set(self._key(what), sealed))
+
+    def _get(self, store: TCPStore, what: str, token: str = "") -> bytes:
+        told = bytes(self._call(lambda: store.get(self._key(what))))
+        try:
+            return self.seal.open((self.name, what, token), bytes.fromhex(told.decode("ascii")))
+        except ValueError:
+            raise _NotYetError(self._timeout(f"what is said there as {what} is none")) from None
+        except LLMLinkError as error:
+            # Whoever reaches the meeting can write into it: it is tried again until the deadline.
+            raise _NotYetError(error) from None
 
     def _has(self, store: TCPStore, what: str) -> bool:
         return self._call(lambda: store.check([self._key(what)]))
@@ -262,6 +301,10 @@ class Rendezvous:
             op="link",
             remedy="all members must call link() with the same arguments; see its timeout.",
         )
+
+
+def _token_of(nonces: list[str]) -> str:
+    return hashlib.sha256("/".join(nonces).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def _new_store(
