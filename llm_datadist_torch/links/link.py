@@ -189,10 +189,13 @@ class Link:
         self.endpoint.send(self.route, Envelope(number, False, body), data)
         try:
             answer = pending.wait(deadline)
-        finally:
-            # An answer that comes later finds nobody, and its lease goes back.
-            with self._lock:
-                self._pending.pop(number, None)
+        except BaseException:
+            # Ctrl-C. If the answer comes in this moment nobody looks at it.
+            self._withdraw(number)
+            if pending.answer is not None:
+                self._return_lease(pending.answer[0])
+            raise
+        self._withdraw(number)
         # The answer may have come in the last moment, between the two.
         answer = answer or pending.answer
         if answer is None:
@@ -220,9 +223,18 @@ class Link:
             pending = self._pending.pop(number, None)
             if pending is not None:
                 pending.set(body, data)
-        if pending is None and isinstance(body, CacheView):
-            # The asker has given up: nobody else would return this lease.
-            self.post(Release(body.lease_id, None))
+        if pending is None:
+            self._return_lease(body)
+
+    def _withdraw(self, number: int) -> None:
+        """Wait no more: an answer that comes later finds nobody, and its lease goes back."""
+        with self._lock:
+            self._pending.pop(number, None)
+
+    def _return_lease(self, answer: Body | LLMException) -> None:
+        """The asker has given up: nobody else would return the lease that the answer brings."""
+        if isinstance(answer, CacheView):
+            self.post(Release(answer.lease_id, None))
 
     def check_linked(self) -> None:
         """Raise unless the link is up.
