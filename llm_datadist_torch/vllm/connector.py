@@ -28,8 +28,9 @@ from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.vllm.fingerprint import Fingerprint, digest_of
 from llm_datadist_torch.vllm.layouts import describe
 from llm_datadist_torch.vllm.params import Peer
+from llm_datadist_torch.vllm.push_scheduling import PushScheduler
 from llm_datadist_torch.vllm.scheduling import PullScheduler
-from llm_datadist_torch.vllm.settings import Settings
+from llm_datadist_torch.vllm.settings import PUSH, Settings
 from llm_datadist_torch.vllm.steps import Step
 from llm_datadist_torch.vllm.worker import WorkerHalf
 
@@ -81,15 +82,16 @@ class LLMDataDistConnector(KVConnectorBase_V1):
                 f"the model has {len(kv_cache_config.kv_cache_groups)} KV cache groups, only one"
                 " can be handed over"
             )
-        self._scheduler: PullScheduler | None = None
+        self._scheduler: PullScheduler | PushScheduler | None = None
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
-            self._scheduler = PullScheduler(
-                transfer.engine_id,
-                serves=transfer.is_kv_producer,
-                pulls=transfer.is_kv_consumer,
-            )
+            serves, takes = transfer.is_kv_producer, transfer.is_kv_consumer
+            if self._settings.mode == PUSH:
+                block_size = vllm_config.cache_config.block_size
+                self._scheduler = PushScheduler(block_size, sends=serves, receives=takes)
+            else:
+                self._scheduler = PullScheduler(transfer.engine_id, serves=serves, pulls=takes)
 
     # -- scheduler --------------------------------------------------------------------------------
 
@@ -113,9 +115,9 @@ class LLMDataDistConnector(KVConnectorBase_V1):
         """The request has its blocks."""
         self._scheduler_half().allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:  # noqa: ARG002
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What the workers are told in this step."""
-        return StepMetadata(self._scheduler_half().take_step())
+        return StepMetadata(self._scheduler_half().take_step(scheduler_output))
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -146,6 +148,12 @@ class LLMDataDistConnector(KVConnectorBase_V1):
         worker = self._worker_half()
         return WorkerAddress(worker.address, worker.digest)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, StepMetadata):
+            self._worker.before_compute(connector_metadata.step)
+
     def start_load_kv(self, forward_context: object, **kwargs: object) -> None:  # noqa: ARG002
         """Begin what the scheduler wants, in the background."""
         metadata = self._get_connector_metadata()
@@ -159,13 +167,15 @@ class LLMDataDistConnector(KVConnectorBase_V1):
         self,
         layer_name: str,
         kv_layer: torch.Tensor,
-        attn_metadata: object,
-        **kwargs: object,
+        attn_metadata: object,  # noqa: ARG002
+        **kwargs: object,  # noqa: ARG002
     ) -> None:
-        """Nothing: the blocks are served from where they are."""
+        """With "push" the layer is sent, in the background; else blocks are served in place."""
+        if self._worker is not None:
+            self._worker.layer_done(layer_name, kv_layer)
 
     def wait_for_save(self) -> None:
-        """Nothing: see :meth:`save_kv_layer`."""
+        """Nothing: the blocks are kept until they have been read or sent."""
 
     def get_finished(
         self,
@@ -191,7 +201,12 @@ class LLMDataDistConnector(KVConnectorBase_V1):
 
     # -- both -------------------------------------------------------------------------------------
 
-    def _scheduler_half(self) -> PullScheduler:
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """With "push" a whole graph would leave no moment to send a layer in."""
+        return extra_config.get("mode") == PUSH
+
+    def _scheduler_half(self) -> PullScheduler | PushScheduler:
         if self._scheduler is None:
             raise RuntimeError("this is the worker's half of the connector")
         return self._scheduler

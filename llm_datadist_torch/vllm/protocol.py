@@ -44,6 +44,43 @@ class Checksums(msgspec.Struct, frozen=True, tag=True):
     rows: bytes
 
 
+class Where(msgspec.Struct, frozen=True, tag=True):
+    """Where do I write the blocks of this transfer? Answered by :class:`Place`."""
+
+    transfer_id: str
+
+
+class Pushed(msgspec.Struct, frozen=True, tag=True):
+    """They have been written, or will not be. Answered by :class:`Verdict`."""
+
+    transfer_id: str
+    complete: bool
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where blocks are expected.
+
+    Attributes:
+        known: Whether they are, so far: else ask again.
+        wanted: Whether they still are.
+        model_ids: Names of the blocks caches to write to, which end with the transfer.
+        blocks: The request's blocks, from the first token on.
+        first_token: Tokens that are there already.
+        num_tokens: Tokens that shall be there.
+        prompt: Digest of the prompt.
+        digest: Digest of what must be equal to move whole blocks.
+    """
+
+    known: bool
+    wanted: bool = True
+    model_ids: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    first_token: int = 0
+    num_tokens: int = 0
+    prompt: str = ""
+    digest: str = ""
+
+
 class Verdict(msgspec.Struct, frozen=True):
     """Whether the lease is there."""
 
@@ -56,7 +93,7 @@ class Sums(msgspec.Struct, frozen=True):
     sums: list[int] | None
 
 
-Asked: TypeAlias = Describe | Claim | Release | Checksums
+Asked: TypeAlias = Describe | Claim | Release | Checksums | Where | Pushed
 
 encode = msgspec.msgpack.Encoder().encode
 _decoder: msgspec.msgpack.Decoder[Asked] = msgspec.msgpack.Decoder(Asked)

@@ -169,7 +169,7 @@ class PullScheduler:
 
     # -- both -------------------------------------------------------------------------------------
 
-    def take_step(self) -> Step:
+    def take_step(self, output: object = None) -> Step:  # noqa: ARG002
         """What the workers are to be told in this step."""
         step, self._step = self._step, Step()
         return step

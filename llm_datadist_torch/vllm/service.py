@@ -64,12 +64,13 @@ class WorkerService:
         self._dialing: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
         try:
-            self.caches = [self._register(at, group) for at, group in enumerate(groups)]
+            self.caches = [self.register(at, group) for at, group in enumerate(groups)]
         except BaseException:
             self.datadist.finalize()
             raise
 
-    def _register(self, model_id: int, tensors: Sequence[torch.Tensor]) -> Cache:
+    def register(self, model_id: int, tensors: Sequence[torch.Tensor]) -> Cache:
+        """Let peers reach 2-D tensors under this name, besides other names that they have."""
         desc = CacheDesc(len(tensors), list(tensors[0].shape), tensors[0].dtype, Placement.DEVICE)
         return self.datadist.cache_manager.register_blocks_cache(
             desc,

@@ -41,18 +41,24 @@ class Grant:
 
 @dataclass(frozen=True)
 class Expect:
-    """With "push": blocks that a producer will write.
+    """With "push": blocks that a producer will write; the engine waits for them.
 
     Attributes:
-        transfer_id: Which it names them by.
-        pull: What a pull would fetch; its ``remote`` is not used.
+        request_id: The consumer's request.
+        transfer_id: What both requests call it.
+        blocks: The request's blocks, from the first token on; empty if nothing is wanted any more,
+            and the engine does not wait.
+        first_token: Tokens that are there already: a whole number of blocks.
+        num_tokens: Tokens that shall be there afterwards.
+        prompt: Digest of the prompt.
     """
 
-    transfer_id: str
     request_id: str
-    local_blocks: tuple[int, ...]
+    transfer_id: str
+    blocks: tuple[int, ...]
     first_token: int
     num_tokens: int
+    prompt: str
 
 
 @dataclass(frozen=True)
@@ -60,33 +66,38 @@ class Push:
     """With "push": blocks that this step completes, to be sent layer by layer.
 
     Attributes:
-        transfer_id: See :class:`Expect`.
         request_id: The producer's request.
+        transfer_id: What both requests call it.
         peers: The consumer's workers.
-        blocks: All blocks of the prompt so far, from the first token on.
-        first_block: The first of them that this step completes.
-        num_tokens: Tokens of the whole prompt.
-        prompt: Its digest.
-        last: Whether the prompt is complete with this step.
+        blocks: The blocks of the prompt that are complete after this step, from the first token on.
+        first_block: How many of them have been sent in steps before.
+        prompt: Digest of the prompt.
+        last: Whether the prompt is complete after this step.
     """
 
-    transfer_id: str
     request_id: str
+    transfer_id: str
     peers: tuple[Peer, ...]
     blocks: tuple[int, ...]
     first_block: int
-    num_tokens: int
     prompt: str
     last: bool
 
 
 @dataclass
 class Step:
-    """All of one step."""
+    """All of one step.
+
+    Attributes:
+        pulls: What to fetch.
+        grants: What to keep.
+        expects: What to let others write.
+        pushes: What to write.
+        push_ends: Requests that have ended, and whose blocks are kept until they have been sent.
+    """
 
     pulls: list[Pull] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     pushes: list[Push] = field(default_factory=list)
-    # Requests of the producer that have finished, and whose pushes the engine waits for.
     push_ends: list[str] = field(default_factory=list)

@@ -26,12 +26,15 @@ from llm_datadist_torch.vllm.protocol import (
     Release,
     Sums,
     Verdict,
+    Where,
     decode_question,
     encode,
 )
 from llm_datadist_torch.vllm.pulling import Puller
+from llm_datadist_torch.vllm.pushing import Sender
+from llm_datadist_torch.vllm.receiving import Receiver
 from llm_datadist_torch.vllm.service import WorkerService
-from llm_datadist_torch.vllm.settings import Settings
+from llm_datadist_torch.vllm.settings import PUSH, Settings
 from llm_datadist_torch.vllm.steps import Step
 from llm_datadist_torch.work import Work
 from llm_datadist_torch.workers import WorkerPool
@@ -45,8 +48,8 @@ _MAX_SUMS = 256
 class WorkerHalf:
     """What the connector does in a worker.
 
-    Thread safety: ``step``, ``take_done`` and ``close`` are called by the engine's loop; the first
-    two don't block. Peers' questions come from the library's thread.
+    Thread safety: all but ``close`` are called by the engine's loop, and don't block. Peers'
+    questions come from the library's thread.
 
     Args:
         settings: The connector's settings.
@@ -72,6 +75,22 @@ class WorkerHalf:
         self._service = WorkerService(settings, layout.tp_rank, groups)
         self.digest = digest_of(fingerprint, layout_digest(layout))
         self.puller = Puller(self._service, settings, fingerprint, layout, self.digest)
+        self._sender: Sender | None = None
+        self._receiver: Receiver | None = None
+        if settings.mode == PUSH:
+            pages = len(layout.parts)
+            self._sender = Sender(
+                self._service,
+                settings,
+                layout.tp_rank,
+                pages,
+                layout.layers,
+                layout.block_size,
+                self.digest,
+            )
+            self._receiver = Receiver(
+                self._service, settings, groups[:pages], layout.block_size, self.digest
+            )
         self._sums_lock = threading.Lock()
         self._sums: OrderedDict[tuple[int, Checksums], list[int] | None] = OrderedDict()
         self._summing = WorkerPool("vllm-sums", 1)
@@ -83,12 +102,25 @@ class WorkerHalf:
         """How peers find it."""
         return self._service.address
 
+    def before_compute(self, step: Step) -> None:
+        """What must be known before the step computes."""
+        if self._sender is not None:
+            self._sender.step(step.pushes, step.push_ends)
+
+    def layer_done(self, name: str, tensor: torch.Tensor) -> None:
+        """The step has computed, or launched, a layer."""
+        if self._sender is not None:
+            self._sender.layer_done(name, tensor)
+
     def step(self, step: Step) -> None:
         """Begin what the scheduler wants."""
         for grant in step.grants:
             self.leases.grant(grant.number, grant.request_id, grant.blocks)
         for pull in step.pulls:
             self.puller.start(pull)
+        if self._receiver is not None:
+            for expect in step.expects:
+                self._receiver.expect(expect)
 
     def take_done(self) -> tuple[set[str], set[str], set[int]]:
         """What is done since the last call.
@@ -98,11 +130,20 @@ class WorkerHalf:
             fetched or could not be, and the local blocks that could not.
         """
         received, failed_blocks = self.puller.take_done()
-        return self.leases.take_finished(), received, failed_blocks
+        sent = self.leases.take_finished()
+        if self._sender is not None and self._receiver is not None:
+            sent |= self._sender.take_done()
+            more, wrong = self._receiver.take_done()
+            received |= more
+            failed_blocks |= wrong
+        return sent, received, failed_blocks
 
     def close(self) -> None:
         """End everything. Waits for what moves bytes. Idempotent."""
         self.puller.close()
+        if self._sender is not None and self._receiver is not None:
+            self._sender.close()
+            self._receiver.close()
         self._summing.close(Deadline.after_ms(self._settings.timeout_ms))
         self._service.close()
 
@@ -111,6 +152,8 @@ class WorkerHalf:
     def _on_link_event(self, event: LinkEvent) -> None:
         if event.kind in ("lost", "unlinked"):
             self.leases.peer_gone(event.peer)
+            if self._receiver is not None:
+                self._receiver.peer_gone(event.peer)
         if event.kind == "lost":
             self._service.forget(event.peer)
 
@@ -122,7 +165,16 @@ class WorkerHalf:
             return encode(Verdict(self.leases.claim(question.lease, peer, question.readers)))
         if isinstance(question, Release):
             return encode(Verdict(self.leases.release(question.lease, peer)))
-        return encode(Sums(self._checksums(peer, question)))
+        if isinstance(question, Checksums):
+            return encode(Sums(self._checksums(peer, question)))
+        if self._receiver is None:
+            raise param_error(
+                "this engine takes no pushes", remedy='set "mode": "push" at both ends.'
+            )
+        if isinstance(question, Where):
+            return encode(self._receiver.where(peer, question.transfer_id))
+        held = self._receiver.pushed(peer, question.transfer_id, complete=question.complete)
+        return encode(Verdict(held))
 
     def _checksums(self, peer: int, question: Checksums) -> list[int] | None:
         """Checksums that have been computed; else have that done in the background."""

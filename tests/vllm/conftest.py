@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ BLOCK_BYTES = 4 * 2 * 128 * 64 * 4
 # What each is for:
 #   whole32, whole16: without a connector, what is right
 #   p1, p2, d1, d2: fp32, all of them kv_both; the first of each with prefix caching, chunked
-#       prefill and checksums; p2 has larger blocks; d2 has few blocks, and fails requests that
-#       could not be loaded
+#       prefill and checksums; d2 has few blocks, and fails requests that could not be loaded
 #   p16, d16: bf16, scheduler and worker in processes of their own, the connector as a plugin
+#   push_p, push_d: with "push", the first with chunked prefill
 #   victim1, victim2: to be killed
 ENGINES: dict[str, dict[str, Any]] = {
     "whole32": {"enable_prefix_caching": False},
@@ -37,12 +38,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     },
-    "p2": {
-        "connector": {},
-        "module": MODULE,
-        "enable_prefix_caching": False,
-        "block_size": 256,
-    },
+    "p2": {"connector": {}, "module": MODULE, "enable_prefix_caching": False},
     "d1": {
         **BENT,
         "connector": {"verify": True},
@@ -68,6 +64,20 @@ ENGINES: dict[str, dict[str, Any]] = {
         "in_process": False,
         "dtype": "bfloat16",
     },
+    "push_p": {
+        "connector": {"mode": "push"},
+        "role": "kv_producer",
+        "module": MODULE,
+        "max_num_batched_tokens": 256,
+        "max_num_seqs": 8,
+    },
+    # Its port is chosen when it starts.
+    "push_d": {
+        "connector": {"mode": "push", "cluster_id": 77},
+        "role": "kv_consumer",
+        "module": MODULE,
+        "policy": "fail",
+    },
     "victim1": {**BENT, "connector": {"lease_s": 1.0}},
     "victim2": {"connector": {}, "module": MODULE},
 }
@@ -85,9 +95,14 @@ class Engines:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
         self._made: dict[str, Engine] = {}
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.push_port = probe.getsockname()[1]
         self._right: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
         self.bends = {name: directory / f"bends-{name}" for name in ENGINES}
-        for name, arguments in ENGINES.items():
+        for name, given in ENGINES.items():
+            arguments = dict(given)
+            if name == "push_d":
+                arguments["connector"] = given["connector"] | {"port": self.push_port}
             self.bends[name].mkdir()
             log = directory / f"{name}.log"
             self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
@@ -112,8 +127,15 @@ class Engines:
     def hand_over(
         self, producer: str, consumer: str, prompts: list[list[int]], max_tokens: int
     ) -> list[dict[str, Any]]:
-        """Prefill all prompts at the one, then decode at the other."""
-        return self[consumer].generate(prompts, max_tokens, self.prefill(producer, prompts))
+        """Prefill all prompts at the one, then decode at the other, which must not compute them."""
+        before = self.num_not_fetched(consumer)
+        answers = self[consumer].generate(prompts, max_tokens, self.prefill(producer, prompts))
+        assert self.num_not_fetched(consumer) == before
+        return answers
+
+    def num_not_fetched(self, consumer: str) -> int:
+        """Prompts that a consumer computed itself, or failed, because it could not load them."""
+        return self[consumer].text().count("was not fetched")
 
     def prefill(self, producer: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Prefill; what the consumer is to be given, per prompt."""

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's half of the connector with "push": which blocks are complete, and for whom."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from llm_datadist_torch.values.status import LLMParamError
+from llm_datadist_torch.vllm.params import Peer, PushTarget
+from llm_datadist_torch.vllm.scheduling import KEPT, WANTED, EngineRequest, digest_of_prompt
+from llm_datadist_torch.vllm.steps import Expect, Push, Step
+
+logger = logging.getLogger("llm_datadist_torch")
+
+
+class CachedRequests(Protocol):
+    """What is used of vLLM's ``CachedRequestData``."""
+
+    req_ids: list[str]
+    resumed_req_ids: set[str]
+    new_block_ids: list[tuple[list[int], ...] | None]
+    num_computed_tokens: list[int]
+
+
+class NewRequest(Protocol):
+    """What is used of vLLM's ``NewRequestData``."""
+
+    req_id: str
+    block_ids: tuple[list[int], ...]
+    num_computed_tokens: int
+
+
+class SchedulerOutput(Protocol):
+    """What is used of vLLM's ``SchedulerOutput``."""
+
+    scheduled_new_reqs: list[NewRequest]
+    scheduled_cached_reqs: CachedRequests
+    num_scheduled_tokens: dict[str, int]
+
+
+@dataclass
+class _Sent:
+    """A prompt that is being sent while it is computed."""
+
+    target: PushTarget
+    prompt: str
+    num_tokens: int
+    blocks: list[int]
+    num_sent: int = 0
+
+
+class PushScheduler:
+    """Plans pushes, and expects those of others.
+
+    Thread safety: none; all methods are called by the engine's loop, and don't block.
+
+    Args:
+        block_size: Tokens of a block.
+        sends: Whether it sends blocks to others.
+        receives: Whether it expects blocks.
+    """
+
+    def __init__(self, block_size: int, *, sends: bool, receives: bool) -> None:
+        self._block_size = block_size
+        self._sends = sends
+        self._receives = receives
+        self._wanted: dict[str, PushTarget] = {}
+        self._sent: dict[str, _Sent] = {}
+        self._step = Step()
+
+    def set_workers(self, peers: Sequence[Peer], digest: str) -> None:
+        """Nothing: the clients know where consumers are."""
+
+    # -- the consumer -----------------------------------------------------------------------------
+
+    def num_matched(self, request: EngineRequest, num_computed: int) -> int:
+        """Tokens beyond the first ``num_computed`` that a producer will send."""
+        target = self._target(request, WANTED) if self._receives else None
+        if target is None or digest_of_prompt(request) is None:
+            return 0
+        self._wanted[request.request_id] = target
+        return max(0, len(request.prompt_token_ids or ()) - num_computed)
+
+    def allocated(self, request: EngineRequest, blocks: Sequence[int], num_external: int) -> None:
+        """The request has got its blocks."""
+        params = request.kv_transfer_params
+        if params is not None and params.get(KEPT) and self._sends:
+            self._track(request)
+        target = self._wanted.pop(request.request_id, None)
+        if target is None or params is None or not params.get(WANTED):
+            return
+        # Once per request: after a failed transfer, or a preemption, it is computed here.
+        params[WANTED] = False
+        num_tokens = len(request.prompt_token_ids or ())
+        self._step.expects.append(
+            Expect(
+                request.request_id,
+                target.transfer_id,
+                tuple(blocks) if num_external else (),
+                num_tokens - num_external,
+                num_tokens,
+                digest_of_prompt(request) or "",
+            )
+        )
+
+    # -- the producer -----------------------------------------------------------------------------
+
+    def _track(self, request: EngineRequest) -> None:
+        """It has got blocks, also anew after a preemption: then all of it is sent again."""
+        target, prompt = self._target(request, KEPT), digest_of_prompt(request)
+        if target is not None and target.remote_peers and prompt is not None:
+            num_tokens = len(request.prompt_token_ids or ())
+            self._sent[request.request_id] = _Sent(target, prompt, num_tokens, [])
+
+    def _advance(self, request_id: str, num_computed: int) -> None:
+        sent = self._sent.get(request_id)
+        if sent is None or sent.num_sent * self._block_size >= sent.num_tokens:
+            return
+        last = num_computed >= sent.num_tokens
+        # A block that is not full will be written again, unless it is the prompt's last.
+        full = -(-sent.num_tokens // self._block_size) if last else num_computed // self._block_size
+        if full <= sent.num_sent:
+            return
+        self._step.pushes.append(
+            Push(
+                request_id,
+                sent.target.transfer_id,
+                sent.target.remote_peers,
+                tuple(sent.blocks[:full]),
+                sent.num_sent,
+                sent.prompt,
+                last,
+            )
+        )
+        sent.num_sent = full
+
+    def finished(
+        self,
+        request: EngineRequest,
+        blocks: Sequence[int],  # noqa: ARG002
+        *,
+        completed: bool,  # noqa: ARG002
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """A request has ended; whether its blocks are kept, and what the client is told."""
+        target = self._wanted.pop(request.request_id, None)
+        params = request.kv_transfer_params
+        if target is not None and params is not None and params.get(WANTED):
+            # It ended before it had blocks: the producer need not wait for it.
+            self._step.expects.append(Expect(request.request_id, target.transfer_id, (), 0, 0, ""))
+            return False, None
+        if self._sent.pop(request.request_id, None) is None:
+            return False, None
+        self._step.push_ends.append(request.request_id)
+        return True, None
+
+    # -- both -------------------------------------------------------------------------------------
+
+    def take_step(self, output: SchedulerOutput) -> Step:
+        """What the workers are to be told in this step."""
+        scheduled = output.num_scheduled_tokens
+        for new in output.scheduled_new_reqs:
+            if new.req_id in self._sent:
+                self._sent[new.req_id].blocks = list(new.block_ids[0])
+                self._advance(new.req_id, new.num_computed_tokens + scheduled[new.req_id])
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            sent = self._sent.get(request_id)
+            if sent is None:
+                continue
+            if blocks is not None:
+                kept = [] if request_id in cached.resumed_req_ids else sent.blocks
+                sent.blocks = kept + blocks[0]
+            self._advance(request_id, num_computed + scheduled[request_id])
+        step, self._step = self._step, Step()
+        return step
+
+    @staticmethod
+    def _target(request: EngineRequest, wish: str) -> PushTarget | None:
+        params = request.kv_transfer_params
+        if not params or not params.get(wish):
+            return None
+        try:
+            return PushTarget.of(params)
+        except LLMParamError as error:
+            logger.warning("request %s is not handed over: %s", request.request_id, error)
+            params[wish] = False
+            return None
