@@ -67,7 +67,7 @@ def activate(
 ) -> None:
     """Simulate an Ascend runtime in this process and its children. Call it before torch's import.
 
-    A second call does nothing, and so does one in a process that was started under the simulator.
+    A second call changes nothing, nor does one in a process that was started under the simulator.
 
     Args:
         devices: See `Settings`.
@@ -84,6 +84,7 @@ def activate(
     """
     settings = Settings(devices, memory, scheduler, seed, soc, poison)
     if is_active():
+        _add_modules()
         return
     if "torch" in sys.modules or "torch_npu" in sys.modules:
         raise RuntimeError(
@@ -94,7 +95,7 @@ def activate(
     if loaded:
         raise RuntimeError(f"a real Ascend runtime is loaded: {loaded}; nothing to simulate")
     libraries = prepare_environment(settings)
-    sys.path.insert(0, str(_MODULES))
+    _add_modules()
     # The runtime first: the others are linked with it. They stay loaded under their own names,
     # where torch_npu's loader finds them; LD_LIBRARY_PATH would be too late for this process.
     paths = sorted(libraries.glob("*.so"), key=lambda path: (path.name != _RUNTIME, path.name))
@@ -103,6 +104,12 @@ def activate(
             ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
         except OSError as error:
             raise SimulatorBuildError(f"{path} can't be loaded: {error}") from error
+
+
+def _add_modules() -> None:
+    """Make the module hixl importable, also where something has reset the import path since."""
+    if str(_MODULES) not in sys.path:
+        sys.path.insert(0, str(_MODULES))
 
 
 def _loaded_runtime() -> str:

@@ -199,12 +199,22 @@ def test_benchmarks_refuse_to_give_figures():
     assert "simulated" in done.stderr
 
 
-def test_the_plugin_puts_npus_under_tests(tmp_path):
+PLUGIN_CASES = {"in this process": (), "in others": ("-n", "1")}
+
+
+@pytest.mark.parametrize("workers", PLUGIN_CASES.values(), ids=PLUGIN_CASES)
+def test_the_plugin_puts_npus_under_tests(tmp_path, workers):
     (tmp_path / "test_it.py").write_text(
-        "import torch\ndef test_it():\n    assert torch.ones(2).npu().cpu().sum() == 2\n"
+        "import torch\nimport hixl\n"
+        "def test_it():\n    assert torch.ones(2).npu().cpu().sum() == 2\n"
     )
-    plugin = "llm_datadist_torch.ascend_sim.pytest_plugin"
-    options = ("--ascend-sim=random", "--ascend-sim-seed=7", "-p", "no:cacheprovider")
-    done = run("-m", "pytest", "-p", plugin, *options, str(tmp_path / "test_it.py"))
+    options = ("--ascend-sim=random", "--ascend-sim-seed=7", "-p", "no:cacheprovider", *workers)
+    done = run("-m", "pytest", *options, str(tmp_path / "test_it.py"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "scheduler random, seed 7" in done.stdout
+
+
+def test_the_plugin_takes_no_file_for_a_scheduler(tmp_path):
+    done = run("-m", "pytest", "--ascend-sim", str(tmp_path))
+    assert done.returncode == 4
+    assert "write --ascend-sim=lazy" in done.stderr
