@@ -287,6 +287,11 @@ class Catalog:
                 raise _not_found(f"cache {entry.cache_id} was freed meanwhile")
             entry.leases += 1
 
+    def share_lease(self, entry: CacheEntry) -> None:
+        """One more lease, for a caller that knows of one: the entry is there, if not for others."""
+        with self._changed:
+            entry.leases += 1
+
     def end_lease(self, entry: CacheEntry) -> None:
         """Give back one lease."""
         with self._changed:

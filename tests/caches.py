@@ -219,6 +219,11 @@ class Caches:
             found |= set(tensor.cpu().unique().tolist())
         return sorted(found)
 
+    def all_are(self, name: str, value: int) -> bool:
+        """Whether every element is this; for caches too large for ``colours``."""
+        tensors = self.held[name].cache.tensors
+        return all(bool((tensor == value).all()) for tensor in tensors)
+
     def rows(self, name: str) -> list[list[int]]:
         """The first byte of each row, per tensor."""
         return [tensor.cpu()[:, 0].tolist() for tensor in self.held[name].cache.tensors]

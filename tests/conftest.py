@@ -121,6 +121,10 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "needs_two_npus": ("two NPUs", lambda: _num_npus() >= 2),
     "needs_simulated_npu": ("a simulated NPU, to make it fail", is_active),
+    "needs_nixl": (
+        "the package nixl-cu12",
+        lambda: importlib.util.find_spec("nixl_cu12") is not None,
+    ),
     "needs_hixl": ("HIXL's Python module", lambda: importlib.util.find_spec("hixl") is not None),
     "needs_netns": ("network namespaces: root, and the command ip", _has_netns),
     "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),

@@ -198,6 +198,15 @@ class Service(Caches):
         with Path(f"/run/netns/{namespace}").open() as file:
             if ctypes.CDLL(None).setns(file.fileno(), 0x40000000):
                 raise OSError("setns failed")
+        # /sys goes on showing the devices of the namespace it was mounted in: a new mount, for us.
+        libc = ctypes.CDLL(None, use_errno=True)
+        slaves = 0x4000 | 0x80000
+        if (
+            libc.unshare(0x20000)
+            or libc.mount(b"none", b"/", None, slaves, None)
+            or libc.mount(b"sysfs", b"/sys", b"sysfs", 0, None)
+        ):
+            raise OSError(ctypes.get_errno(), "the mounts of a network namespace")
 
     def become(self, user: int) -> None:
         """Gives up root: from now on the kernel keeps other users' memory from this process."""

@@ -20,6 +20,8 @@ from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
     Body,
     CacheView,
+    Call,
+    Called,
     Done,
     Envelope,
     ReadBytes,
@@ -344,3 +346,18 @@ class LinkRelay:
                 f"unexpected answer {type(reply).__name__}",
                 peer=self._link.peer,
             )
+
+    def call(self, lease_id: int, transport: str, payload: bytes, deadline: Deadline) -> bytes:
+        """Ask the peer's channel of a transport."""
+        reply, _ = self._link.request(Call(lease_id, transport, payload), deadline)
+        if not isinstance(reply, Called):
+            raise error_for(
+                LLMStatusCode.LLM_FAILED,
+                f"unexpected answer {type(reply).__name__}",
+                peer=self._link.peer,
+            )
+        return reply.payload
+
+    def post(self, lease_id: int, transport: str, payload: bytes) -> None:
+        """Tell the peer's channel of a transport."""
+        self._link.post(Call(lease_id, transport, payload))

@@ -173,6 +173,26 @@ class WriteBytes(Message):
     spans: bytes
 
 
+class Call(Message):
+    """A transport's channel asks the one on the other side. Answered by :class:`Called`.
+
+    Attributes:
+        lease_id: The leased cache that it is about.
+        transport: Which one.
+        payload: What it says.
+    """
+
+    lease_id: int
+    transport: str
+    payload: bytes
+
+
+class Called(Message):
+    """The answer to a :class:`Call`."""
+
+    payload: bytes
+
+
 class Done(Message):
     """The request has been carried out."""
 
@@ -229,6 +249,8 @@ Body = (
     | Release
     | ReadBytes
     | WriteBytes
+    | Call
+    | Called
     | Done
     | RegionFreed
     | Join

@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable
 
+import msgspec
 import torch
 
 from llm_datadist_torch import _C
@@ -20,8 +21,11 @@ from llm_datadist_torch.links.messages import (
     MAX_MESSAGE_BYTES,
     Body,
     CacheView,
+    Call,
+    Called,
     Done,
     ReadBytes,
+    Refused,
     RegionFreed,
     Release,
     Resolve,
@@ -34,7 +38,7 @@ from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.transports.base import RegionView
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.llm_config import DROP, KEEP
-from llm_datadist_torch.values.status import LLMStatusCode, error_for
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 RESOLVE_BY_ID = "id"
 RESOLVE_BY_ADDRESS = "address"
@@ -91,6 +95,27 @@ class Owner:
         else:
             raise error_for(LLMStatusCode.LLM_FAILED, f"unexpected message {type(body).__name__}")
         return None
+
+    def serve(self, link: Link, call: Call, reply: Callable[[Body], None]) -> None:
+        """A peer's channel asks ours; ``reply`` is called with the answer, from any thread.
+
+        Raises:
+            LLMException: What the peer shall be told instead.
+        """
+        grant = link.grants.get(call.lease_id)
+        if grant is None:
+            raise error_for(
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {call.lease_id}"
+            )
+
+        def answer(payload: bytes | LLMException) -> None:
+            reply(Called(payload) if isinstance(payload, bytes) else refused(payload))
+
+        cache = GrantedCache(self._catalog, grant)
+        try:
+            link.channel.serve_by(call.transport, call.payload, cache, answer)
+        except msgspec.DecodeError as error:
+            raise param_error(f"{call.transport} does not understand the peer: {error}") from error
 
     def end_grants(self, link: Link) -> None:
         """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
@@ -223,6 +248,44 @@ class Owner:
         return spans, grant.entry
 
 
+class GrantedCache:
+    """What transports may know of a cache that a peer has a lease on; a ``LeasedCache``.
+
+    Raises:
+        LLMFeatureNotEnabledError: Its memory may be gone, for all that we know.
+    """
+
+    def __init__(self, catalog: Catalog, grant: Grant) -> None:
+        self._catalog, self._entry = catalog, grant.entry
+        if grant.entry.foreign:
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                f"cache {grant.entry.cache_id} was registered by addresses, which nothing keeps in"
+                " place",
+                remedy="register tensors.",
+            )
+        self.addrs = grant.entry.addrs
+        self.extent = grant.entry.layout.extent
+        self.writable = grant.write
+
+    def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
+        """See ``LeasedCache``."""
+        check_inside(torch.stack((addrs, nbytes), dim=1), self._entry, limit=None)
+
+    def hold(self) -> None:
+        """See ``LeasedCache``."""
+        self._catalog.share_lease(self._entry)
+
+    def end(self) -> None:
+        """See ``LeasedCache``."""
+        self._catalog.end_lease(self._entry)
+
+
+def refused(error: LLMException) -> Refused:
+    """What a peer is told of an error; its side adds the remedy again, from the status."""
+    return Refused(int(error.status_code), str(error.args[0]) if error.args else str(error))
+
+
 def _copy_foreign(
     call: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, int]],
     staging: torch.Tensor,
@@ -252,12 +315,15 @@ def _copy_foreign(
         )
 
 
-def check_inside(spans: torch.Tensor, entry: CacheEntry) -> None:
+def check_inside(
+    spans: torch.Tensor, entry: CacheEntry, limit: int | None = MAX_MESSAGE_BYTES
+) -> None:
     """Check that a peer's spans lie inside rows of a cache and fit one message.
 
     Args:
         spans: int64 [n, 2], columns (address, nbytes).
         entry: The cache.
+        limit: Bytes of all of them at most; None where they go another way.
 
     Raises:
         LLMParamError: They don't.
@@ -274,10 +340,9 @@ def check_inside(spans: torch.Tensor, entry: CacheEntry) -> None:
         offset = starts - order[tensor.clamp(min=0)]
         inside = (tensor >= 0) & (sizes <= layout.extent) & (offset <= layout.extent - sizes)
     total = float(sizes.clamp(min=0).double().sum())
-    if not bool((inside & (sizes > 0)).all()) or total > MAX_MESSAGE_BYTES:
+    if not bool((inside & (sizes > 0)).all()) or (limit is not None and total > limit):
         raise param_error(
-            f"the request leaves cache {entry.cache_id}, or is larger than {MAX_MESSAGE_BYTES}"
-            " bytes"
+            f"the request leaves cache {entry.cache_id}, or is larger than {limit} bytes"
         )
 
 

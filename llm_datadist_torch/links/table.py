@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from llm_datadist_torch.config import EngineConfig
@@ -20,6 +20,7 @@ from llm_datadist_torch.links.messages import (
     Answer,
     Body,
     CacheView,
+    Call,
     Done,
     Envelope,
     Hello,
@@ -266,6 +267,9 @@ class LinkTable:
     ) -> None:
         try:
             asked = envelope.request_id != 0
+            if isinstance(envelope.body, Call) and link is not None:
+                self._owner.serve(link, envelope.body, self._replier(route, envelope.request_id))
+                return
             answer = self._answer(link, route, envelope.body, data, asked=asked)
         except LLMException as error:
             # The remedy is added again on the other side, from the status.
@@ -286,6 +290,13 @@ class LinkTable:
                 self.endpoint.drop(route)
             else:
                 link.hang_up()
+
+    def _replier(self, route: Route, request_id: int) -> Callable[[Body], None]:
+        def reply(body: Body) -> None:
+            if request_id:
+                self.endpoint.send(route, Envelope(request_id, True, body))
+
+        return reply
 
     def _on_sign(self, link: Link, sign: Ping | Lost) -> None:
         if isinstance(sign, Ping):

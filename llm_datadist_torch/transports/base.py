@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -140,6 +140,35 @@ class Relay(Protocol):
     def write(self, lease_id: int, spans: torch.Tensor, data: bytes, deadline: Deadline) -> None:
         """Write ``data`` over ``spans`` of the leased cache of the peer."""
 
+    def call(self, lease_id: int, transport: str, payload: bytes, deadline: Deadline) -> bytes:
+        """Ask the channel of this transport on the other side; see :meth:`Channel.serve`."""
+
+    def post(self, lease_id: int, transport: str, payload: bytes) -> None:
+        """The same where no answer is wanted. Does not block."""
+
+
+class LeasedCache(Protocol):
+    """A cache of ours that the peer holds a lease on, for :meth:`Channel.serve`.
+
+    Attributes:
+        addrs: Addresses of its tensors, int64 [n].
+        extent: Bytes of each.
+        writable: Whether the lease is for writing.
+    """
+
+    addrs: torch.Tensor
+    extent: int
+    writable: bool
+
+    def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
+        """Raise LLMParamError unless all stretches (int64 [n]) lie inside its rows."""
+
+    def hold(self) -> None:
+        """Keep its memory in place, also when the lease ends, until :meth:`end`."""
+
+    def end(self) -> None:
+        """Give back one :meth:`hold`."""
+
 
 class Fit(NamedTuple):
     """How well a channel serves one kind of memory.
@@ -209,6 +238,27 @@ class Channel(ABC):
     def needs_lease(self, way: str) -> bool:  # noqa: ARG002
         """Whether moves that go the way ``way`` (as :meth:`move` names it) need a lease."""
         return False
+
+    def serve(
+        self,
+        payload: bytes,
+        cache: LeasedCache,
+        reply: Callable[[bytes | LLMException], None],
+    ) -> None:
+        """The peer's channel of this transport asks something (``Relay.call``). Must not block.
+
+        Args:
+            payload: What it said.
+            cache: What its lease is on.
+            reply: To be called once, from any thread, with the answer; of a ``Relay.post`` it goes
+                nowhere.
+
+        Raises:
+            LLMException: The answer, too.
+            msgspec.DecodeError: ``payload`` is nothing that this transport says.
+        """
+        del payload, cache, reply
+        raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "this transport answers nothing")
 
     @abstractmethod
     def forget(self, region_id: int) -> None:

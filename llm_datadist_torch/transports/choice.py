@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     Channel,
     Fit,
+    LeasedCache,
     MemoryKind,
     MemorySpan,
     Movement,
@@ -107,6 +108,26 @@ class LinkChannel(Channel):
     def needs_lease(self, way: str) -> bool:
         """See :meth:`Channel.needs_lease`."""
         return any(channel.needs_lease(way) for channel in self._channels.values())
+
+    def serve_by(
+        self,
+        transport: str,
+        payload: bytes,
+        cache: LeasedCache,
+        reply: Callable[[bytes | LLMException], None],
+    ) -> None:
+        """See :meth:`Channel.serve`.
+
+        Raises:
+            LLMFeatureNotEnabledError: This side does not have the transport.
+        """
+        channel = self._channels.get(transport)
+        if channel is None:
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                f"transport {transport!r} is not on this link",
+            )
+        channel.serve(payload, cache, reply)
 
     def forget(self, region_id: int) -> None:
         """See :meth:`Channel.forget`."""

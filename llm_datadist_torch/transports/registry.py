@@ -20,6 +20,7 @@ from llm_datadist_torch.transports.base import Transport
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.hixl import HixlTransport
 from llm_datadist_torch.transports.local import LocalTransport
+from llm_datadist_torch.transports.nixl import NixlTransport
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
@@ -27,7 +28,7 @@ from llm_datadist_torch.values.status import LLMStatusCode, error_for
 logger = logging.getLogger("llm_datadist_torch")
 
 ENTRY_POINT_GROUP = "llm_datadist_torch.transports"
-_BUILT_IN: tuple[type[Transport], ...] = (LocalTransport, HixlTransport)
+_BUILT_IN: tuple[type[Transport], ...] = (LocalTransport, HixlTransport, NixlTransport)
 
 
 def known_transports() -> tuple[dict[str, type[Transport]], dict[str, str]]:

@@ -20,7 +20,7 @@ from tests.devices import on_npu
 from tests.peers import NearPeer, Peer, Service
 
 ME, PEER = 1, 2
-_NEEDS = {"hixl": pytest.mark.needs_hixl}
+_NEEDS = {"hixl": pytest.mark.needs_hixl, "nixl": pytest.mark.needs_nixl}
 """Transports that a machine may not have."""
 
 
@@ -71,6 +71,8 @@ ON_CPU = _modes(
     Setup("local", "process-memory", kind="tensors"),
     Setup("local", "process-memory", kind="ints"),
     Setup("local", "relay"),
+    Setup("nixl", "nixl"),
+    Setup("nixl", "nixl", kind="tensors"),
 )
 ON_NPU = _modes(
     Setup("local", "same-process", near=True, device="npu"),

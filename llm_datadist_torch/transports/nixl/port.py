@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent that is started when it is needed and ended to be rid of what it does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_datadist_torch.transports.base import MemorySpan
+from llm_datadist_torch.transports.nixl.engine import Agent
+from llm_datadist_torch.values.status import LLMException
+
+if TYPE_CHECKING:
+    import numpy as np
+
+CHUNK_BYTES = 32 << 20
+"""Bytes of one request of NIXL's; between requests a movement can be ended."""
+CHUNK_RUNS = 4096
+"""Descriptors of one request."""
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
+
+
+class Port:
+    """One direction of one link: an agent, the memory registered with it, the peer that it knows.
+
+    Thread safety: one movement at a time; :meth:`drop` and :meth:`abandon` may come from any
+    thread, and :meth:`abandon` from within a movement.
+
+    Args:
+        receives: As of :class:`Agent`.
+    """
+
+    def __init__(self, *, receives: bool) -> None:
+        self._receives = receives
+        self._lock = threading.Lock()
+        self._agent: Agent | None = None
+        self._held: dict[MemorySpan, object] = {}
+        self._peer: tuple[str, bytes] | None = None
+
+    def hold(self, spans: Iterable[MemorySpan]) -> None:
+        """Have spans registered; starts the agent. Blocks for some 30 ms then, 500 the first time.
+
+        Raises:
+            LLMException: NIXL refused.
+        """
+        with self._lock:
+            if self._agent is None:
+                self._agent = Agent(receives=self._receives)
+            for span in spans:
+                if span not in self._held:
+                    for other in [old for old in self._held if _overlap(old, span)]:
+                        self._agent.deregister(self._held.pop(other))
+                    self._held[span] = self._agent.register(_table([span]))
+
+    def ticket(self, spans: Iterable[MemorySpan]) -> bytes:
+        """What the peer must load to write to spans that are held."""
+        with self._lock:
+            return self._started().describe(_table(spans))
+
+    def drop(self, span: MemorySpan) -> None:
+        """The span is about to be freed."""
+        with self._lock:
+            memory = self._held.pop(span, None)
+            if memory is not None:
+                self._started().deregister(memory)
+
+    def abandon(self) -> None:
+        """End the agent: nothing that it has begun goes on, here or at the peer. Idempotent."""
+        with self._lock:
+            agent, self._agent = self._agent, None
+            self._held.clear()
+            self._peer = None
+            if agent is not None:
+                agent.close()
+
+    def write(
+        self, ticket: bytes, columns: tuple[torch.Tensor, ...], check: Callable[[], None]
+    ) -> None:
+        """Write held memory to the memory of a peer; blocks until all of it is there.
+
+        Args:
+            ticket: The peer's.
+            columns: Addresses here, addresses there, bytes: int64 [n].
+            check: Called between polls; raises to give up.
+
+        Raises:
+            LLMException: What ``check`` raised, or NIXL's error. The port has been abandoned.
+        """
+        try:
+            with self._lock:
+                agent = self._started()
+                peer = self._known(agent, ticket)
+            for local, remote in _requests(columns):
+                handle, done = agent.write(local, remote, peer)
+                nap_s = _SHORTEST_NAP_S
+                while not done:
+                    check()
+                    time.sleep(nap_s)
+                    nap_s = min(nap_s * 2, _LONGEST_NAP_S)
+                    done = agent.poll(handle)
+                agent.release(handle)
+                check()
+        except BaseException:
+            # Whatever it was (Ctrl-C too): nothing goes on when we are gone.
+            self.abandon()
+            raise
+
+    # -- with the lock held -----------------------------------------------------------------------
+
+    def _started(self) -> Agent:
+        if self._agent is None:
+            raise LLMException("the NIXL agent has been ended")
+        return self._agent
+
+    def _known(self, agent: Agent, ticket: bytes) -> str:
+        """The name of the peer's agent, which knows what the ticket says."""
+        if self._peer is not None and self._peer[1] == ticket:
+            return self._peer[0]
+        if self._peer is not None:
+            # What was registered at the same address before would be mixed up with it.
+            agent.forget(self._peer[0])
+            self._peer = None
+        self._peer = (agent.load(ticket), ticket)
+        return self._peer[0]
+
+
+def _overlap(one: MemorySpan, other: MemorySpan) -> bool:
+    return one.address < other.address + other.nbytes and other.address < one.address + one.nbytes
+
+
+def _table(spans: Iterable[MemorySpan]) -> np.ndarray[Any, Any]:
+    rows = torch.tensor([[span.address, span.nbytes, 0] for span in spans], dtype=torch.int64)
+    return rows.numpy().view("uint64")
+
+
+def _requests(
+    columns: tuple[torch.Tensor, ...],
+) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+    """Tables of requests: runs cut to CHUNK_BYTES, taken together up to it and CHUNK_RUNS."""
+    local, remote, nbytes = columns
+    if int(nbytes.max()) > CHUNK_BYTES:
+        pieces = (nbytes + CHUNK_BYTES - 1) // CHUNK_BYTES
+        number = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(
+            pieces
+        )
+        offset = number * CHUNK_BYTES
+        local, remote = (side.repeat_interleave(pieces) + offset for side in (local, remote))
+        nbytes = (nbytes.repeat_interleave(pieces) - offset).clamp(max=CHUNK_BYTES)
+    zeros = torch.zeros_like(nbytes)
+    tables = [
+        torch.stack((side, nbytes, zeros), dim=1).numpy().view("uint64") for side in (local, remote)
+    ]
+    ends = nbytes.cumsum(0)
+    at = 0
+    while at < len(nbytes):
+        full = int(ends[at] - nbytes[at]) + CHUNK_BYTES
+        stop = int(torch.searchsorted(ends, full, right=True))
+        stop = min(max(stop, at + 1), at + CHUNK_RUNS)
+        yield tables[0][at:stop], tables[1][at:stop]
+        at = stop
