@@ -32,14 +32,16 @@ def secret_from_file() -> str | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         raise _file_error(path, f"can't be read: {error}") from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise _file_error(path, "is no regular file")
         if status.st_mode & stat.S_IRWXO:
             mode = stat.S_IMODE(status.st_mode)
             raise _file_error(path, f"is open to all users of this host (mode {mode:04o})")
-        data = file.read(_MAX_BYTES)
+        data = os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError:
