@@ -35,6 +35,7 @@ BLOCKS, WIDTH = 8, MIB // 8
 DESC = CacheDesc(2, [BLOCKS, WIDTH], torch.uint8)  # 1 MiB per tensor
 HOST = CacheDesc(2, [BLOCKS, WIDTH], torch.uint8, Placement.HOST)
 IDS = list(range(BLOCKS))
+LONG_MS = 20_000  # of a call, on the busiest machine
 POOL = 4 * MIB
 KINDS = ["allocated", "pool", "tensors", "strided"]
 
@@ -140,13 +141,13 @@ def no_collector() -> Iterator[None]:
 def test_a_pull_is_right_when_every_reference_is_dropped(
     instance_factory: Any, kind: str, where: str
 ) -> None:
-    owner = instance_factory(pool=POOL if kind == "pool" else None)
+    owner = instance_factory(pool=POOL if kind == "pool" else None, timeout_ms=LONG_MS)
     expected = pattern(1)
     make(owner, kind, expected)  # nothing is kept of what it returns
     noise = churn()
     key = BlocksCacheKey(owner.cluster_id)
     if where == "this process":
-        puller = instance_factory()
+        puller = instance_factory(timeout_ms=LONG_MS)
         link(puller, owner)
         target = puller.cache_manager.allocate_blocks_cache(DESC)
         puller.cache_manager.pull_blocks(key, target, IDS, IDS[::-1])
@@ -182,7 +183,7 @@ def test_a_cpu_cache_keeps_its_tensors(instance_factory: Any, as_ints: bool) -> 
 
 def test_a_key_keeps_a_contiguous_cache(instance_factory: Any) -> None:
     """Deallocated and dropped, but named: the memory goes when the pull has consumed the key."""
-    owner, puller = instance_factory(), instance_factory()
+    owner, puller = (instance_factory(timeout_ms=LONG_MS) for _ in range(2))
     link(puller, owner)
     desc = CacheDesc(2, [2, WIDTH], torch.uint8)
     cache = owner.cache_manager.allocate_cache(desc, [CacheKey(owner.cluster_id, 5)])
@@ -210,8 +211,8 @@ def test_every_order_of_ends(instance_factory: Any, kind: str) -> None:
     expected = pattern(5)
 
     def one(order: tuple[str, ...]) -> None:
-        owner = instance_factory(pool=POOL if kind == "pool" else None)
-        peer = instance_factory()
+        owner = instance_factory(pool=POOL if kind == "pool" else None, timeout_ms=LONG_MS)
+        peer = instance_factory(timeout_ms=LONG_MS)
         link(peer, owner)
         held: dict[str, Any] = {
             "cache": make(owner, kind, expected),
@@ -246,7 +247,7 @@ def test_many_lives_leave_nothing(instance_factory: Any) -> None:
     expected = pattern(6)
 
     def life() -> None:
-        one, two = instance_factory(), instance_factory()
+        one, two = (instance_factory(timeout_ms=LONG_MS) for _ in range(2))
         link(one, two)
         for owner, puller, kind in ((one, two, "allocated"), (two, one, "strided")):
             make(owner, kind, expected)
