@@ -33,18 +33,22 @@ endif
 
 test: test-cpu test-npu-sim  ## Run all tests: on the CPU, and on simulated NPUs
 
+# How many processes run the tests, besides make's own; 0 runs all of them in one, one after the other.
+TEST_JOBS ?= 0
+PARALLEL := -n $(TEST_JOBS) --dist worksteal
+
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.built  ## Run the tests on the CPU
-	$(BIN)/python -m pytest --ignore=tests/ascend_sim --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/ascend_sim --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
 DEVICE_TESTS := tests/npu tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
 test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those of devices on simulated NPUs
-	$(NPU_BIN)/python -m pytest tests/ascend_sim $(TEST_ARGS)
+	$(NPU_BIN)/python -m pytest $(PARALLEL) tests/ascend_sim $(TEST_ARGS)
 	for scheduler in lazy random; do \
 	  $(NPU_BIN)/python -m pytest -p llm_datadist_torch.ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
-	    $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
+	    $(PARALLEL) $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
 
 # With the python that has torch_npu, CANN and this package installed: make test-npu PYTHON=...
 test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
