@@ -21,7 +21,7 @@ CHUNK_BYTES = 32 << 20
 """Bytes of one request of NIXL's; between requests a movement can be ended."""
 CHUNK_RUNS = 4096
 """Descriptors of one request."""
-_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 100e-6
 
 
 class Port:
