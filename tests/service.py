@@ -190,7 +190,10 @@ class Service(Caches):
 
     def only_relay(self, peer: int) -> None:
         """Close every other way of the link."""
-        channel = self.instance.links.find(peer).channel._channels["local"]
+        channels = self.instance.links.find(peer).channel._channels
+        for name in channels.keys() - {"local"}:
+            channels.pop(name).close()
+        channel = channels["local"]
         channel._ways[:] = [way for way in channel._ways if way.name == "relay"]
 
     def enter_network(self, namespace: str) -> None:

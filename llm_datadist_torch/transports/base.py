@@ -210,6 +210,10 @@ class Channel(ABC):
     def fit(self, kind: MemoryKind) -> Fit:
         """How well it can serve ``kind`` with this peer, as far as is known now. Does not block."""
 
+    def takes(self, movement: Movement) -> bool:  # noqa: ARG002
+        """Whether it would move just this, of a kind that fits; else another channel is asked."""
+        return True
+
     @abstractmethod
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """Move the bytes; blocks, with the GIL released.

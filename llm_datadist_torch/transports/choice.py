@@ -56,8 +56,13 @@ class LinkChannel(Channel):
     def __init__(self, channels: Mapping[str, Channel]) -> None:
         self._channels = dict(channels)
 
-    def _best(self, kind: MemoryKind) -> tuple[str, Fit]:
-        fits = {name: channel.fit(kind) for name, channel in self._channels.items()}
+    def _best(self, kind: MemoryKind, movement: Movement | None = None) -> tuple[str, Fit]:
+        channels = self._channels
+        if movement is not None:
+            takers = {name: each for name, each in channels.items() if each.takes(movement)}
+            # Where none takes it, the best one says why.
+            channels = takers or channels
+        fits = {name: channel.fit(kind) for name, channel in channels.items()}
         # max() takes the first of equals, the preferred one.
         name = max(fits, key=lambda name: fits[name].level)
         if fits[name].level:
@@ -89,7 +94,7 @@ class LinkChannel(Channel):
         Raises:
             LLMFeatureNotEnabledError: No transport of this link can move this kind of memory.
         """
-        name, fit = self._best(movement.kind)
+        name, fit = self._best(movement.kind, movement)
         if not fit.level:
             raise error_for(
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,

@@ -31,6 +31,10 @@ class StubChannel(Channel):
         self.fits = {HOST: host, DEVICE: device}
         self.forgotten: list[int] = []
         self.closed = False
+        self.taking = True
+
+    def takes(self, movement):
+        return self.taking
 
     def fit(self, kind):
         return self.fits[kind]
@@ -115,6 +119,15 @@ def test_a_channel_that_gets_worse_is_left():
     assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
     first.fits[HOST] = LAST
     assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
+
+
+def test_a_channel_that_does_not_take_it_is_passed_over():
+    first, second = StubChannel("a", GOOD, NO), StubChannel("b", LAST, NO)
+    channel = LinkChannel({"a": first, "b": second})
+    first.taking = False
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
+    second.taking = False  # then the best one says why
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
 
 
 def test_none_serves():

@@ -68,6 +68,10 @@ class NixlChannel(Channel):
             return Fit.none("it moves host memory only")
         return Fit.good(self._reason)
 
+    def takes(self, movement: Movement) -> bool:
+        """Memory that was registered by bare addresses may be gone, and is not registered here."""
+        return not (movement.local_foreign or movement.remote_foreign)
+
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`.
 
@@ -78,7 +82,7 @@ class NixlChannel(Channel):
             LLMParamError: Memory that is not registered.
             LLMFeatureNotEnabledError: Memory that was registered by bare addresses.
         """
-        if movement.local_foreign:
+        if not self.takes(movement):
             raise error_for(
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 "nixl does not move memory that was registered by addresses, which nothing keeps in"
