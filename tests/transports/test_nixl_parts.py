@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import random
 
 import msgspec
 import pytest
@@ -45,6 +46,38 @@ def test_the_largest_spans_are_used():
     assert not spans.remove(span(200, 10))
     with pytest.raises(LLMParamError, match="not registered"):
         spans.of(torch.tensor([200]), 10)
+
+
+def test_thousands_of_spans_that_come_and_go():
+    rng = random.Random(5)
+    spans, there = Spans(), set()
+    for _ in range(3000):
+        at = 100 * rng.randrange(1000)
+        if at in there and rng.random() < 0.4:
+            assert spans.remove(span(at, 50))
+            there.remove(at)
+        elif at not in there:
+            spans.add(span(at, 50))
+            there.add(at)
+    some = sorted(rng.sample(sorted(there), 50))
+    assert spans.of(torch.tensor(some), 50) == [span(at, 50) for at in some]
+    for at in range(0, 100_000, 100):
+        if at in there:
+            assert spans.of(torch.tensor([at + 40]), 10) == [span(at, 50)]
+        else:
+            with pytest.raises(LLMParamError, match="not registered"):
+                spans.of(torch.tensor([at + 40]), 10)
+
+
+def test_only_new_spans_cost_a_movement_something(monkeypatch):
+    spans, found = Spans(), []
+    monkeypatch.setattr(
+        Spans, "_find_outer", lambda self, find=Spans._find_outer: found.append(1) or find(self)
+    )
+    spans.add(span(100, 50))
+    for _ in range(5):
+        assert spans.of(torch.tensor([100]), 50) == [span(100, 50)]
+    assert len(found) == 1
 
 
 def test_spans_that_overlap_in_part():
