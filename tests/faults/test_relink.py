@@ -33,8 +33,11 @@ def lose(here: Service, peers: Peers, **further: object) -> int:
     start_here(here, **further)
     assert here.link(PEER, port) == OK
     assert pull(here) is None
+    seen = events_of(here)
     peer.kill()
     assert settle(lambda: here.link_states() == {PEER: "lost"})
+    # What is told of it comes a moment later, and is no news to those who listen after this.
+    assert kinds(seen, 1) == ["lost"]
     return port
 
 
