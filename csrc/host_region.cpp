@@ -100,14 +100,15 @@ void HostRegion::make_shareable(size_t mapped) {
   const char* failed = nullptr;
   if (ftruncate(fd, static_cast<off_t>(mapped)) != 0) failed = "ftruncate of a memfd: ";
   if (failed == nullptr && fstat(fd, &status) != 0) failed = "fstat of a memfd: ";
+  // So that nobody who opens it can shrink it and turn an access of somebody else's into SIGBUS.
+  // Peers map nothing else.
+  const int seals = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL;
+  if (failed == nullptr && fcntl(fd, F_ADD_SEALS, seals) != 0) failed = "sealing a memfd: ";
   if (failed != nullptr) {
     reason_ = failed + std::string(std::strerror(errno));
     ::close(fd);
     return;
   }
-  // Sealed, so that nobody who opens it can shrink it and turn our next access into SIGBUS.
-  // Sandboxes without seals still share.
-  (void)fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
   fd_ = fd;
   inode_ = status.st_ino;
   device_ = status.st_dev;
@@ -129,6 +130,7 @@ std::shared_ptr<PeerMapping> PeerMapping::open(pid_t pid, int fd, uint64_t inode
     int fd;
     ~OwnFd() { ::close(fd); }
   } own{open_peer_fd(pid, fd)};
+  const int seals = fcntl(own.fd, F_GET_SEALS);  // before its size, which it keeps from then on
   struct stat status;
   if (fstat(own.fd, &status) != 0) fail(errno, "fstat of a peer's region");
   const bool same = S_ISREG(status.st_mode) && status.st_ino == inode && status.st_dev == device &&
@@ -137,6 +139,10 @@ std::shared_ptr<PeerMapping> PeerMapping::open(pid_t pid, int fd, uint64_t inode
     fail(ESTALE,
          "descriptor " + std::to_string(fd) + " of process " + std::to_string(pid) +
              " is not the region it was announced as (another process may have its id now)");
+  }
+  if (seals < 0 || (seals & F_SEAL_SHRINK) == 0) {
+    fail(EPERM, "descriptor " + std::to_string(fd) + " of process " + std::to_string(pid) +
+                    " is not sealed against shrinking, which would end this process with SIGBUS");
   }
   mapping->data_ = map_aligned(own.fd, mapped);
   mapping->mapped_ = mapped;

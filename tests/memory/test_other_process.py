@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -107,6 +108,23 @@ def test_another_file_under_that_number_is_refused(peer: Peer) -> None:
         assert caught.value.errno == errno.ESTALE
     assert (mappings(), open_descriptors()) == before
     peer.ask("free_region", address)
+
+
+def test_memory_that_can_shrink_is_not_mapped() -> None:
+    """Its owner could end us with SIGBUS."""
+    fd = os.memfd_create("hostile", os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, PAGE)
+        status = os.fstat(fd)
+        where = os.getpid(), fd, status.st_ino, status.st_dev, PAGE
+        before = mappings(), open_descriptors()
+        with pytest.raises(PermissionError, match="not sealed against shrinking"):
+            _C.PeerMapping.open(*where)
+        assert (mappings(), open_descriptors()) == before
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        _C.PeerMapping.open(*where).close()
+    finally:
+        os.close(fd)
 
 
 def test_a_descriptor_that_is_closed_or_none(peer: Peer) -> None:
