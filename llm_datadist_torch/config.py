@@ -364,4 +364,6 @@ def _warn_of_unknown(options: Mapping[str, str]) -> None:
             _warned_keys.add(key)
         meant = [known for known in _KNOWN_KEYS if known.lower() == key.lower()]
         hint = f" Did you mean {meant[0]}?" if meant else ""
-        logging.getLogger("llm_datadist_torch").warning("Option %s is ignored.%s", key, hint)
+        # Nobody writes further lines into the log by the name of an option.
+        shown = key if key.isprintable() else ascii(key)
+        logging.getLogger("llm_datadist_torch").warning("Option %s is ignored.%s", shown, hint)

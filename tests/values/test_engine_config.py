@@ -273,11 +273,12 @@ def test_pools_of_no_bytes():
 def test_unknown_keys_are_warned_of_once(caplog, monkeypatch):
     monkeypatch.setattr(config_module, "_warned_keys", set())
     caplog.set_level(logging.WARNING, logger="llm_datadist_torch")
-    options = {**ON, "llm.ListenIpInfo": "1.2.3.4:1", "ge.unheard_of": "1"}
+    options = {**ON, "llm.ListenIpInfo": "1.2.3.4:1", "ge.unheard_of": "1", "a\n\ud800b": "1"}
     for _ in range(2):
         parse(options)
     messages = sorted(record.getMessage() for record in caplog.records)
     assert messages == [
+        r"Option 'a\n\ud800b' is ignored.",
         "Option ge.unheard_of is ignored.",
         "Option llm.ListenIpInfo is ignored. Did you mean llm.listenIpInfo?",
     ]
