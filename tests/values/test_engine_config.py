@@ -51,6 +51,7 @@ def test_engine_config_defaults():
         "heartbeat_ms": 1000,
         "auto_relink": True,
         "orphan_policy": "keep",
+        "link_secret": None,
     }
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse(ON).device_id = 1
@@ -299,12 +300,14 @@ def test_known_but_ignored_keys_are_not_warned_of(caplog, monkeypatch):
     assert caplog.records == []
 
 
-def test_nothing_is_read_from_the_environment():
+def test_of_the_environment_only_the_secrets_file_is_read():
     code = (
         "import os\n"
         "class Watched(dict):\n"
         "    def __getitem__(self, key): raise SystemExit(f'read {key}')\n"
-        "    get = __contains__ = __getitem__\n"
+        "    __contains__ = __getitem__\n"
+        "    def get(self, key, default=None):\n"
+        "        return default if key == 'LLM_DATADIST_LINK_SECRET_FILE' else self[key]\n"
         "import importlib, logging, threading\n"
         "from llm_datadist_torch import config as module\n"  # third parties may read theirs
         "os.environ = Watched()\n"
