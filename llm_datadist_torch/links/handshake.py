@@ -237,10 +237,8 @@ class Handshake:
         """The connection of a dial has ended, or never came about."""
         dial = self._dials.get(route)
         if dial is not None:
-            secret = "link_secret" in reason
-            refused = secret or "refused" in reason or "unreachable" in reason
-            status = LLMStatusCode.LLM_LINK_FAILED if refused else LLMStatusCode.LLM_FAILED
-            remedy = SHARE_IT if secret else None
+            remedy = SHARE_IT if "link_secret" in reason else None
+            status = LLMStatusCode.LLM_LINK_FAILED
             dial.answer.set(error_for(status, reason, peer=dial.peer, remedy=remedy))
 
     # -- being asked ------------------------------------------------------------------------------
