@@ -51,13 +51,17 @@ def why_unavailable(device: torch.device) -> dict[str, str]:
     """Of all transports, preferred ones first: why an instance can't have it, "" if it can.
 
     Args:
-        device: What ``Placement.DEVICE`` is; the instance listens on loopback.
+        device: What ``Placement.DEVICE`` is; the instance listens on loopback, and asks for it.
     """
     classes, broken = known_transports()
-    config = EngineConfig(LLMRole.MIX, listen=("127.0.0.1", 0))
-    return {cls.name: cls.availability(config, device) or "" for cls in _by_preference(classes)} | (
-        broken
-    )
+    listen = ("127.0.0.1", 0)
+    reasons = {
+        cls.name: cls.availability(
+            EngineConfig(LLMRole.MIX, listen=listen, transport=cls.name), device
+        )
+        for cls in _by_preference(classes)
+    }
+    return {name: reason or "" for name, reason in reasons.items()} | broken
 
 
 def open_transports(config: EngineConfig, device: torch.device) -> TransportSet:

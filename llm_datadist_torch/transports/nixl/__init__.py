@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import threading
 import weakref
 
@@ -49,8 +50,15 @@ class NixlTransport(Transport):
 
     @classmethod
     def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
-        """It needs NIXL's package; which is looked for, not imported."""
-        return why_not_installed()
+        """It needs NIXL's package, which is looked for, not imported; and other hosts."""
+        reason = why_not_installed()
+        if reason is None and config.transport != cls.name and _on_loopback(config):
+            return (
+                "no other host reaches this instance, because listen_ip_info is a loopback address,"
+                f' and within a host `local` is better; LLMConfig.transport = "{cls.name}" has it'
+                " all the same"
+            )
+        return reason
 
     def offer(self) -> bytes:
         """This process's identity; agents' addresses go with each request."""
@@ -83,3 +91,7 @@ class NixlTransport(Transport):
     def _all(self) -> list[NixlChannel]:
         with self._lock:
             return list(self._channels)
+
+
+def _on_loopback(config: EngineConfig) -> bool:
+    return config.listen is not None and ipaddress.ip_address(config.listen[0]).is_loopback
