@@ -196,6 +196,10 @@ class Service(Caches):
         channel = channels["local"]
         channel._ways[:] = [way for way in channel._ways if way.name == "relay"]
 
+    def set_environment(self, values: dict[str, str]) -> None:
+        """Variables of this process, for libraries that it loads from now on."""
+        os.environ.update(values)
+
     def enter_network(self, namespace: str) -> None:
         """Threads that this one starts from now on, and itself, are in a network namespace."""
         with Path(f"/run/netns/{namespace}").open() as file:

@@ -19,7 +19,8 @@ KEY = BlocksCacheKey(2)
 @pytest.fixture
 def peer(here: Service, peers: Callable[[], Peer]) -> Peer:
     """Linked with ``here``; its cache "theirs" has KEY, and "mine" is to be pulled into."""
-    here.start(1)
+    # Who is stopped stays linked, however slow the machine is.
+    here.start(1, options={"llm.HeartbeatInterval": "0"})
     made = peers()
     assert here.link(2, made.ask("start", 2)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
     made.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)

@@ -129,6 +129,12 @@ def send_much(connection: socket.socket, data: bytes) -> None:
         connection.sendall(data)
 
 
+def assert_ended(connection: socket.socket) -> None:
+    """The other side has closed it; what it said before is read first."""
+    while connection.recv(1 << 16):
+        pass
+
+
 def test_a_message_without_end(here: Service, victim: Peer) -> None:
     """ZeroMQ keeps the parts of a message until the last has come: this one never does."""
     port = start_peer(victim, 7)
@@ -137,10 +143,14 @@ def test_a_message_without_end(here: Service, victim: Peer) -> None:
     before = resident(victim.pid)
     # Not by a ZeroMQ of ours, which would wait for the last part, too.
     part = b"\x03" + (16 << 10).to_bytes(8, "big") + bytes(16 << 10)
-    with socket.create_connection(("127.0.0.1", port), timeout=15) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         connection.sendall(attackers.GREETING + attackers.READY)
-        with pytest.raises(ConnectionError):
+        with pytest.raises((ConnectionError, TimeoutError)) as caught:
             send_much(connection, part)
+        # The kernel resets a connection that is over with the next bytes that come; but where
+        # there was no room for them when it ended, none ever do.
+        if caught.type is TimeoutError:
+            assert_ended(connection)
     assert resident(victim.pid) < before + 256 * MIB
     assert pull(here) is None
 

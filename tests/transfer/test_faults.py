@@ -195,8 +195,14 @@ def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: st
     if way == "relay":
         here.only_relay(PEER)
     for colour in (1, 2):
-        peer.ask("paint", "theirs", colour)
-        failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS)
+        # On a busy machine all may have landed before the time is looked at: then it is a success.
+        for _ in range(10):
+            peer.ask("paint", "theirs", colour)
+            failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS)
+            if failure is not None:
+                break
+            assert here.all_are("mine", colour)
+        assert failure is not None
         assert failure.status == TIMEOUT
         tensors = here.held["mine"].cache.tensors
         sums = [int(tensor.view(-1)[::4096].cpu().sum()) for tensor in tensors]

@@ -167,3 +167,16 @@ def test_why_it_is_not_available(monkeypatch: pytest.MonkeyPatch):
     assert "nixl-cu13 1.4.2 is installed, 1.5.x is needed" in reason()
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.5.1")
     assert reason() is None
+
+
+def test_on_loopback_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("llm_datadist_torch.transports.nixl.why_not_installed", lambda: None)
+
+    def reason(host: str, transport: str | None = None) -> str | None:
+        config = EngineConfig(LLMRole.MIX, listen=(host, 0), transport=transport)
+        return NixlTransport.availability(config, HOST_DEVICE)
+
+    for host in ("127.0.0.1", "::1"):
+        assert "loopback" in str(reason(host))
+        assert reason(host, "nixl") is None
+    assert reason("10.0.0.1") is None

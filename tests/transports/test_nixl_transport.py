@@ -197,33 +197,34 @@ def test_memory_comes_and_goes(here: Service, peers: Peers) -> None:
 
 
 @pytest.mark.needs_netns
-def test_between_hosts(
-    here: Service,
-    peers: Peers,
-    network: tuple[str, str, Callable[[str], None]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_between_hosts(peers: Peers, network: tuple[str, str, Callable[[str], None]]) -> None:
     """Two hosts by network namespaces: bytes go through the veth pair, not through memory."""
     space, address, set_link = network
-    # Of all our interfaces only this one leads there, which UCX can't know.
-    monkeypatch.setenv("UCX_NET_DEVICES", ",".join(veth + space[3:] for veth in ("va", "vb")))
-    peer = peers()
-    peer.ask("enter_network", space)
-    port = start(peer.ask, PEER, listen=f"{address}:0")
-    offer_cache(peer, 5)
-    here.start(ME, options=NIXL, timeout_ms=60_000)
-    here.allocate("mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
-    assert here.link(PEER, port, ip=address) == OK
-    here.note_ways()
-    assert move(here, "pull_blocks") is None
-    assert here.all_are("mine", 5)
-    here.paint("mine", 6)
-    assert move(here, "push_blocks") is None
-    assert peer.ask("all_are", "theirs", 6)
-    assert here.noted()[0] == ["nixl", "nixl"]
+    near, far = peers(), peers()
+    # Of all our interfaces only this one leads there, which UCX can't know. Only a process that has
+    # not loaded UCX yet takes it.
+    near.ask("set_environment", {"UCX_NET_DEVICES": f"va{space[3:]}", "UCX_TLS": "tcp"})
+    far.ask("set_environment", {"UCX_NET_DEVICES": f"vb{space[3:]}", "UCX_TLS": "tcp"})
+    far.ask("enter_network", space)
+    port = start(far.ask, PEER, listen=f"{address}:0")
+    offer_cache(far, 5)
+    start(near.ask, ME)
+    near.ask("allocate", "mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
+    assert near.ask("link", PEER, port, ip=address) == OK
+    near.ask("note_ways")
+
+    def move_near(operation: str, **further: Any) -> Any:
+        return near.ask("attempt", operation, THEIRS, Ref("mine"), BLOCKS, BLOCKS, **further)
+
+    assert move_near("pull_blocks") is None
+    assert near.ask("all_are", "mine", 5)
+    near.ask("paint", "mine", 6)
+    assert move_near("push_blocks") is None
+    assert far.ask("all_are", "theirs", 6)
+    assert near.ask("noted")[0] == ["nixl", "nixl"]
     set_link("down")
-    failure = move(here, "pull_blocks", timeout=1000)
+    failure = move_near("pull_blocks", timeout=1000)
     assert failure.status in (NYL, TIMEOUT)
     set_link("up")
-    assert settle(lambda: move(here, "pull_blocks", timeout=20_000) is None)
-    assert here.all_are("mine", 6)
+    assert settle(lambda: move_near("pull_blocks", timeout=20_000) is None)
+    assert near.ask("all_are", "mine", 6)
