@@ -32,9 +32,18 @@ class WorkerPool:
         name: What its threads are called.
         limit: Most pieces of work that run at a time.
         on_start: Called first in each thread; must not raise.
+        keep: Threads that are started at once and kept, for those who submit from where even the
+            start of a thread takes too long.
     """
 
-    def __init__(self, name: str, limit: int, on_start: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        name: str,
+        limit: int,
+        on_start: Callable[[], None] = lambda: None,
+        *,
+        keep: int = 0,
+    ) -> None:
         self._name = name
         self._limit = limit
         self._on_start = on_start
@@ -45,6 +54,10 @@ class WorkerPool:
         self._idle = 0
         self._closed = False
         self._numbers = itertools.count()
+        self._keep = keep
+        with self._changed:
+            for _ in range(keep):
+                self._grow()
 
     def submit(self, work: Work) -> None:
         """Queue work. Does not block.
@@ -133,7 +146,9 @@ class WorkerPool:
     def _next(self) -> Work | None:
         with self._changed:
             self._idle += 1
-            self._changed.wait_for(lambda: self._queue or self._closed, IDLE_S)
+            while not self._changed.wait_for(lambda: self._queue or self._closed, IDLE_S):
+                if len(self._threads) > self._keep:
+                    break
             self._idle -= 1
             if not self._queue:
                 # From here on nobody counts on this thread.

@@ -79,7 +79,7 @@ class Puller:
         self._done: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._layouts: dict[int, KVLayout] = {}
-        self._workers = WorkerPool("vllm", settings.threads)
+        self._workers = WorkerPool("vllm", settings.threads, keep=settings.threads)
 
     def start(self, pull: Pull) -> None:
         """Fetch, in the background. Does not block."""

@@ -92,7 +92,7 @@ class Sender:
         self._pushes: list[Push] = []
         self._sendings: dict[str, _Sending] = {}
         self._closed = threading.Event()
-        self._workers = WorkerPool("vllm-send", settings.threads)
+        self._workers = WorkerPool("vllm-send", settings.threads, keep=settings.threads)
 
     def step(self, pushes: Sequence[Push], ends: Sequence[str]) -> None:
         """What the step computes, before it does; and requests that have ended."""

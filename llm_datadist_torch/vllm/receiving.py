@@ -77,7 +77,7 @@ class Receiver:
         self._unwanted: dict[str, float] = {}
         self._done: set[str] = set()
         self._failed_blocks: set[int] = set()
-        self._workers = WorkerPool("vllm-receive", settings.threads)
+        self._workers = WorkerPool("vllm-receive", settings.threads, keep=settings.threads)
         self._closed = threading.Event()
 
     def expect(self, expect: Expect) -> None:

@@ -53,6 +53,20 @@ def test_idle_threads_end(
     assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
 
 
+def test_threads_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "IDLE_S", 0.01)
+    pool = WorkerPool("kept", 3, keep=2)
+    try:
+        assert pool.num_threads == 2
+        done = threading.Event()
+        pool.submit(Work(lambda _: done.set(), 0))
+        assert done.wait(WAIT_MS / 1000)
+        assert not settle(lambda: pool.num_threads < 2, seconds=0.2)
+    finally:
+        pool.close(Deadline.after_ms(WAIT_MS))
+    assert settle(lambda: pool.num_threads == 0)
+
+
 def test_close(pool: WorkerPool, submit: Submit, gate: threading.Event) -> None:
     entered, moving = threading.Event(), threading.Event()
 
