@@ -8,7 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-MAX_EARLY = 100_000
+MAX_EARLY = 4096
+"""Leases that peers have named and the engine has not."""
+
+
+def lease_number_now() -> int:
+    """The lowest number for a lease that is granted now: microseconds since 1970.
+
+    So that a number from an earlier life of an engine, whose workers may have had the same names
+    and addresses, is never one of this life. Below 2**53, for JSON's sake.
+    """
+    return time.time_ns() // 1000
 
 
 @dataclass
@@ -48,13 +58,16 @@ class Leases:
     Args:
         lease_s: Seconds that a lease lasts, from when it is granted or claimed.
         clock: Seconds, rising.
+        after: The number that those of this life are above.
     """
 
-    def __init__(self, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, lease_s: float, clock: Callable[[], float] = time.monotonic, after: int = 0
+    ) -> None:
         self._lease_s = lease_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._highest = 0
+        self._highest = after
         self._leases: dict[int, _Lease] = {}
         self._finished: set[str] = set()
 
@@ -107,7 +120,9 @@ class Leases:
         with self._lock:
             now = self._clock()
             for number, lease in list(self._leases.items()):
-                if lease.ends_at <= now and lease.request_id is not None:
+                # One that is early and has been released waits for the engine to say whose it is.
+                known = lease.request_id is not None or not lease.released_by
+                if known and lease.ends_at <= now:
                     self._end(number, lease)
             finished, self._finished = self._finished, set()
             return finished

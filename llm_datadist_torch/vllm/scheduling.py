@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
 from llm_datadist_torch.values.status import LLMParamError
+from llm_datadist_torch.vllm.leases import lease_number_now
 from llm_datadist_torch.vllm.params import Peer, RemoteBlocks, prompt_digest
 from llm_datadist_torch.vllm.steps import Grant, Pull, Step
 
@@ -56,7 +56,7 @@ class PullScheduler:
         self._pulls = pulls
         self._peers: tuple[Peer, ...] = ()
         self._digest = ""
-        self._numbers = itertools.count(1)
+        self._last_lease = 0
         self._wanted: dict[str, RemoteBlocks] = {}
         self._step = Step()
 
@@ -154,7 +154,7 @@ class PullScheduler:
         prompt = digest_of_prompt(request)
         if not (self._serves and params.get(KEPT) and completed and blocks and prompt):
             return False, None
-        number = next(self._numbers)
+        number = self._last_lease = max(self._last_lease + 1, lease_number_now())
         self._step.grants.append(Grant(number, request.request_id, tuple(blocks)))
         return True, RemoteBlocks(
             remote_engine_id=self._engine_id,

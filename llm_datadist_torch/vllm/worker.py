@@ -16,7 +16,7 @@ from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from llm_datadist_torch.vllm.fingerprint import Fingerprint, digest_of
 from llm_datadist_torch.vllm.layouts import KVLayout
-from llm_datadist_torch.vllm.leases import Leases
+from llm_datadist_torch.vllm.leases import Leases, lease_number_now
 from llm_datadist_torch.vllm.params import Peer
 from llm_datadist_torch.vllm.protocol import (
     Checksums,
@@ -71,7 +71,7 @@ class WorkerHalf:
         self._layout = layout
         self._described = encode(Description(fingerprint, layout))
         self._settings = settings
-        self.leases = Leases(settings.lease_s)
+        self.leases = Leases(settings.lease_s, after=lease_number_now())
         self._service = WorkerService(settings, layout.tp_rank, groups)
         self.digest = digest_of(fingerprint, layout_digest(layout))
         self.puller = Puller(self._service, settings, fingerprint, layout, self.digest)

@@ -108,3 +108,17 @@ def test_a_peer_that_is_faster_and_slow_to_read(leases: Leases) -> None:
     assert leases.blocks(1) == (7,)
     assert leases.release(1, A)
     assert leases.take_finished() == {"request"}
+
+
+def test_a_number_that_the_engine_never_grants(leases: Leases, clock: Clock) -> None:
+    assert leases.claim(7, A, 1)
+    clock.now += 10.1
+    assert leases.take_finished() == set()
+    assert leases.num_held == 0
+
+
+def test_numbers_of_an_earlier_life(clock: Clock) -> None:
+    leases = Leases(10.0, clock, after=100)
+    assert not leases.claim(100, A, 1)
+    assert not leases.release(3, A)
+    assert leases.claim(101, A, 1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llm_datadist_torch.vllm.leases import Leases, lease_number_now
 from llm_datadist_torch.vllm.scheduling import PullScheduler
 from llm_datadist_torch.vllm.steps import Grant, Pull
 
@@ -67,7 +68,16 @@ def test_leases_have_rising_numbers() -> None:
     for name in ("a", "b"):
         request = Request(name, [1, 2], {"do_remote_decode": True}, 2)
         producer.finished(request, [3], completed=True)
-    assert producer.take_step().grants == [Grant(1, "a", (3,)), Grant(2, "b", (3,))]
+    first, second = producer.take_step().grants
+    assert (first, second) == (
+        Grant(first.number, "a", (3,)),
+        Grant(second.number, "b", (3,)),
+    )
+    assert second.number > first.number
+    # Above all of its worker's life before, and a number that JSON's readers keep.
+    assert Leases(10.0, after=first.number - 1).claim(first.number, 5, 1)
+    assert not Leases(10.0, after=lease_number_now()).claim(second.number, 5, 1)
+    assert second.number < 2**53
 
 
 def test_all_of_it_is_there_already() -> None:
@@ -83,11 +93,13 @@ def test_all_of_it_is_there_already() -> None:
 
 def test_aborted_before_it_had_blocks() -> None:
     consumer = scheduler()
-    request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
+    params = handed_over([1, 2, 3], [4])
+    lease = params["remote_lease"]
+    request = Request("d", [1, 2, 3], params)
     assert consumer.finished(request, [], completed=False) == (False, None)
     (pull,) = consumer.take_step().pulls
     assert not pull.awaited
-    assert pull.remote.remote_lease == 1
+    assert pull.remote.remote_lease == lease
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from llm_datadist_torch.vllm.fingerprint import Fingerprint
 from llm_datadist_torch.vllm.layouts import describe
+from llm_datadist_torch.vllm.leases import lease_number_now
 from llm_datadist_torch.vllm.params import RemoteBlocks
 from llm_datadist_torch.vllm.pulling import Puller
 from llm_datadist_torch.vllm.settings import Settings
@@ -295,14 +296,15 @@ def test_questions_that_are_none(worker: Callable[..., Worker]) -> None:
     ask = d.half._service.datadist.ask
     peer = remote.remote_peers[0][0]
     rows = torch.tensor([0, 8]).numpy().tobytes()
+    early = lease_number_now() + 10**9
     for payload in (
         b"",
         b"\xc1",
         msgspec.msgpack.encode({"type": "Nothing"}),
         msgspec.msgpack.encode({"type": "Claim", "lease": "x", "readers": 1}),
-        msgspec.msgpack.encode({"type": "Checksums", "lease": 9, "group": 0, "rows": rows}),
-        msgspec.msgpack.encode({"type": "Checksums", "lease": 9, "group": 5, "rows": rows}),
-        msgspec.msgpack.encode({"type": "Checksums", "lease": 9, "group": 0, "rows": b"123"}),
+        msgspec.msgpack.encode({"type": "Checksums", "lease": early, "group": 0, "rows": rows}),
+        msgspec.msgpack.encode({"type": "Checksums", "lease": early, "group": 5, "rows": rows}),
+        msgspec.msgpack.encode({"type": "Checksums", "lease": early, "group": 0, "rows": b"123"}),
     ):
         with pytest.raises(ValueError, match=r"no question|no such rows|out of range"):
             ask(peer, payload)
