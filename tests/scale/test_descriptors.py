@@ -10,7 +10,7 @@ from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_pe
 from tests.peers import Peer, Ref, Service, settle, spawn
 from tests.scale.many import Many
 
-FAILED = ("LLM_FAILED", ["LLM_FAILED"])
+FAILED = ("LLM_LINK_FAILED", ["LLM_LINK_FAILED"])
 OTHER = 3
 
 
