@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -28,6 +28,14 @@ def peer(here: Service, peers: Callable[[], Peer]) -> Peer:
     here.allocate("mine", 2, 8, 4096, paged=True)
     here.paint("mine", 1)
     return made
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Also where the test run was started in the background, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def nothing_is_left(here: Service, peer: Peer) -> bool:
