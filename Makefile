@@ -78,7 +78,7 @@ format: $(VENV)/.built  ## Format Python and C++
 
 bench: $(VENV)/.built  ## Measure; prints tables, writes build/bench/*.json
 	mkdir -p build/bench
-	for name in copy pull allocate catalog links; do \
+	for name in copy pull allocate catalog links nixl; do \
 	  $(BIN)/python -m benchmarks.bench_$$name --json build/bench/$$name.json || exit 1; done
 	$(BIN)/python -m benchmarks.simulate_cluster --costs build/bench/links.json --json build/bench/cluster.json
 
