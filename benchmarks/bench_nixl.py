@@ -17,49 +17,31 @@ import resource
 import statistics
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import common
+from benchmarks import bench_pull, common
+from benchmarks.bench_pull import BLOCKS, OWNER, POOL, PULLER, ids_of
 from llm_datadist_torch import (
     BlocksCacheKey,
     Cache,
-    CacheDesc,
-    DataType,
     LLMClusterInfo,
     LLMConfig,
     LLMDataDist,
     LLMRole,
 )
 
-BLOCKS = 128  # pulled per tensor and call
-POOL = 2 * BLOCKS  # blocks per tensor
-OWNER, PULLER = 1, 2
 BYTES_PER_CALL = 128 << 20  # at most, by the number of tensors
 GOAL = 0.95
 MERGED_GOAL = 1.0
 WAKE_US = 20_000
 
 
-@dataclass(frozen=True)
-class Case:
-    """One point of the sweep: bytes of a block, adjacent blocks per run, tensors of a cache."""
-
-    block_bytes: int
-    run: int
-    tensors: int
-
-    @property
-    def desc(self) -> CacheDesc:
-        return CacheDesc(self.tensors, [POOL, self.block_bytes], DataType.DT_UINT8)
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensors * BLOCKS * self.block_bytes
+class Case(bench_pull.Case):
+    """A point of that sweep, with what is wanted of it here."""
 
     @property
     def goal(self) -> float | None:
@@ -155,13 +137,6 @@ def cpu_s() -> float:
     """CPU time of this process, all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
-
-
-def ids_of(case: Case, seed: int) -> torch.Tensor:
-    """BLOCKS shuffled block ids, in runs of ``case.run``."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randperm(POOL // case.run, generator=generator)[: BLOCKS // case.run] * case.run
-    return (starts[:, None] + torch.arange(case.run)).flatten()
 
 
 def over_tensors(case: Case, ids: torch.Tensor) -> Any:  # noqa: ANN401
