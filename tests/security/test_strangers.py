@@ -84,9 +84,8 @@ def test_ten_thousand_connections(here: Service, victim: Peer, peers: Peers, sec
             assert here.colours("mine") == [7]
             pulled += 1
             most = max(most, descriptors(victim.pid))
-        # TCP drops what comes too fast, and the crowd tries no more than once: how many of them get
-        # through is the machine's business, as long as they are more than the victim has room for.
-        assert int(attack.stdout.readline()) > 1024
+        # TCP drops what comes too fast; those who are dropped try again twice.
+        assert int(attack.stdout.readline()) > 5000
         assert pulled > 3
         assert newcomer.ask("link", PEER, port) == OK
         assert settle(lambda: descriptors(victim.pid) < 400)
