@@ -6,7 +6,8 @@ frees, links and unlinks at random; the last one is killed now and then, and sta
 fails if an operation ends in a way that it must not, if a byte is wrong, if memory, descriptors or
 threads of a process that lives all the time grow, or if anything is still held in the end.
 
-``python -m benchmarks.soak --minutes 30``
+``python -m benchmarks.soak --minutes 30``; ``--option KEY=VALUE`` (for example ``--option
+llm.LinkSecret=...``) sets an option of all instances.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +97,16 @@ class Process:
 class Soak:
     """The workers, and what is seen of them."""
 
-    def __init__(self, workers: int, threads: int, seed: int, pause_s: float) -> None:
+    def __init__(
+        self, workers: int, threads: int, seed: int, pause_s: float, options: Mapping[str, str]
+    ) -> None:
         self.board = _context.RawArray("q", workers * SLOTS)
         self.done: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
         self.kills = 0
-        plans = [Plan(n + 1, 1, 0, workers, threads, seed, pause_s) for n in range(workers)]
+        plans = [
+            Plan(n + 1, 1, 0, workers, threads, seed, pause_s, options) for n in range(workers)
+        ]
         self.workers = [self._start(plan) for plan in plans]
         self._tell()
         for worker in self.workers:
@@ -178,6 +184,7 @@ def run(
     kill_every_s: float = 20.0,
     sample_every_s: float = 5.0,
     limits: Limits | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run the soak; blocks for a bit more than ``seconds``.
 
@@ -186,7 +193,7 @@ def run(
     """
     limits = limits or Limits()
     rng = random.Random(seed)
-    soak = Soak(workers, threads, seed, pause_s)
+    soak = Soak(workers, threads, seed, pause_s, options or {})
     try:
         start = time.monotonic()
         next_kill, next_look = start + kill_every_s * rng.uniform(0.5, 1.5), start
@@ -215,6 +222,7 @@ def run(
         "workers": workers,
         "threads": threads,
         "seed": seed,
+        "options": sorted(options or {}),
         "kills": soak.kills,
         "operations": sum(soak.done.values()),
         "done": dict(sorted(soak.done.items())),
@@ -245,6 +253,7 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=10.0, help="between two operations")
     parser.add_argument("--kill-every", type=float, default=20.0, help="seconds, on average")
     parser.add_argument("--sample-every", type=float, default=5.0, help="seconds")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     common.print_environment()
@@ -256,6 +265,7 @@ def main() -> None:
         pause_s=args.pause_ms / 1000,
         kill_every_s=args.kill_every,
         sample_every_s=args.sample_every,
+        options=dict(text.split("=", 1) for text in args.option),
     )
     show(result)
     common.save(args.json, [json.loads(json.dumps(result))])

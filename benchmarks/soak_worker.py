@@ -14,7 +14,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, MutableSequence
+from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -73,6 +73,7 @@ class Plan:
         threads: Of operations, each worker.
         seed: Of the operations.
         pause_s: Mean pause between two operations of a thread.
+        options: Of its instance, besides those that the soak itself needs.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Plan:
     threads: int
     seed: int
     pause_s: float
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,7 +124,8 @@ class Worker:
         config.sync_kv_timeout = 5000
         config.mem_pool_cfg = POOL
         self.datadist = LLMDataDist(LLMRole.MIX, plan.number)
-        self.datadist.init(config.generate_options() | {"llm.HeartbeatInterval": "500"})
+        options = config.generate_options() | {"llm.HeartbeatInterval": "500"}
+        self.datadist.init(options | dict(plan.options))
         self.manager = self.datadist.cache_manager
         self.desc = CacheDesc(TENSORS, [BLOCKS, WORDS], DataType.DT_INT64)
         self.published = [self._publish(STATIC)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 import torch
 
@@ -14,7 +16,12 @@ from benchmarks.soak_worker import BLOCKS, Operations, WrongBytesError, words_of
 def test_some_seconds_of_everything() -> None:
     """Growth over seconds is warming up: only what can't be is a failure here."""
     result = soak.run(
-        10, pause_s=0.004, kill_every_s=3, sample_every_s=0.5, limits=Limits(64, 32, 16)
+        10,
+        pause_s=0.004,
+        kill_every_s=3,
+        sample_every_s=0.5,
+        limits=Limits(64, 32, 16),
+        options={"llm.LinkSecret": secrets.token_urlsafe(32)},
     )
     assert result["problems"] == []
     assert result["kills"] >= 1
