@@ -146,6 +146,26 @@ class LinkCalls(ABC):
         """
         return asking.ask(self._check_is_inited(), remote_cluster_id, payload, timeout)
 
+    def tell(self, remote_cluster_id: int, payload: bytes) -> None:
+        """Ask the program of a linked peer something, without waiting for what it answers.
+
+        The peer's handler gets it as a question (:meth:`ask`), in order with those; its answer, or
+        error, goes nowhere. It may be lost with the link. Blocks only to make a lost link anew. Not
+        in the reference.
+
+        Args:
+            remote_cluster_id: The peer.
+            payload: Whatever it understands, at most 1 MiB.
+
+        Raises:
+            RuntimeError: Not initialised.
+            TypeError: Wrong types.
+            ValueError: An int outside its width.
+            LLMParamError: Too many bytes.
+            LLMNotLinkedError: The peer isn't linked.
+        """
+        asking.tell(self._check_is_inited(), remote_cluster_id, payload)
+
     def on_question(self, handler: QuestionHandler | None) -> None:
         """Answer the questions of peers (:meth:`ask`) by this. Not in the reference.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ask``: what the program of one instance asks that of another."""
+"""``ask`` and ``tell``: what the program of one instance says to that of another."""
 
 from __future__ import annotations
 
@@ -23,3 +23,10 @@ def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> b
             LLMStatusCode.LLM_FAILED, f"unexpected answer {type(reply).__name__}", peer=peer
         )
     return reply.payload
+
+
+def tell(instance: Instance, peer: int, payload: bytes) -> None:
+    """Tell a peer something, without waiting; see ``LLMDataDist.tell``."""
+    check_uint64("remote_cluster_id", peer)
+    check_payload("payload", payload)
+    instance.links.use(peer, instance.deadline(None)).post(Question(payload))

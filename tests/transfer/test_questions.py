@@ -42,6 +42,29 @@ def test_both_sides_ask(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
             assert answer == b"%d:" % asker.cluster_id + payload
 
 
+def test_what_is_told_comes_in_order_with_what_is_asked(
+    pair: tuple[LLMDataDist, LLMDataDist],
+) -> None:
+    teller, listener = pair
+    heard: list[bytes] = []
+
+    def hear(_: int, payload: bytes) -> bytes:
+        heard.append(payload)
+        if payload == b"1":
+            raise ValueError("nobody hears of this")
+        return b"also lost"
+
+    listener.on_question(hear)
+    for number in range(100):
+        teller.tell(listener.cluster_id, b"%d" % number)
+    assert teller.ask(listener.cluster_id, b"last") == b"also lost"
+    assert heard == [b"%d" % number for number in range(100)] + [b"last"]
+    with pytest.raises(LLMNotLinkedError):
+        teller.tell(listener.cluster_id + 1, b"")
+    with pytest.raises(LLMParamError):
+        teller.tell(listener.cluster_id, bytes(MAX_QUESTION_BYTES + 1))
+
+
 def test_questions_of_many_threads_find_their_answers(
     pair: tuple[LLMDataDist, LLMDataDist],
 ) -> None:
