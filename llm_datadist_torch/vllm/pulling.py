@@ -130,8 +130,8 @@ class Puller:
         try:
             layouts = self._sources(remote, deadline)
             for peer, _ in layouts:
-                self._check_held(remote, self._claim(peer, remote, peers, deadline))
                 claimed.append(peer)
+                self._claim(peer, remote)
             for peer, layout in layouts:
                 self._fetch_from(peer, layout, pull, deadline)
         except LLMException:
@@ -141,12 +141,12 @@ class Puller:
         held = [self._release(peer, remote, deadline) for peer in claimed]
         self._check_held(remote, all(held))
 
-    def _claim(
-        self, peer: Peer, remote: RemoteBlocks, peers: Sequence[Peer], deadline: Deadline
-    ) -> bool:
+    def _claim(self, peer: Peer, remote: RemoteBlocks) -> None:
+        # Not waited for: it comes before the release, whose answer says whether the lease was there
+        # all the time.
+        peers = remote.remote_peers
         readers = mapping.readers(self._layout, len(peers), peers.index(peer))
-        answer = self._ask(peer, Claim(remote.remote_lease, readers), deadline)
-        return msgspec.msgpack.decode(answer, type=Verdict).held
+        self._service.datadist.tell(peer[0], encode(Claim(remote.remote_lease, readers)))
 
     def _release(self, peer: Peer, remote: RemoteBlocks, deadline: Deadline) -> bool:
         answer = self._ask(peer, Release(remote.remote_lease), deadline)
@@ -157,7 +157,7 @@ class Puller:
         for rank in mapping.sources(self._layout, len(remote.remote_peers)):
             peer = remote.remote_peers[rank]
             self._service.link(peer, _left_ms(deadline))
-            self._claim(peer, remote, remote.remote_peers, deadline)
+            self._claim(peer, remote)
             self._release(peer, remote, deadline)
 
     def _linked(self, peers: Sequence[Peer]) -> list[Peer]:
