@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -105,9 +106,12 @@ class LLMDataDistConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        """Tokens that a producer has for this request, to be loaded between steps."""
+        """Tokens that a producer has for this request, to be loaded between steps.
+
+        None: vLLM asks again in the next step.
+        """
         matched = self._scheduler_half().num_matched(request, num_computed_tokens)
-        return matched, matched > 0
+        return matched, bool(matched)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -118,6 +122,10 @@ class LLMDataDistConnector(KVConnectorBase_V1):
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What the workers are told in this step."""
         return StepMetadata(self._scheduler_half().take_step(scheduler_output))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """What the workers have said in this step."""
+        self._scheduler_half().loaded(connector_output.finished_recving or ())
 
     def request_finished(
         self, request: Request, block_ids: list[int]

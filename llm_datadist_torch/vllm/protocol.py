@@ -51,10 +51,17 @@ class Where(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pushed(msgspec.Struct, frozen=True, tag=True):
-    """They have been written, or will not be. Answered by :class:`Verdict`."""
+    """They have been written, or will not be. Answered by :class:`Verdict`.
+
+    Attributes:
+        transfer_id: Which.
+        complete: Whether all have been written.
+        sums: Checksums of what was written, per group one for each block, if they are wanted.
+    """
 
     transfer_id: str
     complete: bool
+    sums: tuple[tuple[int, ...], ...] = ()
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -69,6 +76,7 @@ class Place(msgspec.Struct, frozen=True):
         num_tokens: Tokens that shall be there.
         prompt: Digest of the prompt.
         digest: Digest of what must be equal to move whole blocks.
+        verify: Whether checksums are wanted.
     """
 
     known: bool
@@ -79,6 +87,7 @@ class Place(msgspec.Struct, frozen=True):
     num_tokens: int = 0
     prompt: str = ""
     digest: str = ""
+    verify: bool = False
 
 
 class Verdict(msgspec.Struct, frozen=True):

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llm_datadist_torch.values.status import LLMParamError
 from llm_datadist_torch.vllm.params import Peer, PushTarget
 from llm_datadist_torch.vllm.scheduling import KEPT, WANTED, EngineRequest, digest_of_prompt
-from llm_datadist_torch.vllm.steps import Expect, Push, Step
+from llm_datadist_torch.vllm.siblings import Siblings, Turn
+from llm_datadist_torch.vllm.steps import Expect, Push, PushEnd, Step
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -69,6 +70,7 @@ class PushScheduler:
         self._receives = receives
         self._wanted: dict[str, PushTarget] = {}
         self._sent: dict[str, _Sent] = {}
+        self._siblings = Siblings()
         self._step = Step()
 
     def set_workers(self, peers: Sequence[Peer], digest: str) -> None:
@@ -76,11 +78,17 @@ class PushScheduler:
 
     # -- the consumer -----------------------------------------------------------------------------
 
-    def num_matched(self, request: EngineRequest, num_computed: int) -> int:
-        """Tokens beyond the first ``num_computed`` that a producer will send."""
+    def num_matched(self, request: EngineRequest, num_computed: int) -> int | None:
+        """Tokens beyond the first ``num_computed`` that a producer will send.
+
+        None: they come for another request of the same transfer; ask again.
+        """
         target = self._target(request, WANTED) if self._receives else None
         if target is None or digest_of_prompt(request) is None:
             return 0
+        turn = self._siblings.turn(target.transfer_id, request.request_id)
+        if turn is not Turn.LOADS:
+            return None if turn is Turn.WAITS else 0
         self._wanted[request.request_id] = target
         return max(0, len(request.prompt_token_ids or ()) - num_computed)
 
@@ -94,6 +102,8 @@ class PushScheduler:
             return
         # Once per request: after a failed transfer, or a preemption, it is computed here.
         params[WANTED] = False
+        if not num_external:
+            self._siblings.loaded([request.request_id])
         num_tokens = len(request.prompt_token_ids or ())
         self._step.expects.append(
             Expect(
@@ -105,6 +115,10 @@ class PushScheduler:
                 digest_of_prompt(request) or "",
             )
         )
+
+    def loaded(self, request_ids: Iterable[str]) -> None:
+        """The blocks of these requests have been written, or will not be."""
+        self._siblings.loaded(request_ids)
 
     # -- the producer -----------------------------------------------------------------------------
 
@@ -146,15 +160,25 @@ class PushScheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended; whether its blocks are kept, and what the client is told."""
         target = self._wanted.pop(request.request_id, None)
+        self._siblings.loaded([request.request_id])
         params = request.kv_transfer_params
         if target is not None and params is not None and params.get(WANTED):
             # It ended before it had blocks: the producer need not wait for it.
             self._step.expects.append(Expect(request.request_id, target.transfer_id, (), 0, 0, ""))
             return False, None
-        if self._sent.pop(request.request_id, None) is None:
-            return False, None
-        self._step.push_ends.append(request.request_id)
-        return True, None
+        sent = self._sent.pop(request.request_id, None)
+        # One that ended before it had blocks: the consumer must hear that nothing will come.
+        target = sent.target if sent else self._target(request, KEPT) if self._sends else None
+        if target is not None and target.remote_peers:
+            self._step.push_ends.append(
+                PushEnd(
+                    request.request_id,
+                    target.transfer_id,
+                    target.remote_peers,
+                    kept=sent is not None,
+                )
+            )
+        return sent is not None, None
 
     # -- both -------------------------------------------------------------------------------------
 

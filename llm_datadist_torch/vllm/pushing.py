@@ -19,9 +19,9 @@ from llm_datadist_torch.values.keys import BlocksCacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 from llm_datadist_torch.vllm.params import Peer
 from llm_datadist_torch.vllm.protocol import Place, Pushed, Verdict, Where, encode
-from llm_datadist_torch.vllm.service import WorkerService
+from llm_datadist_torch.vllm.service import WorkerService, over_layers
 from llm_datadist_torch.vllm.settings import Settings
-from llm_datadist_torch.vllm.steps import Push
+from llm_datadist_torch.vllm.steps import Push, PushEnd
 from llm_datadist_torch.work import Work
 from llm_datadist_torch.workers import WorkerPool
 
@@ -41,10 +41,14 @@ class _Layer:
 
 @dataclass
 class _Sending:
-    """One transfer, from its first step until the engine has heard of its end."""
+    """One transfer, from its first step until the engine has heard of its end.
+
+    ``sums`` are checksums of what was sent, by group, block of the request, and layer.
+    """
 
     request_id: str
     layers: queue.SimpleQueue[_Layer | None] = field(default_factory=queue.SimpleQueue)
+    sums: dict[tuple[int, int, int], int] = field(default_factory=dict)
     ended: bool = False
     done: bool = False
 
@@ -93,16 +97,23 @@ class Sender:
         self._sendings: dict[str, _Sending] = {}
         self._closed = threading.Event()
         self._workers = WorkerPool("vllm-send", settings.threads, keep=settings.threads)
+        # Apart, because those above may all be waiting for consumers.
+        self._notices = WorkerPool("vllm-notices", 1, keep=1)
 
-    def step(self, pushes: Sequence[Push], ends: Sequence[str]) -> None:
+    def step(self, pushes: Sequence[Push], ends: Sequence[PushEnd]) -> None:
         """What the step computes, before it does; and requests that have ended."""
         self._pushes = list(pushes)
         for push in pushes:
             if push.request_id not in self._sendings:
                 sending = self._sendings[push.request_id] = _Sending(push.request_id)
                 self._workers.submit(Work(partial(self._run, sending, push), 1))
-        for request_id in ends:
-            sending = self._sendings.setdefault(request_id, _Sending(request_id, done=True))
+        for end in ends:
+            if end.request_id not in self._sendings:
+                self._notices.submit(Work(partial(self._give_up, end), 1))
+                if not end.kept:
+                    continue
+                self._sendings[end.request_id] = _Sending(end.request_id, done=True)
+            sending = self._sendings[end.request_id]
             sending.ended = True
             # What is still to come of a request that ended early will not.
             sending.layers.put(None)
@@ -128,9 +139,29 @@ class Sender:
         self._closed.set()
         for sending in list(self._sendings.values()):
             sending.layers.put(None)
-        self._workers.close(Deadline.after_ms(self._settings.timeout_ms))
+        deadline = Deadline.after_ms(self._settings.timeout_ms)
+        self._workers.close(deadline)
+        self._notices.close(deadline)
 
-    # -- the job ----------------------------------------------------------------------------------
+    # -- the jobs ---------------------------------------------------------------------------------
+
+    def _give_up(self, end: PushEnd, work: Work) -> None:
+        """A request ended before its first layer: its consumer waits for nothing."""
+        try:
+            with work.step(0):
+                if self._rank < len(end.peers):
+                    self._tell(end.peers[self._rank], Pushed(end.transfer_id, complete=False))
+        except LLMException as error:
+            logger.warning(
+                "the consumer waits in vain for the KV of request %s: %s", end.request_id, error
+            )
+        work.succeed(0)
+
+    def _tell(self, peer: Peer, pushed: Pushed) -> bool:
+        """How a transfer has ended; whether the consumer has waited for it."""
+        self._service.link(peer, self._settings.timeout_ms)
+        answer = self._service.datadist.ask(peer[0], encode(pushed), self._settings.timeout_ms)
+        return msgspec.msgpack.decode(answer, type=Verdict).held
 
     def _run(self, sending: _Sending, first: Push, work: Work) -> None:
         try:
@@ -152,17 +183,14 @@ class Sender:
             raise param_error(f"the consumer has {len(first.peers)} worker(s), none of this rank")
         peer = first.peers[self._rank]
         self._service.link(peer, self._settings.timeout_ms)
-        complete = False
+        pushed = Pushed(first.transfer_id, complete=False)
         try:
             place = self._where(peer, first)
-            complete = place.wanted and self._layers_to(peer, place, sending)
+            if place.wanted and self._layers_to(peer, place, sending):
+                sums = self._sums_of(place, sending) if place.verify else ()
+                pushed = Pushed(first.transfer_id, complete=True, sums=sums)
         finally:
-            answer = self._service.datadist.ask(
-                peer[0],
-                encode(Pushed(first.transfer_id, complete)),
-                self._settings.timeout_ms,
-            )
-            if complete and not msgspec.msgpack.decode(answer, type=Verdict).held:
+            if not self._tell(peer, pushed) and pushed.complete:
                 logger.warning("the consumer did not wait for transfer %s", first.transfer_id)
 
     def _where(self, peer: Peer, push: Push) -> Place:
@@ -190,16 +218,16 @@ class Sender:
             given = sending.layers.get()
             if given is None:
                 return False
-            self._send_layer(peer, place, given)
+            self._send_layer(peer, place, given, sending.sums)
             if given.push.last:
                 left.discard(given.layer)
         return True
 
-    def _send_layer(self, peer: Peer, place: Place, given: _Layer) -> None:
-        push = given.push
-        wanted = -(-place.num_tokens // self._block_size)
-        first = max(push.first_block, place.first_token // self._block_size)
-        at = slice(first, min(len(push.blocks), wanted))
+    def _send_layer(
+        self, peer: Peer, place: Place, given: _Layer, sums: dict[tuple[int, int, int], int]
+    ) -> None:
+        push, wanted = given.push, self._wanted(place)
+        at = slice(max(push.first_block, wanted.start), min(len(push.blocks), wanted.stop))
         if at.start >= at.stop:
             return
         if given.ready is not None:
@@ -216,3 +244,23 @@ class Sender:
                 1,
                 wait_stream=torch.cpu.current_stream(),
             )
+            if place.verify:
+                for index in range(at.start, at.stop):
+                    sums[group, index, given.layer] = self._service.checksum(
+                        group, given.layer, push.blocks[index]
+                    )
+
+    def _sums_of(self, place: Place, sending: _Sending) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(
+                over_layers([sending.sums[group, index, layer] for layer in self._layers.values()])
+                for index in self._wanted(place)
+            )
+            for group in range(self._num_groups)
+        )
+
+    def _wanted(self, place: Place) -> range:
+        """Which of the request's blocks the consumer wants."""
+        return range(
+            place.first_token // self._block_size, -(-place.num_tokens // self._block_size)
+        )

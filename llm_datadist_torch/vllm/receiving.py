@@ -16,7 +16,7 @@ import torch
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.values.status import LLMTimeoutError
-from llm_datadist_torch.vllm.protocol import Place
+from llm_datadist_torch.vllm.protocol import Place, Pushed
 from llm_datadist_torch.vllm.service import WorkerService
 from llm_datadist_torch.vllm.settings import Settings
 from llm_datadist_torch.vllm.steps import Expect
@@ -27,6 +27,8 @@ logger = logging.getLogger("llm_datadist_torch")
 
 # Above all names of the engine's own caches.
 _FIRST_NAME = 1 << 32
+MAX_REFUSED = 4096
+"""Transfers that producers have given up, and the engine has not asked for."""
 
 
 @dataclass
@@ -75,6 +77,7 @@ class Receiver:
         self._lock = threading.Lock()
         self._expected: dict[str, _Expected] = {}
         self._unwanted: dict[str, float] = {}
+        self._refused: dict[str, float] = {}
         self._done: set[str] = set()
         self._failed_blocks: set[int] = set()
         self._workers = WorkerPool("vllm-receive", settings.threads, keep=settings.threads)
@@ -89,6 +92,9 @@ class Receiver:
                 return
             if expect.transfer_id in self._expected:
                 logger.warning("transfer %s is expected already", expect.transfer_id)
+                self._finish(expect, complete=False)
+                return
+            if self._refused.pop(expect.transfer_id, None) is not None:
                 self._finish(expect, complete=False)
                 return
             expected = self._expected[expect.transfer_id] = _Expected(expect, ends_at)
@@ -107,13 +113,17 @@ class Receiver:
             expected.peer = peer
             return expected.place
 
-    def pushed(self, peer: int, transfer_id: str, *, complete: bool) -> bool:
+    def pushed(self, peer: int, pushed: Pushed) -> bool:
         """A producer has written, or will not; whether that was expected of it."""
         with self._lock:
-            expected = self._expected.get(transfer_id)
+            expected = self._expected.get(pushed.transfer_id)
+            if expected is None and not pushed.complete and len(self._refused) < MAX_REFUSED:
+                # The engine may still ask for it.
+                self._refused[pushed.transfer_id] = time.monotonic() + self._settings.lease_s
             if expected is None or expected.ending or expected.peer not in (peer, None):
                 return False
-            self._end(expected, complete=complete and expected.peer == peer)
+            complete = pushed.complete and expected.peer == peer
+            self._end(expected, complete=complete, sums=pushed.sums)
             return True
 
     def peer_gone(self, peer: int) -> None:
@@ -131,8 +141,9 @@ class Receiver:
                 if expected.ends_at < now and not expected.ending:
                     logger.warning("transfer %s did not come", expected.expect.transfer_id)
                     self._end(expected, complete=False)
-            for transfer_id in [each for each, end in self._unwanted.items() if end < now]:
-                del self._unwanted[transfer_id]
+            for heard in (self._unwanted, self._refused):
+                for transfer_id in [each for each, end in heard.items() if end < now]:
+                    del heard[transfer_id]
             done, self._done = self._done, set()
             failed, self._failed_blocks = self._failed_blocks, set()
         return done, failed
@@ -162,20 +173,28 @@ class Receiver:
                 num_tokens=expect.num_tokens,
                 prompt=expect.prompt,
                 digest=self._digest,
+                verify=self._settings.verify,
             )
         work.succeed(0)
 
-    def _end(self, expected: _Expected, *, complete: bool) -> None:
+    def _end(
+        self, expected: _Expected, *, complete: bool, sums: Sequence[Sequence[int]] = ()
+    ) -> None:
         """With the lock held: nobody may write from now on; tell the engine when nobody does."""
         expected.ending = True
-        self._workers.submit(Work(partial(self._shut, expected, complete), 1))
+        self._workers.submit(Work(partial(self._shut, expected, complete, sums), 1))
 
-    def _shut(self, expected: _Expected, complete: bool, work: Work) -> None:
+    def _shut(
+        self, expected: _Expected, complete: bool, sums: Sequence[Sequence[int]], work: Work
+    ) -> None:
         with work.step(0):
             for cache in expected.caches:
                 while not self._unregistered(cache):
                     if self._closed.is_set():
                         return
+            # Only now nobody writes any more, so this is what the engine will use.
+            if complete and self._settings.verify:
+                complete = self._as_sent(expected.expect, sums)
         with self._lock:
             del self._expected[expected.expect.transfer_id]
             self._finish(expected.expect, complete=complete)
@@ -188,6 +207,19 @@ class Receiver:
             # A producer that hangs in a write: the blocks can't be given to anybody else yet.
             return False
         return True
+
+    def _as_sent(self, expect: Expect, sums: Sequence[Sequence[int]]) -> bool:
+        """Whether the blocks have the checksums that the producer says."""
+        last = -(-expect.num_tokens // self._block_size)
+        rows = torch.tensor(expect.blocks[expect.first_token // self._block_size : last])
+        mine = [self._service.checksums(group, rows) for group in range(len(self._groups))]
+        if mine == [list(each) for each in sums]:
+            return True
+        logger.warning(
+            "blocks of transfer %s differ in their checksums from the producer's",
+            expect.transfer_id,
+        )
+        return False
 
     def _finish(self, expect: Expect, *, complete: bool) -> None:
         self._done.add(expect.request_id)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from llm_datadist_torch.values.status import LLMParamError
 from llm_datadist_torch.vllm.leases import lease_number_now
 from llm_datadist_torch.vllm.params import Peer, RemoteBlocks, prompt_digest
+from llm_datadist_torch.vllm.siblings import Siblings, Turn
 from llm_datadist_torch.vllm.steps import Grant, Pull, Step
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -58,6 +59,7 @@ class PullScheduler:
         self._digest = ""
         self._last_lease = 0
         self._wanted: dict[str, RemoteBlocks] = {}
+        self._siblings = Siblings()
         self._step = Step()
 
     def set_workers(self, peers: Sequence[Peer], digest: str) -> None:
@@ -66,11 +68,17 @@ class PullScheduler:
 
     # -- the consumer -----------------------------------------------------------------------------
 
-    def num_matched(self, request: EngineRequest, num_computed: int) -> int:
-        """Tokens beyond the first ``num_computed`` that a producer has for this request."""
+    def num_matched(self, request: EngineRequest, num_computed: int) -> int | None:
+        """Tokens beyond the first ``num_computed`` that a producer has for this request.
+
+        None: another request is loading the same blocks; ask again.
+        """
         remote = self._remote_of(request)
         if remote is None:
             return 0
+        turn = self._siblings.turn(_name_of(remote), request.request_id)
+        if turn is not Turn.LOADS:
+            return None if turn is Turn.WAITS else 0
         self._wanted[request.request_id] = remote
         return max(0, self._num_tokens(request, remote) - num_computed)
 
@@ -83,7 +91,8 @@ class PullScheduler:
         # Once per request: after a failed load, or a preemption, it is computed here.
         params[WANTED] = False
         if not num_external:
-            self._step.pulls.append(Pull(request.request_id, remote, awaited=False))
+            self._siblings.loaded([request.request_id])
+            self._release(request.request_id, remote)
             return
         num_tokens = self._num_tokens(request, remote)
         self._step.pulls.append(
@@ -95,6 +104,10 @@ class PullScheduler:
                 num_tokens,
             )
         )
+
+    def loaded(self, request_ids: Iterable[str]) -> None:
+        """The workers have loaded the blocks of these requests, or could not."""
+        self._siblings.loaded(request_ids)
 
     def _remote_of(self, request: EngineRequest) -> RemoteBlocks | None:
         params = request.kv_transfer_params
@@ -142,14 +155,16 @@ class PullScheduler:
             told.
         """
         self._wanted.pop(request.request_id, None)
+        self._siblings.loaded([request.request_id])
         params = request.kv_transfer_params
         if not params:
             return False, None
         remote = self._remote_of(request)
         if remote is not None:
-            # It ended before it had blocks: nobody else would release those of the producer.
             params[WANTED] = False
-            self._release(request.request_id, remote)
+            if self._siblings.is_first(_name_of(remote), request.request_id):
+                # It ended before it had blocks: nobody else would release those of the producer.
+                self._release(request.request_id, remote)
             return False, None
         prompt = digest_of_prompt(request)
         if not (self._serves and params.get(KEPT) and completed and blocks and prompt):
@@ -173,3 +188,8 @@ class PullScheduler:
         """What the workers are to be told in this step."""
         step, self._step = self._step, Step()
         return step
+
+
+def _name_of(remote: RemoteBlocks) -> tuple[str, int]:
+    """The same for all requests that name the same blocks."""
+    return remote.remote_engine_id, remote.remote_lease

@@ -84,6 +84,23 @@ class Push:
     last: bool
 
 
+@dataclass(frozen=True)
+class PushEnd:
+    """With "push": a request that has ended; what it has not begun to send it never will.
+
+    Attributes:
+        request_id: The producer's request.
+        transfer_id: What both requests call it.
+        peers: The consumer's workers.
+        kept: Whether its blocks are kept until they have been sent.
+    """
+
+    request_id: str
+    transfer_id: str
+    peers: tuple[Peer, ...]
+    kept: bool = True
+
+
 @dataclass
 class Step:
     """All of one step.
@@ -93,11 +110,11 @@ class Step:
         grants: What to keep.
         expects: What to let others write.
         pushes: What to write.
-        push_ends: Requests that have ended, and whose blocks are kept until they have been sent.
+        push_ends: Requests that have ended, and were to be sent.
     """
 
     pulls: list[Pull] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     pushes: list[Push] = field(default_factory=list)
-    push_ends: list[str] = field(default_factory=list)
+    push_ends: list[PushEnd] = field(default_factory=list)

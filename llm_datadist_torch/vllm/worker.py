@@ -173,8 +173,7 @@ class WorkerHalf:
             )
         if isinstance(question, Where):
             return encode(self._receiver.where(peer, question.transfer_id))
-        held = self._receiver.pushed(peer, question.transfer_id, complete=question.complete)
-        return encode(Verdict(held))
+        return encode(Verdict(self._receiver.pushed(peer, question)))
 
     def _checksums(self, peer: int, question: Checksums) -> list[int] | None:
         """Checksums that have been computed; else have that done in the background."""

@@ -122,3 +122,18 @@ def test_numbers_of_an_earlier_life(clock: Clock) -> None:
     assert not leases.claim(100, A, 1)
     assert not leases.release(3, A)
     assert leases.claim(101, A, 1)
+
+
+def test_peers_that_name_what_does_not_exist_fill_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm_datadist_torch.vllm.leases.MAX_EARLY", 3)
+    now = [0.0]
+    leases = Leases(10.0, clock=lambda: now[0])
+    assert [leases.claim(number, 5, 1) for number in range(1, 6)] == [True] * 3 + [False] * 2
+    assert leases.num_held == 3
+    leases.grant(9, "r", (1,))
+    assert leases.claim(9, 5, 1), "the engine's own are not limited"
+    now[0] = 11.0
+    leases.take_finished()
+    assert leases.claim(10, 5, 1)

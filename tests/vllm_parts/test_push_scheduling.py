@@ -10,7 +10,7 @@ import pytest
 
 from llm_datadist_torch.vllm.push_scheduling import PushScheduler
 from llm_datadist_torch.vllm.scheduling import digest_of_prompt
-from llm_datadist_torch.vllm.steps import Step
+from llm_datadist_torch.vllm.steps import PushEnd, Step
 
 PEERS = [[5, "127.0.0.1", 7000]]
 BLOCK = 16
@@ -69,7 +69,7 @@ def test_a_prompt_in_one_step() -> None:
     assert push.prompt == digest_of_prompt(wanted)
     assert not producer.take_step(output(cached=(None, 40), tokens=1)).pushes
     assert producer.finished(wanted, [3, 1, 2], completed=True) == (True, None)
-    assert producer.take_step(output()).push_ends == ["r"]
+    assert producer.take_step(output()).push_ends == [PushEnd("r", "t", push.peers)]
 
 
 def test_in_chunks_only_full_blocks_go_out() -> None:
@@ -138,3 +138,27 @@ def test_a_consumer_that_wants_nothing_says_so() -> None:
     assert consumer.finished(aborted, [], completed=False) == (False, None)
     (expect,) = consumer.take_step(output()).expects
     assert expect.blocks == ()
+
+
+def test_a_producer_that_ends_before_it_had_blocks_says_so() -> None:
+    producer, wanted = scheduler(), request("do_remote_decode", remote_peers=PEERS)
+    assert producer.finished(wanted, [], completed=False) == (False, None)
+    assert producer.take_step(output()).push_ends == [
+        PushEnd("r", "t", ((5, "127.0.0.1", 7000),), kept=False)
+    ]
+
+
+def test_blocks_are_written_for_the_first_of_several() -> None:
+    consumer, first, second = (
+        scheduler(),
+        request("do_remote_prefill"),
+        request("do_remote_prefill"),
+    )
+    second.request_id = "s"
+    assert consumer.num_matched(first, 0) == 40
+    assert consumer.num_matched(second, 0) is None
+    consumer.allocated(first, [4, 5, 6], 40)
+    consumer.loaded(["r"])
+    assert consumer.num_matched(second, 0) == 0
+    consumer.allocated(second, [7, 8, 9], 0)
+    assert [each.request_id for each in consumer.take_step(output()).expects] == ["r"]

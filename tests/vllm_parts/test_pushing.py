@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.msgpack import decode
 
-from llm_datadist_torch.vllm.protocol import Pushed, Where, encode
+from llm_datadist_torch.vllm import receiving
+from llm_datadist_torch.vllm.protocol import Place, Pushed, Where, encode
 from llm_datadist_torch.vllm.pushing import Sender
-from llm_datadist_torch.vllm.steps import Expect, Push, Step
+from llm_datadist_torch.vllm.steps import Expect, Push, PushEnd, Step
 from tests.service import settle
 from tests.vllm_parts.test_worker import Worker, snapshot
 
@@ -51,7 +53,7 @@ def compute(p: Worker, d: Worker, blocks: tuple[int, ...], first: int, *, last: 
 
 def end(p: Worker) -> bool:
     """The producer's request has ended; whether its blocks are free, sooner or later."""
-    p.half.before_compute(Step(push_ends=["p"]))
+    p.half.before_compute(Step(push_ends=[PushEnd("p", "t", ())]))
     return p.freed("p")
 
 
@@ -112,6 +114,79 @@ def test_the_producer_ends_early(pair: tuple[Worker, Worker]) -> None:
     assert d.wait() == {2}
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("expected_first", [True, False])
+def test_the_producer_ends_before_its_first_layer(
+    pair: tuple[Worker, Worker], *, expected_first: bool, kept: bool
+) -> None:
+    """The consumer hears of it, also before it has asked, and does not wait for ``lease_s``."""
+    p, d = pair
+    if expected_first:
+        expect(d, (1, 2), 32, 64)
+    p.half.before_compute(Step(push_ends=[PushEnd("p", "t", (d.half.address,), kept)]))
+    receiver = d.half._receiver
+    assert receiver is not None
+    if not expected_first:
+        assert settle(lambda: "t" in receiver._refused)
+        expect(d, (1, 2), 32, 64)
+    assert d.wait() == {2}
+    assert p.freed("p") if kept else not p.half.take_done()[0]
+
+
+def test_what_was_given_up_is_forgotten_after_a_while(
+    worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(receiving, "MAX_REFUSED", 2)
+    p, d = worker(8, 1), worker(8, 2, lease_s=1.0)
+    p.half._service.link(d.half.address, 20_000)
+    receiver = d.half._receiver
+    assert receiver is not None
+    for name in "abc":
+        p.half._service.datadist.ask(d.half.address[0], encode(Pushed(name, False)))
+    assert list(receiver._refused) == ["a", "b"]
+    assert settle(lambda: not d.half.take_done()[0] and not receiver._refused)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_checksums_of_what_was_pushed(
+    worker: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    spoilt: bool,
+) -> None:
+    """The consumer's setting counts; a prefix is there already, and a preempted part comes anew."""
+    p, d = worker(8, 1), worker(20, 2, verify=True)
+    layers_to = Sender._layers_to
+
+    def spoil(*args: Any) -> bool:
+        complete = layers_to(*args)
+        if spoilt:
+            d.kv["b"].view(torch.uint8)[19, 1, 3, 5] ^= 1
+        return complete
+
+    monkeypatch.setattr(Sender, "_layers_to", spoil)
+    expect(d, (11, 3, 19), 32, 90)
+    compute(p, d, (5, 2), 0, last=False)
+    compute(p, d, (6, 4, 7), 0, last=True)
+    assert d.wait() == ({3, 19} if spoilt else set())
+    assert ("differ in their checksums" in caplog.text) is spoilt
+    if not spoilt:
+        assert all(torch.equal(d.kv[name][[3, 19]], p.kv[name][[4, 7]]) for name in p.kv)
+    assert end(p)
+
+
+def test_checksums_that_are_missing(worker: Callable[..., Worker]) -> None:
+    p, d = worker(8, 1), worker(8, 2, verify=True)
+    expect(d, (1, 2), 0, 64)
+    p.half._service.link(d.half.address, 20_000)
+    ask = p.half._service.datadist.ask
+    peer = d.half.address[0]
+    assert settle(lambda: decode(ask(peer, encode(Where("t"))), type=Place).model_ids != ())
+    ask(peer, encode(Pushed("t", True)))
+    assert d.wait() == {1, 2}
+
+
 def test_nobody_pushes_and_late_bytes_find_nothing(
     worker: Callable[..., Worker],
 ) -> None:
@@ -121,7 +196,7 @@ def test_nobody_pushes_and_late_bytes_find_nothing(
     assert d.wait() == {1, 2}
     compute(p, d, (4, 6), 0, last=True)
     # Nobody knows of it any more; the engine frees the blocks when the request ends all the same.
-    p.half.before_compute(Step(push_ends=["p"]))
+    p.half.before_compute(Step(push_ends=[PushEnd("p", "t", ())]))
     assert all(torch.equal(d.kv[name], tensor) for name, tensor in right.items())
 
 

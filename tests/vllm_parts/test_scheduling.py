@@ -13,6 +13,7 @@ import pytest
 
 from llm_datadist_torch.vllm.leases import Leases, lease_number_now
 from llm_datadist_torch.vllm.scheduling import PullScheduler
+from llm_datadist_torch.vllm.siblings import MAX_KEPT, Siblings, Turn
 from llm_datadist_torch.vllm.steps import Grant, Pull
 
 PEERS = [(5, "127.0.0.1", 7000)]
@@ -89,6 +90,58 @@ def test_all_of_it_is_there_already() -> None:
     (pull,) = consumer.take_step().pulls
     assert not pull.awaited, "only a release"
     assert not pull.local_blocks
+
+
+def test_only_the_first_of_several_pulls_and_the_others_wait_for_it() -> None:
+    params, consumer = handed_over([1, 2, 3], [4]), scheduler()
+    first, second, late = (Request(name, [1, 2, 3], dict(params)) for name in "abc")
+    assert consumer.num_matched(first, 0) == 3
+    assert consumer.num_matched(second, 0) is None
+    consumer.allocated(first, [1], 3)
+    assert consumer.num_matched(second, 0) is None, "it is still being loaded"
+    (pull,) = consumer.take_step().pulls
+    assert pull.request_id == "a"
+    consumer.loaded(["other", "a"])
+    for sibling in (second, late):
+        assert consumer.num_matched(sibling, 0) == 0
+        consumer.allocated(sibling, [7], 0)
+        assert consumer.finished(sibling, [7], completed=True) == (False, None)
+    assert not consumer.take_step().pulls, "it has been released by the first"
+
+
+@pytest.mark.parametrize("how", ["aborted", "cached"])
+def test_nobody_waits_for_a_first_that_pulls_nothing(how: str) -> None:
+    params, consumer = handed_over([1, 2, 3], [4]), scheduler()
+    first, second = (Request(name, [1, 2, 3], dict(params)) for name in "ab")
+    consumer.num_matched(first, 0)
+    assert consumer.num_matched(second, 0) is None
+    if how == "aborted":
+        consumer.finished(first, [], completed=False)
+    else:
+        consumer.allocated(first, [1], 0)
+    assert consumer.num_matched(second, 0) == 0
+    (pull,) = consumer.take_step().pulls
+    assert (pull.request_id, pull.awaited) == ("a", False)
+
+
+def test_a_sibling_that_is_aborted_releases_nothing() -> None:
+    params, consumer = handed_over([1, 2, 3], [4]), scheduler()
+    first, second = (Request(name, [1, 2, 3], dict(params)) for name in "ab")
+    consumer.num_matched(first, 0)
+    consumer.num_matched(second, 0)
+    assert consumer.finished(second, [], completed=False) == (False, None)
+    assert not consumer.take_step().pulls, "the first is about to read"
+
+
+def test_what_has_been_loaded_is_forgotten_in_the_end() -> None:
+    siblings = Siblings()
+    assert siblings.turn(-1, "loading") is Turn.LOADS
+    for number in range(MAX_KEPT + 1):
+        assert siblings.turn(number, str(number)) is Turn.LOADS
+        siblings.loaded([str(number)])
+    assert siblings.turn(0, "again") is Turn.LOADS
+    assert siblings.turn(1, "late") is Turn.COMPUTES
+    assert siblings.turn(-1, "late") is Turn.WAITS
 
 
 def test_aborted_before_it_had_blocks() -> None:
