@@ -22,7 +22,7 @@ LAYERS: list[list[set[str]]] = [
     [{"in_flight", "streams"}],
     [{"ops"}, {"config", "secret_file"}, {"work", "workers"}],
     [{"memory", "geometry", "catalog", "cache_entry", "cache"}],
-    [{"transports.base", "transports.choice"}],
+    [{"transports.base", "transports.choice", "transports.movement"}],
     [{"transports"}, {"links"}],
     [{"instance"}],
     [{"operations"}],
@@ -113,6 +113,7 @@ def test_every_layer_exists():
         "_C",
         "transports.base",
         "transports.choice",
+        "transports.movement",
     }
     assert {name for rooms in LAYERS for room in rooms for name in room} == heads
 

@@ -24,6 +24,7 @@ from llm_datadist_torch.links.messages import (
     Refused,
     Welcome,
 )
+from llm_datadist_torch.links.neighbours import Presence
 from llm_datadist_torch.links.registry import LinkRegistry
 from llm_datadist_torch.links.routes import Route
 from llm_datadist_torch.values.checks import param_error
@@ -50,6 +51,7 @@ class Dial:
         name: Random name of the link that is to be.
         address: The host and port there.
         replaces: The lost link that is to be made anew, if it is for that.
+        presence: Our end of the link, for a peer in this process to find.
     """
 
     peer: int
@@ -60,6 +62,7 @@ class Dial:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     address: tuple[str, int] | None = None
     replaces: Link | None = None
+    presence: Presence | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Handshake:
         return status
 
     def _dial(self, dial: Dial) -> Dial:
+        dial.presence = self._registry.announce(dial.name)
         with self._lock:
             self._dials[dial.route] = dial
         if dial.address is not None:
@@ -216,6 +220,8 @@ class Handshake:
             return
         try:
             if isinstance(body, Welcome):
+                if body.cluster_id != dial.peer:
+                    raise param_error(f"cluster {body.cluster_id} answers there")
                 self._registry.make(
                     body.cluster_id,
                     body.epoch,
@@ -226,6 +232,7 @@ class Handshake:
                     name=dial.name,
                     address=dial.address,
                     replaces=dial.replaces,
+                    presence=dial.presence,
                 )
         except (LLMException, msgspec.DecodeError) as error:
             text = str(error)

@@ -30,6 +30,7 @@ from llm_datadist_torch.links.messages import (
     WriteBytes,
 )
 from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.transports.base import Neighbour
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.values.status import (
     LLMException,
@@ -128,6 +129,8 @@ class Link:
         heard_at: When the peer last said something, on the monotonic clock.
         pinged_at: When it was last asked whether it is there.
         relink: How it stands with linking anew, once it is lost.
+        presence: Our end of it, for a peer in this process to find; kept for as long as the link.
+        neighbour: The peer, where it is in this process.
     """
 
     peer: int
@@ -150,6 +153,8 @@ class Link:
     heard_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
     relink: RelinkState = field(default_factory=RelinkState)
+    presence: object = None
+    neighbour: Neighbour | None = None
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _transfer: threading.Lock = field(default_factory=threading.Lock)
@@ -331,6 +336,11 @@ class LinkRelay:
 
     def __init__(self, link: Link) -> None:
         self._link = link
+
+    @property
+    def neighbour(self) -> Neighbour | None:
+        """The peer, where it is in this process."""
+        return self._link.neighbour
 
     def read(self, lease_id: int, spans: torch.Tensor, deadline: Deadline) -> bytes:
         """Ask the owner for the bytes of ``spans``."""

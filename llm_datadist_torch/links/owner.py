@@ -60,7 +60,7 @@ class Owner:
     """
 
     def __init__(self, catalog: Catalog, *, consume_keys: bool, orphans: str = KEEP) -> None:
-        self._catalog = catalog
+        self.catalog = self._catalog = catalog
         self._consume_keys = consume_keys
         self._orphans = orphans
         self._lease_ids = itertools.count(1)

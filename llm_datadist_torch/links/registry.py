@@ -10,6 +10,7 @@ from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.events import LinkEvents
 from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
 from llm_datadist_torch.links.messages import Release
+from llm_datadist_torch.links.neighbours import Neighbour, Presence
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.routes import Route
 from llm_datadist_torch.transports.choice import TransportSet
@@ -32,6 +33,7 @@ class LinkRegistry:
     Thread safety: all methods may be called from any thread and don't block.
 
     Args:
+        epoch: Random name of this instance's life.
         owner: Where the peers' leases end.
         transports: What can move bytes.
         endpoint: What sends messages.
@@ -40,7 +42,10 @@ class LinkRegistry:
         events: Who is told of links.
     """
 
-    def __init__(self, owner: Owner, transports: TransportSet, endpoint: Endpoint) -> None:
+    def __init__(
+        self, epoch: str, owner: Owner, transports: TransportSet, endpoint: Endpoint
+    ) -> None:
+        self._epoch = epoch
         self._owner = owner
         self._transports = transports
         self._endpoint = endpoint
@@ -77,6 +82,10 @@ class LinkRegistry:
         """What each transport tells a peer."""
         return self._transports.offers()
 
+    def announce(self, name: str) -> Presence:
+        """Let a peer in this process find our end of a link; to be done before it hears of it."""
+        return Presence(name, self._epoch, self._owner.catalog)
+
     def make(
         self,
         peer: int,
@@ -89,6 +98,7 @@ class LinkRegistry:
         name: str = "",
         address: tuple[str, int] | None = None,
         replaces: Link | None = None,
+        presence: Presence | None = None,
     ) -> None:
         """A link has been agreed on.
 
@@ -102,6 +112,7 @@ class LinkRegistry:
             name: What both sides call it.
             address: Where the peer can be dialed again.
             replaces: The lost link that it is to take the place of.
+            presence: Our end, if it has been announced.
 
         Raises:
             LLMLinkError: No transport in common, nobody here holds the link any more, what it
@@ -111,6 +122,9 @@ class LinkRegistry:
             text = f"there are {MAX_LINKS} links, and no more may be"
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=peer)
         link = Link(peer, epoch, route, self._endpoint, dialed, name, address)
+        link.presence = presence = presence or self.announce(name)
+        link.neighbour = Neighbour.find(name, epoch, self._epoch)
+        presence.open(link)
         channel = self._transports.connect(offers, LinkRelay(link))
         link.open_channel(channel)
         with self._lock:

@@ -81,7 +81,7 @@ class LinkTable:
         self.questions = Questions()
         self.keys = LinkKeys.from_secret(config.link_secret)
         self.endpoint = Endpoint(self, self.keys)
-        self.registry = LinkRegistry(owner, transports, self.endpoint)
+        self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
         self._handshake = Handshake(self.identity, self.registry, self.endpoint)
         self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
         Heartbeats(config.heartbeat_ms, self.links, self._silent).start(self.endpoint.timers)

@@ -11,7 +11,10 @@ import torch
 from llm_datadist_torch import geometry
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.links.messages import CacheView
-from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.checks import INT64_MAX, param_error
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
+
+ADDRESS_BYTES = 8
 
 
 @dataclass
@@ -32,8 +35,24 @@ class RemoteCache:
 
     @classmethod
     def of(cls, view: CacheView) -> RemoteCache:
-        """The cache that a peer has described."""
+        """The cache that a peer has described.
+
+        Raises:
+            LLMException: What it says can't be true of any cache.
+        """
         layout = Layout(view.num_tensors, view.rows, view.row_bytes, view.pitch, view.paged)
+        numbers = (layout.num_tensors, layout.rows, layout.row_bytes, layout.pitch)
+        if (
+            min(numbers) < 1
+            or layout.pitch < layout.row_bytes
+            or layout.extent > INT64_MAX
+            or len(view.addrs) != layout.num_tensors * ADDRESS_BYTES
+        ):
+            raise error_for(
+                LLMStatusCode.LLM_FAILED,
+                f"the peer says of its cache {view.cache_id} what no cache is: {numbers} tensors,"
+                f" rows, bytes of a row and between two, and {len(view.addrs)} bytes of addresses",
+            )
         return cls(view, layout, torch.frombuffer(bytearray(view.addrs), dtype=torch.int64))
 
 

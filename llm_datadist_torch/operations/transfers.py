@@ -243,6 +243,7 @@ def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: 
         remote_foreign=remote.view.foreign,
         local_device=entry.device,
         remote_device=remote.view.device,
+        cache_id=remote.view.cache_id,
     )
 
 

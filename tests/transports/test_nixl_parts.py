@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import random
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -143,7 +144,9 @@ def test_between_hosts_it_beats_the_relay():
     }
     for expected, peer in peers.items():
         offer = msgspec.msgpack.encode(peer)
-        channel = transports.connect({"local": offer, "nixl": offer}, None)
+        channel = transports.connect(
+            {"local": offer, "nixl": offer}, SimpleNamespace(neighbour=None)
+        )
         choice = channel.choice(MemoryKind.HOST)
         assert choice.transport == expected
         if expected == "nixl":

@@ -82,15 +82,16 @@ class LocalChannel(Channel):
     """
 
     def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
-        self._peer = peer
+        neighbour = relay.neighbour
+        self._same_process = neighbour is not None
+        self._peer = peer = here if self._same_process else peer
         self._reported: set[str] = set()
         self._words = PeerMappings(peer.pid)
-        self._unreachable = peer.unreachable_from(here)
-        self._same_process = here == peer
+        self._unreachable = "" if self._same_process else peer.unreachable_from(here)
         relayed = Relayed(relay)
         self._ways: list[Way]
-        if self._same_process:
-            self._ways = [SameProcess()]
+        if neighbour is not None:
+            self._ways = [SameProcess(neighbour)]
         elif self._unreachable:
             self._ways = [relayed]
         else:

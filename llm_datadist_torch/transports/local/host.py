@@ -13,7 +13,7 @@ _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
 class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
-    """One process on one host; equal identities are the same process.
+    """What a process says of itself: which one it is, on which host. Anybody could say the same.
 
     Attributes:
         boot_id: The running kernel, so the host (two containers on one host have the same).
@@ -45,7 +45,7 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         return start_time(self.pid) == self.start_time
 
     def unreachable_from(self, other: HostIdentity) -> str:
-        """Why ``other`` can't reach this process's memory at all.
+        """Why ``other``, which is this process, must not reach the memory of a peer in another.
 
         Empty if nothing speaks against it.
         """
@@ -53,7 +53,18 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
             return "the peer is on another host"
         if self.pid_namespace != other.pid_namespace:
             return "the peer is in another pid namespace (containers: share it with --pid)"
+        if self.is_here:
+            return "the peer says that it is this process, and is not"
         return ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its pid is that of this process or of one of its threads.
+
+        The kernel lets us reach our own memory by either: a peer that is not in this process and
+        says so wants us to.
+        """
+        return os.access(f"/proc/self/task/{self.pid}", os.F_OK)
 
 
 def start_time(pid: int) -> int:

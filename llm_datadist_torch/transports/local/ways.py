@@ -17,6 +17,7 @@ from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.transports.base import (
     Direction,
     Movement,
+    Neighbour,
     RegionView,
     Relay,
     timed_out,
@@ -79,15 +80,19 @@ class SameProcess(Way):
 
     name = "same-process"
 
+    def __init__(self, peer: Neighbour) -> None:
+        self._peer = peer
+
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Copy in memory, of whatever device."""
-        if movement.remote_foreign:
-            device = torch.device(movement.remote_device)
-            try:
-                check_alive(movement.remote_addrs, movement.measures[2], device)
-            except LLMException as error:
-                raise _unmapped() from error
-        _copy(movement, movement.remote_addrs, deadline)
+        with self._peer.using(movement) as foreign:
+            if foreign:
+                device = torch.device(movement.remote_device)
+                try:
+                    check_alive(movement.remote_addrs, movement.measures[2], device)
+                except LLMException as error:
+                    raise _unmapped() from error
+            _copy(movement, movement.remote_addrs, deadline)
 
 
 class SharedMapping(Way):
@@ -107,6 +112,7 @@ class SharedMapping(Way):
         region = movement.region
         if region is None or region.fd < 0:
             raise WayClosedError("the peer's cache is not in shareable memory", lasting=False)
+        check_elsewhere(self._peer)
         # The local reference keeps the mapping in place while bytes move, even if the link ends
         # meanwhile.
         mapping = self._mapping(region)
@@ -143,6 +149,15 @@ class SharedMapping(Way):
         return self._mappings.nbytes
 
 
+def check_elsewhere(peer: HostIdentity) -> None:
+    """Check that a peer's pid is not ours now: that of a thread may have come up meanwhile."""
+    if peer.is_here:
+        raise WayClosedError(
+            "the peer says that it is this process, and is not",
+            lasting=True,
+        )
+
+
 class ProcessMemory(Way):
     """Any memory of a process that the kernel lets us read and write.
 
@@ -156,6 +171,7 @@ class ProcessMemory(Way):
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Let the kernel copy. A wild address on either side is an error here, never a crash."""
+        check_elsewhere(self._peer)
         call = _C.read_process if movement.direction is Direction.READ else _C.write_process
         done, number = call(
             self._peer.pid,

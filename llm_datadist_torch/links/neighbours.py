@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers in this process: how they are known, and what may be done in their memory.
+
+What a peer says of itself proves nothing: a stranger can repeat it. So each end of a link enters a
+table of this process, and a peer is in this process if it is found there.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.links.owner import check_inside
+from llm_datadist_torch.transports.base import Direction, Movement
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+
+if TYPE_CHECKING:
+    from llm_datadist_torch.links.link import Link
+
+_lock = threading.Lock()
+_present: weakref.WeakValueDictionary[tuple[str, str], Presence] = weakref.WeakValueDictionary()
+
+
+class Presence:
+    """One end of a link that is in this process, for the other end to find.
+
+    In the table as long as somebody refers to it: a dial, then its link.
+
+    Args:
+        name: Random name of the link.
+        epoch: The life of the instance at this end.
+        catalog: What that instance owns.
+    """
+
+    def __init__(self, name: str, epoch: str, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self._link: weakref.ref[Link] | None = None
+        with _lock:
+            _present[name, epoch] = self
+
+    def open(self, link: Link) -> None:
+        """The link has been made."""
+        self._link = weakref.ref(link)
+
+    @property
+    def link(self) -> Link | None:
+        """The link at this end; None before it has been made and after it has ended."""
+        return None if self._link is None else self._link()
+
+
+class Neighbour:
+    """A peer that is in this process; a ``Neighbour`` of the transports.
+
+    Messages are not believed: whoever passes on those of two instances of this process could change
+    them. Only what the peer's instance itself has leased on this link, or lets all its peers read,
+    is touched.
+
+    Args:
+        there: The peer's end of the link.
+        epoch: The life of the instance at our end.
+    """
+
+    def __init__(self, there: Presence, epoch: str) -> None:
+        self._there = there
+        self._epoch = epoch
+
+    @classmethod
+    def find(cls, name: str, there: str, here: str) -> Neighbour | None:
+        """The other end of a link.
+
+        Args:
+            name: The link's name.
+            there: The life that the peer says it has.
+            here: Our own; nobody else can have it.
+        """
+        with _lock:
+            found = None if there == here else _present.get((name, there))
+        return None if found is None else cls(found, here)
+
+    @contextmanager
+    def using(self, movement: Movement) -> Iterator[bool]:
+        """See ``transports.base.Neighbour``."""
+        catalog = self._there.catalog
+        entry = self._hold(movement)
+        try:
+            _check(movement, entry)
+            yield entry.foreign
+        finally:
+            catalog.end_lease(entry)
+
+    def _hold(self, movement: Movement) -> CacheEntry:
+        """The cache that the movement is about, with one more lease."""
+        link, catalog = self._there.link, self._there.catalog
+        if link is None or link.epoch != self._epoch:
+            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the peer's end of the link has ended")
+        write = movement.direction is Direction.WRITE
+        if movement.lease_id == 0:
+            entry = catalog.find(movement.cache_id)
+            if write or not entry.remote_accessible:
+                raise param_error(f"the peer's cache {entry.cache_id} is not remote accessible")
+            catalog.lease(entry)
+            return entry
+        grant = link.grants.get(movement.lease_id)
+        if grant is None:
+            raise _no_lease(movement)
+        if write and not grant.write:
+            raise param_error(f"lease {movement.lease_id} is for reading")
+        catalog.share_lease(grant.entry)
+        # It was the peer's lease that kept the cache until now.
+        if link.grants.get(movement.lease_id) is not grant:
+            catalog.end_lease(grant.entry)
+            raise _no_lease(movement)
+        return grant.entry
+
+
+def _no_lease(movement: Movement) -> LLMException:
+    return error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {movement.lease_id}")
+
+
+def _check(movement: Movement, entry: CacheEntry) -> None:
+    """Raise unless a movement stays inside the rows of its cache."""
+    layout = entry.layout
+    if layout.pitch != layout.row_bytes:
+        _, remote, sizes = movement.spelled_out()
+        check_inside(torch.stack((remote, sizes), dim=1), entry, limit=None)
+        inside = True
+    else:
+        inside = set(movement.remote_addrs.tolist()) <= set(entry.addrs.tolist())
+        inside = inside and movement.measures[2] <= layout.extent
+    if not inside or movement.remote_device != str(entry.device):
+        raise param_error(f"the movement leaves the peer's cache {entry.cache_id}")
