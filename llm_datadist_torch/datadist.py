@@ -16,6 +16,7 @@ from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.operations import linking
 from llm_datadist_torch.values.checks import (
     check_isinstance,
+    check_timeout_ms,
     check_uint64,
     param_error,
 )
@@ -96,13 +97,22 @@ class LLMDataDist(LinkCalls):
                 LLMDataDist._exit_registered = True
                 atexit.register(_shutdown_handler)
 
-    def finalize(self) -> None:
+    def finalize(self, *, timeout: int | None = None) -> None:
         """End all links and caches, release the pools, stop listening (reference API, 6.4).
 
-        Blocks shortly; idempotent.
+        Waits for transfers that are under way, on either side, and cuts off those that take longer;
+        idempotent.
 
         Tensors that the user still holds stay valid. The instance may be initialised again.
+
+        Args:
+            timeout: Milliseconds to wait for transfers at most. None: ``sync_kv_timeout``.
+
+        Raises:
+            TypeError, ValueError: ``timeout`` is no int32.
+            LLMParamError: It is not positive. Nothing has been ended.
         """
+        timeout = None if timeout is None else check_timeout_ms(timeout)
         with self._life:
             instance, self._instance, self._manager = self._instance, None, None
             if instance is None:
@@ -110,7 +120,7 @@ class LLMDataDist(LinkCalls):
             LLMDataDist._live.discard(self)
             if LLMDataDist.llm_engine_instance is self:
                 LLMDataDist.llm_engine_instance = next(iter(LLMDataDist._live), None)
-            instance.close()
+            instance.close(timeout)
 
     def __enter__(self) -> Self:
         """The instance itself."""

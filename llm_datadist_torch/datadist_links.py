@@ -237,7 +237,7 @@ class LinkCalls(ABC):
             timeout=timeout, rendezvous=rendezvous, wait=wait,
         )  # fmt: skip
 
-    def unlink(self, comm_id: int) -> None:
+    def unlink(self, comm_id: int, *, timeout: int | None = None) -> None:
         """End a communicator on this side; the other members do so themselves.
 
         Gives up what is still being linked. Links that nothing else asked for end as by
@@ -245,15 +245,17 @@ class LinkCalls(ABC):
 
         Args:
             comm_id: What :meth:`link` returned.
+            timeout: Milliseconds to wait for transfers. None: ``sync_kv_timeout``.
 
         Raises:
             RuntimeError: Not initialised.
-            TypeError, ValueError: ``comm_id`` is no uint64.
+            TypeError, ValueError: ``comm_id`` is no uint64, or ``timeout`` no int32.
+            LLMParamError: ``timeout`` is not positive.
             LLMNotLinkedError: There is no such communicator.
-            LLMException: LLM_UNLINK_FAILED: transfers of ours took longer than ``sync_kv_timeout``;
-                the communicator is kept, and this may be called again.
+            LLMException: LLM_UNLINK_FAILED: transfers of ours took longer; the communicator is
+                kept, and this may be called again.
         """
-        communicating.unlink(self._check_is_inited(), comm_id)
+        communicating.unlink(self._check_is_inited(), comm_id, timeout)
 
     def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
         """How far a communicator is. Does not block.

@@ -107,17 +107,17 @@ class Instance:
         except OSError as error:
             raise error_for(LLMStatusCode.LLM_FAILED, str(error), op="init") from error
 
-    def close(self) -> None:
+    def close(self, timeout_ms: int | None = None) -> None:
         """End all links and caches.
 
         Memory that the user still holds tensors of stays valid. Background transfers are cancelled;
-        what is being sent is sent to its end, at most for ``sync_kv_timeout``, and a synchronizer
-        is not waited for. Idempotent.
+        what is being sent is sent to its end, at most for ``timeout_ms`` or ``sync_kv_timeout``,
+        and a synchronizer is not waited for. Idempotent.
         """
         self._open = False
         # A forked child has neither the endpoint's thread nor any right to its sockets.
         if os.getpid() == self._pid:
-            deadline = self.deadline()
+            deadline = self.deadline(timeout_ms)
             self.communicators.close(deadline)
             for workers in (self.transfer_workers, self.layer_workers):
                 workers.close(deadline)

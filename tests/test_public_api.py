@@ -22,7 +22,7 @@ def test_it_says_the_signatures_and_defaults():
     lines = public_api.FILE.read_text(encoding="utf-8").splitlines()
     for wanted in (
         "class CacheManager",
-        "    unregister_cache(self, cache_id: int) -> None",
+        "    unregister_cache(self, cache_id: int, *, timeout: int | None = None) -> None",
         "    layer(self, index: int, tensor_num_per_layer: int = 2) -> tuple[torch.Tensor, ...]",
         "    LLM_SUCCESS = 0",
         "    tensor_addrs: list[int]",

@@ -172,21 +172,22 @@ class CacheLifetime(ManagerBase):
         """
         creation.deallocate(self._open(LLMStatusCode.LLM_PARAM_INVALID), cache, paged=True)
 
-    def unregister_cache(self, cache_id: int) -> None:
+    def unregister_cache(self, cache_id: int, *, timeout: int | None = None) -> None:
         """Forget a registered cache.
 
-        Waits for transfers that use it, at most for ``sync_kv_timeout``: then the memory is the
-        caller's alone.
+        Waits for transfers that use it: then the memory is the caller's alone.
 
         Args:
             cache_id: Its id; an unknown one is ignored.
+            timeout: Milliseconds to wait at most. None: ``sync_kv_timeout``.
 
         Raises:
-            LLMParamError: The cache is allocated, not registered.
+            TypeError: ``cache_id`` or ``timeout`` is no int.
+            ValueError: One of them is outside its width.
+            LLMParamError: The cache is allocated, not registered; or ``timeout`` is not positive.
             LLMTimeoutError: A transfer still uses it; it stays registered.
         """
-        instance = self._open()
-        creation.unregister(instance, cache_id, instance.deadline())
+        creation.unregister(self._open(), cache_id, timeout)
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
         """Unbind a key of an allocated cache, which may free it (reference API, 8.5).

@@ -112,11 +112,12 @@ def check_available(instance: Instance, operation: str) -> None:
         )
 
 
-def unlink(instance: Instance, comm_id: int) -> None:
+def unlink(instance: Instance, comm_id: int, timeout: int | None = None) -> None:
     """End a communicator; see ``LLMDataDist.unlink``."""
     comm_id = check_uint64("comm_id", comm_id)
+    timeout = None if timeout is None else check_timeout_ms(timeout)
     check_available(instance, "unlink")
-    instance.communicators.end(comm_id, instance.deadline())
+    instance.communicators.end(comm_id, instance.deadline(timeout))
 
 
 def query_register_mem_status(instance: Instance, comm_id: int) -> RegisterMemStatus:

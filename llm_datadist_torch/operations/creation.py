@@ -10,13 +10,17 @@ import torch
 
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry, name_of
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.adopt import Adopted, adopt, check_given, storage_form
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.values.cache_desc import CacheDesc
-from llm_datadist_torch.values.checks import check_int64, check_isinstance, param_error
+from llm_datadist_torch.values.checks import (
+    check_int64,
+    check_isinstance,
+    check_timeout_ms,
+    param_error,
+)
 from llm_datadist_torch.values.enums import Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException
@@ -123,9 +127,10 @@ def deallocate(instance: Instance, cache: Cache, *, paged: bool) -> None:
         instance.catalog.release_id(cache.cache_id)
 
 
-def unregister(instance: Instance, cache_id: int, deadline: Deadline) -> None:
+def unregister(instance: Instance, cache_id: int, timeout: int | None = None) -> None:
     """Forget a registered cache after its transfers; refuse an allocated one (section 14, 23)."""
     cache_id = check_int64("cache_id", cache_id)
+    deadline = instance.deadline(None if timeout is None else check_timeout_ms(timeout))
     entry = instance.catalog.get(cache_id)
     if entry is None:
         return
@@ -150,7 +155,7 @@ def _publish(instance: Instance, desc: CacheDesc, entry: CacheEntry, keys: Keys)
         if owned:
             deallocate(instance, cache, paged=layout.paged)
         else:
-            unregister(instance, cache.cache_id, instance.deadline())
+            unregister(instance, cache.cache_id)
 
     try:
         instance.publish(entry, keys)

@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LayerSynchronizer
+from llm_datadist_torch import (
+    BlocksCacheKey,
+    CacheKeyByIdAndIndex,
+    LayerSynchronizer,
+    LLMException,
+)
 from llm_datadist_torch import TransferWithCacheKeyConfig as Config
+from llm_datadist_torch.deadline import Deadline
 from tests.faults.helpers import OK, PEER, THEIRS, TIMEOUT, Peers, start_peer
 from tests.peers import Peer, Ref, Service, settle
+from tests.transfer.tables import TABLE, WAIT_MS, members
 
 ROW = CacheKeyByIdAndIndex(PEER, 2, 0)
 BLOCKS = (THEIRS, Ref("mine"), [0, 1], [0, 1])
@@ -74,3 +82,62 @@ def test_what_is_no_time(here: Service, peer: Peer, call: str, timeout: object, 
     failure = here.attempt(call, *CALLS[call.removesuffix("_async")], timeout=timeout)
     assert failure.kind == kind
     assert "timeout" in failure.text
+
+
+def test_unregister(here: Service, peer: Peer) -> None:
+    cache_id = here.register("given", 2, 4, 64, paged=True)
+    with here.instance.using(here.held["given"].cache):
+        failure = here.attempt("unregister_cache", cache_id, timeout=50)
+        assert failure.status == TIMEOUT
+        assert "50 ms" in failure.text
+    assert here.attempt("unregister_cache", cache_id, timeout=20_000) is None
+    assert here.held["given"].cache.ended
+
+
+@pytest.fixture
+def patient() -> Iterator[Service]:
+    """An instance of this process that waits for transfers longer than any test may take."""
+    service = Service()
+    service.start(8, timeout_ms=3_600_000)
+    yield service
+    service.finish()
+
+
+def test_unlink_of_a_communicator(peer: Peer, patient: Service) -> None:
+    peer.begin("link_by_table", "pair", members(PEER, 8), TABLE, WAIT_MS)
+    comm_id = patient.link_by_table("pair", members(PEER, 8), TABLE, WAIT_MS)
+    peer.answer()
+    with patient.instance.links.find(PEER).transfer(Deadline.after_ms(1000)):
+        with pytest.raises(LLMException) as caught:
+            patient.dd.unlink(comm_id, timeout=50)
+        assert caught.value.status_code.name == "LLM_UNLINK_FAILED"
+        assert patient.link_states() == {PEER: "linked"}
+    patient.dd.unlink(comm_id, timeout=20_000)
+    assert patient.link_states() == {}
+
+
+def test_finalize(here: Service, peer: Peer, patient: Service) -> None:
+    assert patient.link(1, here.listening()[1]) == OK
+    link = patient.instance.links.find(1)
+    for wrong in (0, "1"):
+        with pytest.raises((LLMException, TypeError)):
+            patient.dd.finalize(timeout=wrong)
+    assert patient.link_states() == {1: "linked"}
+    assert link.try_transfer()
+    # Who is moving bytes is not waited for any longer; it fails.
+    patient.dd.finalize(timeout=50)
+    link.end_transfer()
+    assert link.state.value == "unlinked"
+    assert settle(lambda: here.link_states() == {PEER: "linked"})
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 2**31, "1", 1.5])
+def test_what_is_no_time_to_end_something(here: Service, peer: Peer, timeout: object) -> None:
+    cache_id = here.register("given", 2, 4, 64, paged=True)
+    for call in (
+        lambda: here.dd.unlink(1, timeout=timeout),
+        lambda: here.manager.unregister_cache(cache_id, timeout=timeout),
+    ):
+        with pytest.raises((ValueError, TypeError), match="timeout"):
+            call()
+    assert not here.held["given"].cache.ended
