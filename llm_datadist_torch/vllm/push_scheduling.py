@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ class PushScheduler:
         self._receives = receives
         self._wanted: dict[str, PushTarget] = {}
         self._sent: dict[str, _Sent] = {}
+        self._expecting: dict[str, str] = {}
         self._siblings = Siblings()
         self._step = Step()
 
@@ -104,6 +105,8 @@ class PushScheduler:
         params[WANTED] = False
         if not num_external:
             self._siblings.loaded([request.request_id])
+        else:
+            self._expecting[request.request_id] = target.transfer_id
         num_tokens = len(request.prompt_token_ids or ())
         self._step.expects.append(
             Expect(
@@ -116,9 +119,11 @@ class PushScheduler:
             )
         )
 
-    def loaded(self, request_ids: Iterable[str]) -> None:
+    def loaded(self, request_ids: Collection[str]) -> None:
         """The blocks of these requests have been written, or will not be."""
         self._siblings.loaded(request_ids)
+        for request_id in request_ids:
+            self._expecting.pop(request_id, None)
 
     # -- the producer -----------------------------------------------------------------------------
 
@@ -161,6 +166,11 @@ class PushScheduler:
         """A request has ended; whether its blocks are kept, and what the client is told."""
         target = self._wanted.pop(request.request_id, None)
         self._siblings.loaded([request.request_id])
+        given_up = self._expecting.pop(request.request_id, None)
+        if given_up is not None:
+            # Aborted while the blocks come: the engine frees them when nobody writes any more.
+            self._step.expects.append(Expect(request.request_id, given_up, (), 0, 0, ""))
+            return False, None
         params = request.kv_transfer_params
         if target is not None and params is not None and params.get(WANTED):
             # It ended before it had blocks: the producer need not wait for it.

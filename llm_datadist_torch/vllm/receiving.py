@@ -89,6 +89,9 @@ class Receiver:
         with self._lock:
             if not expect.blocks:
                 self._unwanted[expect.transfer_id] = ends_at
+                given_up = self._expected.get(expect.transfer_id)
+                if given_up is not None and not given_up.ending:
+                    self._end(given_up, complete=False)
                 return
             if expect.transfer_id in self._expected:
                 logger.warning("transfer %s is expected already", expect.transfer_id)

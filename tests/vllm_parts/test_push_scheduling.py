@@ -162,3 +162,15 @@ def test_blocks_are_written_for_the_first_of_several() -> None:
     assert consumer.num_matched(second, 0) == 0
     consumer.allocated(second, [7, 8, 9], 0)
     assert [each.request_id for each in consumer.take_step(output()).expects] == ["r"]
+
+
+def test_a_consumer_that_is_aborted_while_blocks_come_gives_them_up() -> None:
+    consumer, wanted = scheduler(), request("do_remote_prefill")
+    consumer.num_matched(wanted, 0)
+    consumer.allocated(wanted, [4, 5, 6], 40)
+    assert consumer.take_step(output()).expects[0].blocks
+    assert consumer.finished(wanted, [4, 5, 6], completed=False) == (False, None)
+    (expect,) = consumer.take_step(output()).expects
+    assert (expect.transfer_id, expect.blocks) == ("t", ())
+    assert consumer.finished(wanted, [4, 5, 6], completed=False) == (False, None)
+    assert not consumer.take_step(output()).expects

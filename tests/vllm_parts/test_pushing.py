@@ -133,6 +133,18 @@ def test_the_producer_ends_before_its_first_layer(
     assert p.freed("p") if kept else not p.half.take_done()[0]
 
 
+def test_the_consumer_gives_up(worker: Callable[..., Worker]) -> None:
+    """Its engine gets the blocks back at once, and a producer hears that nothing is wanted."""
+    p, d = worker(8, 1), worker(8, 2)
+    right = snapshot(d)
+    expect(d, (1, 2), 0, 64)
+    expect(d, (), 0, 0)
+    assert d.wait() == {1, 2}
+    compute(p, d, (4, 6), 0, last=True)
+    assert end(p)
+    assert all(torch.equal(d.kv[name], tensor) for name, tensor in right.items())
+
+
 def test_what_was_given_up_is_forgotten_after_a_while(
     worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
