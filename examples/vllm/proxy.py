@@ -6,15 +6,21 @@ its answer, to a decode server, whose answer (also a stream) is passed on. Serve
 that can't be reached is left alone for a while, and the next is tried. Without any prefill server a
 decode server does all of it.
 
+With "push" both get the request at the same time: --peers says for each decode server the
+cluster_id, host and port of its workers.
+
     python examples/vllm/proxy.py --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
+    python examples/vllm/proxy.py ... --peers 77@127.0.0.1:7000
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -30,9 +36,16 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 # Of a request; the prefill server computes one token, and nobody sees it.
 NOT_FOR_PREFILL = ("stream_options", "min_tokens", "best_of")
 
+Peer = tuple[int, str, int]
+"""Cluster id, host and port of one worker."""
+
 
 class UnreachableError(Exception):
     """A server gave no answer, or one that says that it can't."""
+
+
+class PrefillFailedError(Exception):
+    """The same of a prefill server, while a decode server waits for what it sends."""
 
 
 class Servers:
@@ -60,10 +73,19 @@ class Servers:
 
 
 class Proxy:
-    """The application's state."""
+    """The application's state.
 
-    def __init__(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+    Args:
+        prefill: URLs of prefill servers.
+        decode: URLs of decode servers.
+        peers: With "push": for each decode server its workers, as in ``remote_peers``.
+    """
+
+    def __init__(
+        self, prefill: Sequence[str], decode: Sequence[str], peers: Sequence[list[Peer]] = ()
+    ) -> None:
         self._prefill, self._decode = Servers(prefill), Servers(decode)
+        self._peers = dict(zip(self._decode.urls, peers, strict=True)) if peers else {}
         self._session: aiohttp.ClientSession | None = None
 
     def application(self) -> web.Application:
@@ -103,6 +125,8 @@ class Proxy:
             if len(prompt) != 1:
                 return refused("send one prompt per request: each has KV of its own")
             body["prompt"] = prompt[0]
+        if self._peers:
+            return await self._pushed(request, body)
         answer, params = await self._prefilled(request.path, body)
         if answer is not None:
             return answer
@@ -114,53 +138,127 @@ class Proxy:
         self, path: str, body: dict[str, Any]
     ) -> tuple[web.Response | None, dict[str, Any] | None]:
         """The answer of a prefill server that refuses the request, or the kv_transfer_params."""
-        asked = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
-        asked |= {"max_tokens": 1, "n": 1, "stream": False}
-        if "max_completion_tokens" in asked:
-            asked["max_completion_tokens"] = 1
-        asked["kv_transfer_params"] = {"do_remote_decode": True}
         for url in self._prefill.in_turn():
             try:
-                async with self.session.post(url + path, json=asked) as answer:
-                    check_status(answer)
-                    payload = await answer.read()
-                    self._prefill.answered(url)
-                    if answer.status != 200:
-                        return passed_on(answer, payload), None
-                    told = await answer.json()
-                    return None, told.get("kv_transfer_params")
-            except (aiohttp.ClientError, UnreachableError, OSError, ValueError) as error:
+                status, payload, kind = await self._prefill_at(
+                    url, path, body, {"do_remote_decode": True}
+                )
+                if status != 200:
+                    return web.Response(status=status, body=payload, content_type=kind), None
+                return None, json.loads(payload).get("kv_transfer_params")
+            except (UnreachableError, ValueError) as error:
                 self._prefill.failed(url)
                 logger.warning("prefill server %s: %s", url, error)
         logger.warning("no prefill server answers, a decode server does it all")
         return None, None
 
+    async def _prefill_at(
+        self, url: str, path: str, body: dict[str, Any], params: dict[str, Any]
+    ) -> tuple[int, bytes, str]:
+        """Status, payload and type of the answer of one prefill server."""
+        asked = {name: value for name, value in body.items() if name not in NOT_FOR_PREFILL}
+        asked |= {"max_tokens": 1, "n": 1, "stream": False, "kv_transfer_params": params}
+        if "max_completion_tokens" in asked:
+            asked["max_completion_tokens"] = 1
+        try:
+            async with self.session.post(url + path, json=asked) as answer:
+                check_status(answer)
+                payload = await answer.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnreachableError(str(error)) from error
+        self._prefill.answered(url)
+        return answer.status, payload, answer.content_type
+
     async def _decoded(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         for url in self._decode.in_turn():
-            response: web.StreamResponse | None = None
             try:
-                async with self.session.post(url + request.path, json=body) as answer:
-                    check_status(answer)
-                    self._decode.answered(url)
-                    if not body.get("stream") or answer.status != 200:
-                        return passed_on(answer, await answer.read())
-                    response = web.StreamResponse(headers={"Content-Type": answer.content_type})
-                    await response.prepare(request)
-                    async for chunk in answer.content.iter_any():
-                        await response.write(chunk)
-                    await response.write_eof()
-                    return response
-            except (aiohttp.ClientError, UnreachableError, OSError) as error:
-                if response is not None:
-                    # The client has a part of the answer: it must see that it is not all. A client
-                    # that is gone itself gets here, too, and is no server's fault.
-                    logger.warning("a stream from %s was cut: %s", url, error)
-                    if request.transport is not None:
-                        request.transport.abort()
-                    return response
+                return await self._decode_at(url, request, body, asyncio.Event())
+            except UnreachableError as error:
                 self._decode.failed(url)
                 logger.warning("decode server %s: %s", url, error)
         return error_response(503, "no decode server answers")
+
+    async def _decode_at(
+        self, url: str, request: web.Request, body: dict[str, Any], begun: asyncio.Event
+    ) -> web.StreamResponse:
+        """Pass on the answer of one decode server; ``begun``: the client has a part of it."""
+        response = None
+        try:
+            async with self.session.post(url + request.path, json=body) as answer:
+                check_status(answer)
+                self._decode.answered(url)
+                if not body.get("stream") or answer.status != 200:
+                    return passed_on(answer, await answer.read())
+                async for chunk in answer.content.iter_any():
+                    if response is None:
+                        begun.set()
+                        response = web.StreamResponse(headers={"Content-Type": answer.content_type})
+                        await response.prepare(request)
+                    await response.write(chunk)
+                if response is None:
+                    raise UnreachableError("an empty stream")
+                await response.write_eof()
+                return response
+        except (aiohttp.ClientError, OSError) as error:
+            if response is None:
+                raise UnreachableError(str(error)) from error
+            # The client has a part of the answer: it must see that it is not all. A client that is
+            # gone itself gets here, too, and is no server's fault.
+            logger.warning("a stream from %s was cut: %s", url, error)
+            if request.transport is not None:
+                request.transport.abort()
+            return response
+
+    # -- completions with "push" ------------------------------------------------------------------
+
+    async def _pushed(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """Both servers at the same time; a pair of which one fails is given up as a whole."""
+        prefill, decode = self._prefill.in_turn(), self._decode.in_turn()
+        while prefill and decode:
+            try:
+                return await self._try_push(prefill[0], decode[0], request, body)
+            except PrefillFailedError as error:
+                self._prefill.failed(prefill[0])
+                logger.warning("prefill server %s: %s", prefill.pop(0), error)
+            except UnreachableError as error:
+                self._decode.failed(decode[0])
+                logger.warning("decode server %s: %s", decode.pop(0), error)
+        if not prefill:
+            logger.warning("no prefill server answers, a decode server does it all")
+        return await self._decoded(request, body)
+
+    async def _try_push(
+        self, prefill: str, decode: str, request: web.Request, body: dict[str, Any]
+    ) -> web.StreamResponse:
+        # A transfer that was given up is never begun again.
+        transfer_id = uuid.uuid4().hex
+        sent = {
+            "do_remote_decode": True,
+            "transfer_id": transfer_id,
+            "remote_peers": self._peers[decode],
+        }
+        wanted = {"do_remote_prefill": True, "transfer_id": transfer_id}
+        begun = asyncio.Event()
+        sending = asyncio.ensure_future(self._prefill_at(prefill, request.path, body, sent))
+        decoding = asyncio.ensure_future(
+            self._decode_at(decode, request, body | {"kv_transfer_params": wanted}, begun)
+        )
+        try:
+            await asyncio.wait({sending, decoding}, return_when=asyncio.FIRST_COMPLETED)
+            # What the decode server has begun by itself, it will end by itself.
+            if sending.done() and not decoding.done() and not begun.is_set():
+                try:
+                    status, payload, kind = sending.result()
+                except UnreachableError as error:
+                    raise PrefillFailedError(str(error)) from error
+                if status != 200:
+                    return web.Response(status=status, body=payload, content_type=kind)
+            return await decoding
+        finally:
+            # vLLM aborts requests whose clients have gone, and the connector tells the other side.
+            for task in (sending, decoding):
+                task.cancel()
+            await asyncio.gather(sending, decoding, return_exceptions=True)
 
     # -- what else there is -----------------------------------------------------------------------
 
@@ -218,16 +316,36 @@ def error_response(status: int, message: str) -> web.Response:
     )
 
 
+def peers_of(text: str) -> list[Peer]:
+    """The workers in ``77@10.0.0.2:7000,78@10.0.0.2:7001``."""
+    peers = []
+    for each in text.split(","):
+        cluster_id, _, address = each.partition("@")
+        host, _, port = address.rpartition(":")
+        peers.append((int(cluster_id), host, int(port)))
+    return peers
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prefill", nargs="+", required=True, metavar="URL")
     parser.add_argument("--decode", nargs="+", required=True, metavar="URL")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        type=peers_of,
+        default=[],
+        metavar="ID@HOST:PORT[,...]",
+        help='with "push": the workers of each decode server, by rank',
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
+    if args.peers and len(args.peers) != len(args.decode):
+        parser.error(f"{len(args.peers)} --peers for {len(args.decode)} decode servers")
     logging.basicConfig(level=logging.WARNING)
     web.run_app(
-        Proxy(args.prefill, args.decode).application(),
+        Proxy(args.prefill, args.decode, args.peers).application(),
         host=args.host,
         port=args.port,
         access_log=None,

@@ -4,6 +4,7 @@
 #
 #   examples/vllm/serve_pd.sh                       a small random model that is made in place, on the CPU
 #   MODEL=... PREFILL=2 DECODE=2 examples/vllm/serve_pd.sh --max-model-len 8192
+#   MODE=push examples/vllm/serve_pd.sh             prefill servers write while they compute; one worker per server
 #
 # PYTHON: that of an environment with vLLM and this package (default: .venv-vllm's, which `make test-vllm` makes).
 # PORT: the proxy's. BASE_PORT: the first of the servers'; 0 for free ones. WHOLE=1: also a server without a connector, to compare with.
@@ -12,7 +13,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 : "${PYTHON:=$root/.venv-vllm/bin/python}" "${PREFILL:=1}" "${DECODE:=1}" "${PORT:=8000}" "${BASE_PORT:=8100}" "${WHOLE:=}"
-: "${PREFILL_ARGS:=}" "${DECODE_ARGS:=}" "${WAIT_S:=600}"
+: "${PREFILL_ARGS:=}" "${DECODE_ARGS:=}" "${WAIT_S:=600}" "${MODE:=pull}"
 logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs"
 started=()
@@ -54,13 +55,13 @@ serve() {  # serve NAME [ARGUMENT...]: sets url
     --port "$port" "${args[@]}" "$@" >"$logs/$name.log" 2>&1 &
   started+=($!)
 }
-transfer() {  # transfer ROLE: the JSON of --kv-transfer-config
+transfer() {  # transfer ROLE [SETTINGS]: the JSON of --kv-transfer-config
   # What can't be fetched is computed again.
   printf '{"kv_connector": "LLMDataDistConnector", "kv_connector_module_path": "llm_datadist_torch.vllm.connector",'
-  printf ' "kv_role": "%s", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {}}' "$1"
+  printf ' "kv_role": "%s", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"mode": "%s"%s}}' "$1" "$MODE" "${2:-}"
 }
 
-prefill=() decode=() all=()
+prefill=() decode=() all=() peers=()
 # shellcheck disable=SC2086  # several arguments in one variable
 for ((i = 0; i < PREFILL; i++)); do
   serve "prefill$i" --kv-transfer-config "$(transfer kv_producer)" $PREFILL_ARGS
@@ -68,7 +69,15 @@ for ((i = 0; i < PREFILL; i++)); do
 done
 # shellcheck disable=SC2086
 for ((i = 0; i < DECODE; i++)); do
-  serve "decode$i" --kv-transfer-config "$(transfer kv_consumer)" $DECODE_ARGS
+  settings=
+  if [ "$MODE" = push ]; then
+    # Prefill servers are told where to write, so this must be known beforehand.
+    id=$((1 + RANDOM * 32768 + RANDOM))
+    take_port
+    settings=", \"cluster_id\": $id, \"port\": $port"
+    peers+=("$id@127.0.0.1:$port")
+  fi
+  serve "decode$i" --kv-transfer-config "$(transfer kv_consumer "$settings")" $DECODE_ARGS
   decode+=("$url")
 done
 all=("${prefill[@]}" "${decode[@]}")
@@ -82,7 +91,8 @@ if [ "$PORT" = 0 ]; then
   take_port
   PORT=$port
 fi
-"$PYTHON" "$here/proxy.py" --port "$PORT" --prefill "${prefill[@]}" --decode "${decode[@]}" >"$logs/proxy.log" 2>&1 &
+"$PYTHON" "$here/proxy.py" --port "$PORT" --prefill "${prefill[@]}" --decode "${decode[@]}" \
+  ${peers[@]+--peers "${peers[@]}"} >"$logs/proxy.log" 2>&1 &
 started+=($!)
 all+=("http://127.0.0.1:$PORT")
 

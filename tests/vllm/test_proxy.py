@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import aiohttp
@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from examples.vllm.proxy import REST_S, Proxy, Servers
+from examples.vllm.proxy import REST_S, Peer, Proxy, Servers
 
 
 class Backend:
@@ -24,6 +24,9 @@ class Backend:
         self.asked: list[dict[str, Any]] = []
         self.status = 200
         self.cut_after = -1
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.cancelled = 0
         app = web.Application()
         app.router.add_post("/v1/completions", self.complete)
         app.router.add_post("/v1/chat/completions", self.complete)
@@ -40,6 +43,11 @@ class Backend:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append(body)
+        try:
+            await self.answers.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
         if self.status != 200:
             return web.json_response({"error": self.name}, status=self.status)
         answer: dict[str, Any] = {"from": self.name}
@@ -79,14 +87,14 @@ class Setting:
         return answer.status, {kind: list(each.values()) for kind, each in told.items()}
 
 
-def run(test: Callable[[Setting], Awaitable[None]]) -> None:
+def run(test: Callable[[Setting], Awaitable[None]], peers: Sequence[list[Peer]] = ()) -> None:
     async def inside() -> None:
         setting = Setting()
         backends = setting.prefill + setting.decode
         for backend in backends:
             await backend.server.start_server()
         urls = [str(backend.server.make_url("")) for backend in backends]
-        setting.proxy = TestServer(Proxy(urls[:2], urls[2:]).application())
+        setting.proxy = TestServer(Proxy(urls[:2], urls[2:], peers).application())
         await setting.proxy.start_server()
         async with aiohttp.ClientSession() as setting.session:
             try:

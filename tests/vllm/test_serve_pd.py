@@ -26,10 +26,10 @@ START_S = 600
 class Serving:
     """The script, running."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, mode: str, whole: str) -> None:
         self.directory = directory
         self._output = directory / "output"
-        told = {"WHOLE": "1", "PORT": "0", "BASE_PORT": "0", "LOGS": str(directory)}
+        told = {"MODE": mode, "WHOLE": whole, "PORT": "0", "BASE_PORT": "0", "LOGS": str(directory)}
         told |= {"WAIT_S": str(START_S), "PYTHON": sys.executable}
         with self._output.open("w") as output:
             self.process = subprocess.Popen(
@@ -67,36 +67,53 @@ class Serving:
         return found
 
 
+MODES = ("pull", "push")
+
+
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    made = Serving(tmp_path_factory.mktemp("serving"))
+def servings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serving]]:
+    """Both modes at the same time; one server without a connector serves both comparisons."""
+    made = {
+        mode: Serving(tmp_path_factory.mktemp(mode), mode, "1" if mode == "pull" else "")
+        for mode in MODES
+    }
     try:
-        assert settle(made.is_ready, START_S), made.text()
+        for each in made.values():
+            assert settle(each.is_ready, START_S), each.text()
         yield made
     finally:
-        for pid in made.processes():
-            os.kill(pid, signal.SIGKILL)
-        made.process.wait(60)
+        for each in made.values():
+            for pid in each.processes():
+                os.kill(pid, signal.SIGKILL)
+            each.process.wait(60)
 
 
-def test_texts_are_those_of_a_server_without_a_connector(serving: Serving) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_are_those_of_a_server_without_a_connector(
+    servings: dict[str, Serving], mode: str
+) -> None:
+    serving = servings[mode]
     command = [sys.executable, "examples/vllm/compare.py", "--proxy", serving.url("ready")]
-    command += ["--whole", serving.url("without a connector")]
+    command += ["--whole", servings["pull"].url("without a connector")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{serving.text()}"
     assert done.stdout.count(": equal") == 12
     decode = (serving.directory / "decode0.log").read_text()
-    assert "was not fetched" not in decode
-    assert "is computed here" not in decode
+    for wrong in ("was not fetched", "was not pushed", "is computed here", "is not handed over"):
+        assert wrong not in decode
 
 
-def test_health_names_all_servers(serving: Serving) -> None:
-    with urllib.request.urlopen(serving.url("ready") + "/health", timeout=30) as answer:
+@pytest.mark.parametrize("mode", MODES)
+def test_health_names_all_servers(servings: dict[str, Serving], mode: str) -> None:
+    url = servings[mode].url("ready") + "/health"
+    with urllib.request.urlopen(url, timeout=30) as answer:
         told = json.load(answer)
     assert [list(each.values()) for each in told.values()] == [[True], [True]]
 
 
-def test_nothing_is_left_when_it_is_ended(serving: Serving) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_left_when_it_is_ended(servings: dict[str, Serving], mode: str) -> None:
+    serving = servings[mode]
     serving.process.send_signal(signal.SIGTERM)
     assert serving.process.wait(120) == 143
     assert settle(lambda: not serving.processes(), 60)
