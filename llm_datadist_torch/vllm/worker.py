@@ -204,7 +204,8 @@ class WorkerHalf:
     def _checked_rows(self, question: Checksums) -> torch.Tensor:
         if self.leases.blocks(question.lease) is None:
             raise error_for(
-                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {question.lease}"
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+                f"the blocks of lease {question.lease} have been given up, or never were kept",
             )
         if not 0 <= question.group < len(self._service.caches) or len(question.rows) % 8:
             raise param_error(f"there are no such rows of group {question.group}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import socket
@@ -27,8 +28,9 @@ BLOCK_BYTES = 4 * 2 * 128 * 64 * 4
 #   p1, p2, d1, d2: fp32, all of them kv_both; the first of each with prefix caching, chunked
 #       prefill and checksums; d2 has few blocks, and fails requests that could not be loaded
 #   p16, d16: bf16, scheduler and worker in processes of their own, the connector as a plugin
-#   push_p, push_d: with "push", the first with chunked prefill
-#   victim1, victim2: to be killed
+#   push_p, push_d, push_d2: with "push", the first with chunked prefill, the others with checksums;
+#       push_d fails requests whose blocks don't come, push_d2 computes them
+#   victim1, victim2, push_victim: to be killed
 ENGINES: dict[str, dict[str, Any]] = {
     "whole32": {"enable_prefix_caching": False},
     "whole16": {"enable_prefix_caching": False, "dtype": "bfloat16"},
@@ -41,13 +43,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "p2": {"connector": {}, "module": MODULE, "enable_prefix_caching": False},
     "d1": {
         **BENT,
-        "connector": {"verify": True},
+        "connector": {"verify": True, "timeout_s": 60.0},
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     },
     "d2": {
         **BENT,
-        "connector": {},
+        "connector": {"timeout_s": 60.0},
         "policy": "fail",
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 26 * BLOCK_BYTES,
@@ -71,13 +73,19 @@ ENGINES: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     },
-    # Its port is chosen when it starts.
+    # Their ports are chosen when they start.
     "push_d": {
-        "connector": {"mode": "push", "cluster_id": 77},
+        "connector": {"mode": "push", "cluster_id": 77, "verify": True, "lease_s": 25.0},
         "role": "kv_consumer",
         "module": MODULE,
         "policy": "fail",
     },
+    "push_d2": {
+        "connector": {"mode": "push", "cluster_id": 177, "verify": True, "lease_s": 25.0},
+        "role": "kv_consumer",
+        "module": MODULE,
+    },
+    "push_victim": {**BENT, "connector": {"mode": "push"}, "role": "kv_producer"},
     "victim1": {**BENT, "connector": {"lease_s": 1.0}},
     "victim2": {"connector": {}, "module": MODULE},
 }
@@ -110,13 +118,16 @@ class Engines:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
         self._made: dict[str, Engine] = {}
-        self.push_port = _lasting_port()
+        self._numbers = itertools.count()
+        self.push_peers: dict[str, tuple[int, str, int]] = {}
         self._right: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
         self.bends = {name: directory / f"bends-{name}" for name in ENGINES}
         for name, given in ENGINES.items():
             arguments = dict(given)
-            if name == "push_d":
-                arguments["connector"] = given["connector"] | {"port": self.push_port}
+            if name in ("push_d", "push_d2"):
+                port = _lasting_port()
+                self.push_peers[name] = (given["connector"]["cluster_id"], "127.0.0.1", port)
+                arguments["connector"] = given["connector"] | {"port": port}
             self.bends[name].mkdir()
             log = directory / f"{name}.log"
             self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
@@ -146,6 +157,20 @@ class Engines:
         answers = self[consumer].generate(prompts, max_tokens, self.prefill(producer, prompts))
         assert self.num_not_fetched(consumer) == before
         return answers
+
+    def push_params(
+        self, consumer: str, count: int
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """New transfers to a consumer: what its requests carry, and those of the producer."""
+        names = [f"transfer-{next(self._numbers)}" for _ in range(count)]
+        peers = [list(self.push_peers[consumer])]
+        return (
+            [{"do_remote_prefill": True, "transfer_id": name} for name in names],
+            [
+                {"do_remote_decode": True, "transfer_id": name, "remote_peers": peers}
+                for name in names
+            ],
+        )
 
     def num_not_fetched(self, consumer: str) -> int:
         """Prompts that a consumer computed itself, or failed, because it could not load them."""

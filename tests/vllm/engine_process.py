@@ -2,7 +2,7 @@
 """A vLLM engine in a process of its own, that does what it is told on stdin, line by line.
 
 Run as a program: the first line of stdin is a JSON object of ``LLM`` arguments. Then each line is
-a list of requests, answered by one line on the descriptor of its argument.
+a list of requests, or another wish, answered by one line on the descriptor of its argument.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def run_requests(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any
         [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests],
         [
             SamplingParams(
-                temperature=0.0,
                 max_tokens=request["max_tokens"],
                 ignore_eos=True,
                 extra_args={"kv_transfer_params": request["params"]} if request["params"] else None,
+                **({"temperature": 0.0} | request["sampling"]),
             )
             for request in requests
         ],
@@ -34,12 +34,31 @@ def run_requests(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any
     return [
         {
             "tokens": list(output.outputs[0].token_ids),
+            "samples": [list(each.token_ids) for each in output.outputs],
             "finish_reason": output.outputs[0].finish_reason,
             "params": output.kv_transfer_params,
             "cached": output.num_cached_tokens,
         }
         for output in outputs
     ]
+
+
+def abort_at_once(llm: Any, request: dict[str, Any]) -> None:
+    """Of an engine in this process: a request that ends before it has been scheduled."""
+    from vllm import SamplingParams, TokensPrompt
+
+    params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": request["params"]})
+    prompt = TokensPrompt(prompt_token_ids=request["prompt"])
+    llm.llm_engine.add_request("aborted", prompt, params)
+    llm.llm_engine.abort_request(["aborted"])
+
+
+def answer(llm: Any, seen: dict[str, Any], told: Any) -> Any:
+    if told == "state":
+        return shown(seen)
+    if "abort" in told:
+        return abort_at_once(llm, told["abort"])
+    return run_requests(llm, told)
 
 
 def step_in_process(llm: Any) -> None:
@@ -95,9 +114,7 @@ def main() -> None:
             continue
         if not line:
             break
-        told = json.loads(line)
-        answer = shown(seen) if told == "state" else run_requests(llm, told)
-        print(json.dumps(answer), file=answers)
+        print(json.dumps(answer(llm, seen, json.loads(line))), file=answers)
     # vLLM's own processes end with this one; its exit handlers may take long.
     llm.llm_engine.engine_core.shutdown()
     os._exit(0)

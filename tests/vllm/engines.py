@@ -106,9 +106,10 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         params: Sequence[dict[str, Any] | None] | None = None,
+        **sampling: Any,
     ) -> list[dict[str, Any]]:
-        """One answer per prompt: tokens, params, finish_reason, cached."""
-        self.begin(prompts, max_tokens, params)
+        """One answer per prompt: tokens, samples (for ``n``), params, finish_reason, cached."""
+        self.begin(prompts, max_tokens, params, **sampling)
         return self.finish()
 
     def begin(
@@ -116,18 +117,29 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         params: Sequence[dict[str, Any] | None] | None = None,
+        **sampling: Any,
     ) -> None:
         """Ask without waiting; :meth:`finish` gets the answers."""
         each = params or [None] * len(prompts)
         self._say(
             [
-                {"prompt": list(prompt), "max_tokens": max_tokens, "params": param}
+                {
+                    "prompt": list(prompt),
+                    "max_tokens": max_tokens,
+                    "params": param,
+                    "sampling": sampling,
+                }
                 for prompt, param in zip(prompts, each, strict=True)
             ]
         )
 
     def finish(self) -> list[dict[str, Any]]:
         return self._answer(ANSWER_S)
+
+    def abort_at_once(self, prompt: Sequence[int], params: dict[str, Any]) -> None:
+        """A request that ends before it has been scheduled; of an engine in its process."""
+        self._say({"abort": {"prompt": list(prompt), "params": params}})
+        self._answer(ANSWER_S)
 
     def state(self) -> dict[str, int]:
         """Its ``free_blocks`` and ``preemptions``; of an engine in its process."""

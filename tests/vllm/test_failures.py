@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_a_consumer_that_comes_too_late(engines: Engines) -> None:
     assert settle(lambda: engines["victim1"].state()["free_blocks"] == all_blocks)
     answers = engines["d1"].generate(prompts, 12, params)
     assert tokens_of(answers) == engines.right(prompts, 12)
-    assert "has given up the blocks" in engines["d1"].text()
+    assert re.search("has given up the blocks|have been given up", engines["d1"].text())
 
 
 def test_killed_between_prefill_and_pull_and_as_a_consumer(engines: Engines) -> None:

@@ -68,14 +68,35 @@ def test_what_is_cached_is_not_pulled(engines: Engines) -> None:
     (prefix,) = random_prompts(300, seed=5)
     tails = random_prompts(100, 150, seed=6)
     prompts = [prefix + tail for tail in tails]
-    for prompt in (*prompts, prompts[0]):
+    for prompt, at_producer in zip((*prompts, prompts[0]), (0, 256, 384), strict=True):
         answers = engines.hand_over("p1", "d1", [prompt], 12)
         assert tokens_of(answers) == engines.right([prompt], 12)
+        # vLLM has a consumer tell the client what the producer had cached, not what was pulled.
+        assert answers[0]["cached"] == at_producer
     # All but the last token, whose block is full and was computed here, too.
     (prompt,) = random_prompts(256, seed=7)
     for _ in range(2):
         answers = engines.hand_over("p1", "d1", [prompt], 12)
         assert tokens_of(answers) == engines.right([prompt], 12)
+
+
+@pytest.mark.parametrize(("producer", "consumer", "dtype"), [("p1", "d2", 32), ("p16", "d16", 16)])
+def test_several_samples_of_one_prompt(
+    engines: Engines, producer: str, consumer: str, dtype: int
+) -> None:
+    """In one process without prefix caching, and between processes with it.
+
+    Not with chunked prefill: seeded sampling on the CPU ends vLLM's engine then.
+    """
+    sampling = {"n": 3, "seed": 5, "temperature": 1.0}
+    prompts = random_prompts(300, seed=10)
+    (right,) = engines[f"whole{dtype}"].generate(prompts, 8, **sampling)
+    before = engines.num_not_fetched(consumer)
+    params = engines.prefill(producer, prompts)
+    (answer,) = engines[consumer].generate(prompts, 8, params, **sampling)
+    assert answer["samples"] == right["samples"]
+    assert len({tuple(sample) for sample in right["samples"]}) == 3, "they differ"
+    assert engines.num_not_fetched(consumer) == before
 
 
 def test_zeros_make_every_output_differ(engines: Engines) -> None:
