@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -89,15 +89,14 @@ class Instance:
             consume_keys=not config.remote_accessible,
             orphans=config.orphan_policy,
         )
-        self.links = LinkTable(cluster_id, owner, self._transports, config)
-        self.communicators = Communicators(self.links, WorkerPool("link", MAX_LINKING))
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._transports.close)
+            self.links = LinkTable(cluster_id, owner, self._transports, config)
+            undo.callback(lambda: self.links.close(self.deadline()))
+            self.communicators = Communicators(self.links, WorkerPool("link", MAX_LINKING))
             self._transports.register(self._pool_spans())
             self._listen()
-        except LLMException:
-            self.links.close(self.deadline())
-            self._transports.close()
-            raise
+            undo.pop_all()
 
     def _listen(self) -> None:
         try:

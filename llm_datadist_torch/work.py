@@ -7,7 +7,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from llm_datadist_torch.values.checks import check_uint32
@@ -209,8 +209,10 @@ class Work:
             # What the job refers to may be large, and the task may be kept for long.
             self._job, self._release = _nothing, lambda: None
             self._changed.notify_all()
-        for callback in callbacks:
-            callback()
+        # All of them, also if one raises what a callback must not, such as SystemExit.
+        with ExitStack() as rest:
+            for callback in reversed(callbacks):
+                rest.callback(callback)
 
 
 class CacheTask:

@@ -109,7 +109,11 @@ class Doorkeeper:
         self._client = z85.decode(keys.client[0])
         self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
         self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.bind(_ZAP_ADDRESS)
+        try:
+            self.socket.bind(_ZAP_ADDRESS)
+        except zmq.ZMQError:
+            self.socket.close()
+            raise
 
     def serve(self) -> None:
         """Answer one question."""

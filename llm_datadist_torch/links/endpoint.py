@@ -9,6 +9,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import msgspec
 import zmq
@@ -46,10 +47,7 @@ _MALFORMED = 16
 _SEND_S = 0.1
 """How long a peer's full queue may take to have room, before it counts as not reading at all."""
 _PROBE_AFTER_S = (0.0, 0.01, 0.05, 0.25)
-"""When to look which listener link a closed connection belonged to:
-
-ZeroMQ drops its route a moment later.
-"""
+"""When to look whose a connection was that has ended: ZeroMQ drops its route a moment later."""
 
 
 class Endpoint:
@@ -70,18 +68,13 @@ class Endpoint:
     def __init__(self, handler: Handler, keys: LinkKeys | None = None) -> None:
         self._handler = handler
         self._keys = keys
-        self._context = new_context()
-        self._doorkeeper = None if keys is None else Doorkeeper(self._context, keys)
         self._malformed: collections.Counter[Route] = collections.Counter()
-        self._commands = Commands()
-        self._poller = Poller()
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         self._monitors: dict[int, zmq.Socket[bytes]] = {}
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
         self._stuck: set[Route] = set()
         self.timers = Timers()
-        self._inbound = Inbound(self.timers, self._on_gone)
         self._extra_ports: dict[str, int] = {}
         self._running = True
         self._on_start: Callable[[], None] = lambda: None
@@ -89,6 +82,19 @@ class Endpoint:
             target=self._run, name="llm_datadist_torch.links", daemon=True
         )
         self.listen_address: tuple[str, int] | None = None
+        with ExitStack() as opened:
+            self._commands = Commands()
+            opened.callback(self._commands.close)
+            self._context = new_context()
+            opened.callback(self._context.term)
+            self._inbound = Inbound(self.timers, self._on_gone)
+            opened.callback(self._inbound.close)
+            self._poller = Poller()
+            opened.callback(self._poller.close)
+            self._doorkeeper = None if keys is None else Doorkeeper(self._context, keys)
+            if self._doorkeeper is not None:
+                opened.callback(self._doorkeeper.socket.close)
+            self._opened = opened.pop_all()
 
     # -- for the instance -------------------------------------------------------------------------
 
@@ -346,10 +352,8 @@ class Endpoint:
                 self._watch(route)
                 self._handler.on_stuck(route, "the peer does not read what is sent to it")
         except zmq.ZMQError as error:
-            reason = (
-                "connection closed" if error.errno == errno.EHOSTUNREACH else str(error.strerror)
-            )
-            self._lose(route, reason)
+            closed = error.errno == errno.EHOSTUNREACH
+            self._lose(route, "connection closed" if closed else str(error.strerror))
 
     def _probe(self) -> None:
         # What a peer said before it went still counts, a goodbye above all.
@@ -392,9 +396,4 @@ class Endpoint:
     def _release(self) -> None:
         for number in list(self._sockets):
             self._close_socket(number)
-        if self._doorkeeper is not None:
-            self._doorkeeper.socket.close()
-        self._poller.close()
-        self._inbound.close()
-        self._context.term()
-        self._commands.close()
+        self._opened.close()

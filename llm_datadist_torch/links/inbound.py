@@ -75,7 +75,11 @@ class Inbound:
         self._most = MAX_STRANGERS if soft < 0 else max(8, min(MAX_STRANGERS, soft // 4))
         # Two descriptors that are always there, for when there are no others.
         self._nothing = os.eventfd(0, os.EFD_CLOEXEC)
-        self._spare = os.dup(self._nothing)
+        try:
+            self._spare = os.dup(self._nothing)
+        except OSError:
+            os.close(self._nothing)
+            raise
         self._since: dict[int, float] = {}
         self._descriptors: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from llm_datadist_torch.cache_entry import CacheEntry, KeyName
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.endpoint import Endpoint
+from llm_datadist_torch.links.held_leases import HeldLeases, Holder
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
     Body,
@@ -52,9 +54,14 @@ class LinkState(Enum):
 
 
 class Pending:
-    """An answer that somebody waits for."""
+    """An answer that somebody waits for.
 
-    def __init__(self) -> None:
+    Args:
+        holder: For whom a lease is that comes with it.
+    """
+
+    def __init__(self, holder: Holder | None = None) -> None:
+        self.holder = None if holder is None else weakref.ref(holder)
         self._arrived = threading.Lock()
         self._arrived.acquire()
         self._answer: tuple[Body | LLMException, bytes | None] | None = None
@@ -160,6 +167,7 @@ class Link:
     _transfer: threading.Lock = field(default_factory=threading.Lock)
     _hangs_up: bool = False
     _pending: dict[int, Pending] = field(default_factory=dict)
+    _held: HeldLeases = field(default_factory=HeldLeases)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -180,29 +188,33 @@ class Link:
         self.endpoint.send(self.route, Envelope(0, False, body))
 
     def request(
-        self, body: Body, deadline: Deadline, data: bytes | None = None
+        self,
+        body: Body,
+        deadline: Deadline,
+        data: bytes | None = None,
+        holder: Holder | None = None,
     ) -> tuple[Body, bytes | None]:
         """Send a request and wait for its answer.
+
+        A lease that comes with it is the ``holder``'s, to be given back by :meth:`give_back`.
 
         Raises:
             LLMTimeoutError: No answer in time.
             LLMPeerLostError: The connection is gone, or goes while we wait.
             LLMException: The peer refused, with its status and text.
         """
-        pending, number = Pending(), next(self._numbers)
+        pending, number = Pending(holder), next(self._numbers)
         with self._lock:
             self.check_linked()
             self._pending[number] = pending
         self.endpoint.send(self.route, Envelope(number, False, body), data)
         try:
             answer = pending.wait(deadline)
-        except BaseException:
-            # Ctrl-C. If the answer comes in this moment nobody looks at it.
-            self._withdraw(number)
-            if pending.answer is not None:
-                self._return_lease(pending.answer[0])
-            raise
-        self._withdraw(number)
+        finally:
+            # Also after Ctrl-C: an answer that comes from now on finds nobody, and its lease goes
+            # back at once.
+            with self._lock:
+                self._pending.pop(number, None)
         # The answer may have come in the last moment, between the two.
         answer = answer or pending.answer
         if answer is None:
@@ -228,20 +240,22 @@ class Link:
         """An answer has arrived."""
         with self._lock:
             pending = self._pending.pop(number, None)
+            held = None if pending is None else pending.holder
+            gone = isinstance(body, CacheView) and not self._held.note(
+                body.lease_id, held, self.post, self.endpoint.timers
+            )
             if pending is not None:
                 pending.set(body, data)
-        if pending is None:
-            self._return_lease(body)
+        if gone and isinstance(body, CacheView):
+            self.post(Release(body.lease_id, None))
 
-    def _withdraw(self, number: int) -> None:
-        """Wait no more: an answer that comes later finds nobody, and its lease goes back."""
-        with self._lock:
-            self._pending.pop(number, None)
+    def give_back(self, holder: Holder, fetched: tuple[int, int] | None) -> None:
+        """Give back a lease that was asked for by :meth:`request`, if it has come.
 
-    def _return_lease(self, answer: Body | LLMException) -> None:
-        """The asker has given up: nobody else would return the lease that the answer brings."""
-        if isinstance(answer, CacheView):
-            self.post(Release(answer.lease_id, None))
+        Also to a peer that has ended or lost the link: it may keep what we used until we say so.
+        Does not block.
+        """
+        self._held.give_back(holder, fetched, self.post)
 
     def check_linked(self) -> None:
         """Raise unless the link is up.

@@ -7,7 +7,9 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+
+import zmq
 
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
@@ -67,6 +69,9 @@ class LinkTable:
         transports: What can move bytes.
         config: How links are kept: ``remote_accessible`` (both ends of a link must have the same),
             ``heartbeat_ms``, ``auto_relink``.
+
+    Raises:
+        LLMException: LLM_FAILED: no descriptors or sockets are left. Nothing is held.
     """
 
     def __init__(
@@ -80,11 +85,18 @@ class LinkTable:
         self._owner = owner
         self.questions = Questions()
         self.keys = LinkKeys.from_secret(config.link_secret)
-        self.endpoint = Endpoint(self, self.keys)
-        self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
-        self._handshake = Handshake(self.identity, self.registry, self.endpoint)
-        self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
-        Heartbeats(config.heartbeat_ms, self.links, self._silent).start(self.endpoint.timers)
+        try:
+            self.endpoint = Endpoint(self, self.keys)
+        except (OSError, zmq.ZMQError) as error:
+            text = f"there are no sockets to be had: {error}"
+            raise error_for(LLMStatusCode.LLM_FAILED, text, op="init") from error
+        with ExitStack() as undo:
+            undo.callback(self.endpoint.close)
+            self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
+            self._handshake = Handshake(self.identity, self.registry, self.endpoint)
+            self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
+            Heartbeats(config.heartbeat_ms, self.links, self._silent).start(self.endpoint.timers)
+            undo.pop_all()
 
     # -- for the instance -------------------------------------------------------------------------
 

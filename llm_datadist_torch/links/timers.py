@@ -37,6 +37,8 @@ class Timers:
         for call, times in list(self._times.items()):
             if times and times[0] <= now:
                 times.pop(0)
+                if not times:
+                    del self._times[call]
                 try:
                     call()
                 except Exception:

@@ -16,8 +16,9 @@ from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.held_leases import Holder
 from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import CacheView, Release, Resolve
+from llm_datadist_torch.links.messages import CacheView, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.operations.plans import Plan, RemoteCache
 from llm_datadist_torch.streams import Stream, StreamPoint
@@ -250,17 +251,19 @@ def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: 
 @contextmanager
 def _leased(link: Link, ask: Resolve, deadline: Deadline) -> Iterator[RemoteCache]:
     """Ask the peer for its cache, with a lease; the lease goes back in every case."""
-    view, _ = link.request(ask, deadline)
-    if not isinstance(view, CacheView):
-        raise error_for(
-            LLMStatusCode.LLM_FAILED, f"unexpected answer {type(view).__name__}", peer=link.peer
-        )
-    remote = RemoteCache.of(view)
+    holder, remote = Holder(), None
     try:
+        view, _ = link.request(ask, deadline, None, holder)
+        if not isinstance(view, CacheView):
+            raise error_for(
+                LLMStatusCode.LLM_FAILED, f"unexpected answer {type(view).__name__}", peer=link.peer
+            )
+        remote = RemoteCache.of(view)
         yield remote
     finally:
-        # To a peer that has ended or lost the link, too: it may keep what we used until we say so.
-        link.post(Release(view.lease_id, remote.fetched))
+        # First of all, because Ctrl-C may come again: then the link does the rest.
+        holder.over = True
+        link.give_back(holder, None if remote is None else remote.fetched)
 
 
 def _question(transfer: Transfer) -> Resolve:

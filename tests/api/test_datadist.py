@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from llm_datadist_torch import (
     CacheManager,
     LLMDataDist,
+    LLMException,
     LLMRole,
 )
+from llm_datadist_torch.links.auth import Doorkeeper
+from llm_datadist_torch.links.commands import Commands
+from llm_datadist_torch.links.handshake import Handshake
+from llm_datadist_torch.links.inbound import Inbound
+from llm_datadist_torch.links.poller import Poller
+from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.values.status import LLMStatusCode
 from tests.api.support import (
     FAILED,
@@ -24,6 +34,34 @@ from tests.api.support import (
     raises,
 )
 from tests.conftest import make_options
+from tests.peers import settle
+
+
+@pytest.mark.parametrize("part", [Commands, Poller, Doorkeeper, Inbound, Handshake])
+def test_init_without_sockets_leaves_nothing(part, monkeypatch):
+    """Whatever can't be had on the way: what has been opened before is closed again."""
+    closed = []
+    secret = {"llm.LinkSecret": "correct horse battery staple"}
+    datadist = LLMDataDist(LLMRole.PROMPT, 1)
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def descriptors():
+        gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalTransport, "close", lambda _: closed.append("local"))
+        patch.setattr(part, "__init__", fail)
+        with pytest.raises((LLMException, OSError), match="Too many open files"):
+            datadist.init(make_options() | secret)
+    assert closed == ["local"]
+    assert settle(lambda: descriptors() == before)
+    datadist.init(make_options() | secret)
+    datadist.finalize()
+
 
 # -- constructor (6.1) ----------------------------------------------------------------------------
 

@@ -240,6 +240,25 @@ def test_callbacks(submit: Submit, gate: threading.Event, caplog: pytest.LogCapt
     assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()])
+def test_callbacks_after_one_that_ends_the_thread(
+    submit: Submit, gate: threading.Event, error: BaseException
+) -> None:
+    def leave(_: CacheTask) -> None:
+        raise error
+
+    task = submit(wait_for(gate))
+    seen: list[str] = []
+    task.add_done_callback(lambda _: seen.append("first"))
+    task.add_done_callback(leave)
+    task.add_done_callback(lambda _: seen.append("third"))
+    gate.set()
+    assert settle(lambda: len(seen) == 2)
+    assert seen == ["first", "third"]
+    assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
+
+
 def test_await(submit: Submit, gate: threading.Event) -> None:
     async def several() -> list[object]:
         tasks = [submit(wait_for(gate)), submit(succeed)]

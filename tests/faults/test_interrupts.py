@@ -3,14 +3,22 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey
-from llm_datadist_torch.links.link import Pending
+from llm_datadist_torch.links import held_leases
+from llm_datadist_torch.links.held_leases import HeldLeases
+from llm_datadist_torch.links.link import Link, Pending
+from llm_datadist_torch.operations import transfers
 from tests.peers import Peer, Ref, Service, settle
 
 KEY = BlocksCacheKey(2)
@@ -80,3 +88,80 @@ def test_in_the_moment_in_which_the_answer_comes(
             here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
     assert nothing_is_left(here, peer)
     here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+
+
+class Bomb:
+    """Ctrl-C at the n-th place of some functions in which the interpreter looks for signals.
+
+    That is after calls, at the beginning of a function, and where it jumps back: between leaving a
+    ``with`` and giving back its lock, for example, it does not look.
+    """
+
+    def __init__(self, functions: list[Callable[..., Any]], at: int) -> None:
+        self.codes = {inspect.unwrap(function).__code__ for function in functions}
+        self.left = at
+        self.gone_off = ""
+        self.before: dict[FrameType, int] = {}
+
+    def trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code not in self.codes:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and not self.gone_off:
+            before = self.before.get(frame, -1)
+            self.before[frame] = frame.f_lasti
+            name = dis.opname[frame.f_code.co_code[before]] if before >= 0 else "CALL"
+            if not name.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+                return self.trace
+            if self.left == 0:
+                self.gone_off = f"{frame.f_code.co_qualname}:{frame.f_lineno}"
+                raise KeyboardInterrupt
+            self.left -= 1
+        return self.trace
+
+
+def test_between_any_two_steps(here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes, the lease goes back, and the next pull works."""
+    monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
+    link = here.instance.links.registry.get(2)
+    functions = [transfers._leased, Link.request, Link.give_back, HeldLeases.give_back]
+    places: set[str] = set()
+    for at in range(2000):
+        bomb = Bomb(functions, at)
+        before, interrupted = sys.gettrace(), False
+        sys.settrace(bomb.trace)
+        try:
+            here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(before)
+        assert interrupted == bool(bomb.gone_off)
+        if not interrupted:
+            break
+        places.add(bomb.gone_off)
+        assert settle(lambda: not link._held._holders), bomb.gone_off
+        assert nothing_is_left(here, peer), bomb.gone_off
+    else:
+        pytest.fail("there is no end to it")
+    assert at > 20
+    assert len({place.partition(":")[0] for place in places}) == len(functions)
+    assert nothing_is_left(here, peer)
+    here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+    assert here.held["mine"].cache.tensors[0][0].cpu().unique().tolist() == [3]
+
+
+def test_a_second_time_while_the_lease_goes_back(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if somebody keeps the traceback, and with it all that the call had."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Link, "give_back", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+    assert nothing_is_left(here, peer)
+    assert kept.tb is not None
