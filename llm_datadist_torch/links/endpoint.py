@@ -73,6 +73,7 @@ class Endpoint:
         self._monitors: dict[int, zmq.Socket[bytes]] = {}
         self._numbers = itertools.count(1)
         self._watched: set[Route] = set()
+        self._suspects: set[Route] = set()
         self._stuck: set[Route] = set()
         self.timers = Timers()
         self._extra_ports: dict[str, int] = {}
@@ -223,21 +224,20 @@ class Endpoint:
         self._inbound.complaints.say(f"ignored a malformed message: {error}")
         self._malformed[route] += 1
         if self._malformed[route] == _MALFORMED:
-            reason = f"{_MALFORMED} malformed messages"
             if route.socket == 0:
-                self._inbound.expel(route.identity, reason)
+                self._inbound.expel(route.identity, f"{_MALFORMED} malformed messages")
             else:
-                self._lose(route, f"the peer has sent {reason}")
+                self._lose(route, f"the peer has sent {_MALFORMED} malformed messages")
 
     def _on_gone(self, identity: bytes) -> None:
         route = Route(0, identity)
         self._malformed.pop(route, None)
         if route in self._watched:
-            self._probe_soon()
+            self._probe_soon(route)
 
-    def _probe_soon(self) -> None:
-        now = time.monotonic()
-        self.timers.set(self._probe, [now + after for after in _PROBE_AFTER_S])
+    def _probe_soon(self, route: Route) -> None:
+        self._suspects.add(route)
+        self.timers.set(self._probe, [time.monotonic() + after for after in _PROBE_AFTER_S])
 
     def _on_event(self, monitor: zmq.Socket[bytes], number: int) -> None:
         self._poller.touch(monitor)
@@ -359,7 +359,7 @@ class Endpoint:
         # What a peer said before it went still counts, a goodbye above all.
         if 0 in self._sockets:
             self._receive(0, self._sockets[0], _BEFORE_PROBE)
-        for route in list(self._watched):
+        for route in list(self._suspects):
             self._send(route, [encode(Envelope(0, True, Done()))])
 
     def _lose(self, route: Route, reason: str) -> None:
@@ -370,10 +370,11 @@ class Endpoint:
     def _watch(self, route: Route) -> None:
         self._watched.add(route)
         if route.socket == 0 and not self._inbound.keep(route.identity):
-            self._probe_soon()
+            self._probe_soon(route)
 
     def _drop(self, route: Route) -> None:
         self._watched.discard(route)
+        self._suspects.discard(route)
         self._malformed.pop(route, None)
         if route.socket == 0:
             self._inbound.let_go(route.identity)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
+from llm_datadist_torch.links.table import LinkTable
 from tests.faults.helpers import ME, PEER, Peers
 from tests.peers import Peer, Service, settle, spawn
 from tests.scale.many import Many, infos
@@ -59,3 +61,36 @@ def test_one_deadline_for_all(here: Service, peers: Peers, many: Peer) -> None:
         assert overall in each
         assert each == ["LLM_TIMEOUT", "LLM_LINK_FAILED", *SUCCESS]
         assert here.link_states() == dict.fromkeys(OTHERS, "linked")
+
+
+def test_who_stays_hears_nothing_of_who_goes(
+    here: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instance asks nobody but the one whose connection has ended whether it is there."""
+    quiet = {"llm.HeartbeatInterval": "0"}
+    port = here.start(ME, options=quiet)
+    others = [Service() for _ in range(4)]
+    try:
+        for number, other in enumerate(others):
+            other.start(10 + number, options=quiet)
+            assert other.link(ME, port)[0] == "LLM_SUCCESS"
+        heard: list[int] = []
+        on_message = LinkTable.on_message
+
+        def noted(table: LinkTable, *args: Any) -> None:
+            heard.append(table.identity.cluster_id)
+            on_message(table, *args)
+
+        monkeypatch.setattr(LinkTable, "on_message", noted)
+        goes = others.pop()
+        # Without a word.
+        goes.instance.links.endpoint.close()
+        assert settle(lambda: here.link_states()[13] == "lost")
+        # The last time of asking is 0.25 s after the connection has ended.
+        assert settle(lambda: not any(here.instance.links.endpoint.timers._times.values()))
+        assert heard == []
+        assert here.link_states() == {10: "linked", 11: "linked", 12: "linked", 13: "lost"}
+        goes.finish()
+    finally:
+        for other in others:
+            other.finish()
