@@ -267,7 +267,7 @@ def test_exit_logs_an_llm_exception():
         import logging
         logging.basicConfig(stream=sys.stdout)
         a = live(1)
-        def close():
+        def close(timeout_ms):
             raise LLMParamError("closing {went} wrong")
         a._instance.close = close
     """)

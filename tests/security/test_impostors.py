@@ -295,4 +295,5 @@ def test_a_cache_that_can_not_be(me: Service, what: str) -> None:
             failure = move(me, operation, KEY, 0, 1)
             assert failure is not None
             assert failure.status == "LLM_FAILED", failure
+        assert settle(lambda: peer.asked.count("Release") == 2)
         assert me.link_states() == {LIAR: "linked"}
