@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
+import secrets
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -24,6 +29,8 @@ Who sends faster than they are read is slowed down by TCP; who does not read is 
 _KEEPALIVE_S = {zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 6}
 _UNACKNOWLEDGED_MS = 40_000
 
+_RAND_STATE_BYTES = 128
+_rand_lock = threading.Lock()
 _monitor_numbers = itertools.count()
 _MAX_SOCKETS = 3 * 4096 + 16
 """ZeroMQ's own limit is 1023: a link that we dial takes 3, those that peers dial share one.
@@ -72,11 +79,31 @@ def new_listener(
     context: zmq.Context[zmq.Socket[bytes]], keys: LinkKeys | None
 ) -> zmq.Socket[bytes]:
     """A socket that many with the same keys connect to; sending to one that is gone is an error."""
-    socket = _new_socket(context, zmq.ROUTER)
+    with _unforeseeable_rand():
+        socket = _new_socket(context, zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     if keys is not None:
         keys.secure_listener(socket)
     return socket
+
+
+@contextmanager
+def _unforeseeable_rand() -> Iterator[None]:
+    """What C's rand() gives meanwhile nobody can know; afterwards it goes on as if nothing was.
+
+    A ROUTER counts its connections from a number that it gets there, the same in every process that
+    has not seeded it (libzmq 4.3.5). A stranger who calls himself by the number that is next aborts
+    the process.
+    """
+    libc = ctypes.CDLL(None)
+    libc.initstate.restype = libc.setstate.restype = ctypes.c_void_p
+    state = ctypes.create_string_buffer(_RAND_STATE_BYTES)
+    with _rand_lock:
+        before = libc.initstate(ctypes.c_uint(secrets.randbits(32)), state, _RAND_STATE_BYTES)
+        try:
+            yield
+        finally:
+            libc.setstate(ctypes.c_void_p(before))
 
 
 def new_monitor(socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
