@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Python face of what reaches into another process of this machine: mappings of its shareable
-// regions, counters in them, and process_vm_readv/writev. What may take long releases the GIL.
+// Python face of what transports need: mappings of another process's shareable regions, counters in
+// them, process_vm_readv/writev, requests of engines, and the check of what a peer asks for. What
+// may take long releases the GIL.
 
 #include <torch/extension.h>
 
+#include <algorithm>
+#include <array>
+#include <tuple>
+
 #include "bindings.h"
+#include "extents.h"
 #include "host_region.h"
 #include "process_memory.h"
 #include "tensor_args.h"
@@ -60,6 +66,77 @@ uint64_t* word_at(uint64_t address) {
   return reinterpret_cast<uint64_t*>(address);
 }
 
+// Addresses wrap, as in memory.
+int64_t offset_by(int64_t address, int64_t nbytes) {
+  return static_cast<int64_t>(static_cast<uint64_t>(address) + static_cast<uint64_t>(nbytes));
+}
+
+// Where the next request of an engine begins: a run, and a byte of it.
+using Cursor = std::pair<int64_t, int64_t>;
+
+// One request at a time: a peer that asks for the same terabyte again and again must not make us
+// write down all of it.
+std::tuple<at::Tensor, at::Tensor, Cursor> engine_request(const at::Tensor& runs, Cursor from,
+                                                          int64_t max_bytes, int64_t max_runs) {
+  check_index_tensor(runs, "runs", 2);
+  TORCH_CHECK_VALUE(runs.size(0) == 3, "runs must have 3 rows, not ", runs.size(0));
+  TORCH_CHECK_VALUE(max_bytes > 0 && max_runs > 0, "max_bytes=", max_bytes,
+                    " and max_runs=", max_runs, " must be positive");
+  TORCH_CHECK_INDEX(from.first >= 0 && from.second >= 0, "there is no run ", from.first);
+  const at::Tensor table = runs.contiguous();
+  const int64_t count = table.size(1);
+  const int64_t* local = table.const_data_ptr<int64_t>();
+  const int64_t* remote = local + count;
+  const int64_t* nbytes = remote + count;
+  std::vector<std::array<int64_t, 3>> pieces;
+  auto [run, done] = from;
+  for (int64_t room = max_bytes; run < count && room > 0; done = 0, ++run) {
+    TORCH_CHECK_VALUE(nbytes[run] > 0 && done < nbytes[run], "run ", run, " has no byte ", done);
+    if (static_cast<int64_t>(pieces.size()) == max_runs) {
+      break;
+    }
+    const int64_t size = std::min(nbytes[run] - done, room);
+    pieces.push_back({offset_by(local[run], done), offset_by(remote[run], done), size});
+    room -= size;
+    if (done += size; done < nbytes[run]) {
+      break;
+    }
+  }
+  const int64_t rows = static_cast<int64_t>(pieces.size());
+  at::Tensor here = at::zeros({rows, 3}, at::kLong);
+  at::Tensor there = at::zeros({rows, 3}, at::kLong);
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto& [mine, theirs, size] = pieces[static_cast<size_t>(i)];
+    int64_t* row = here.mutable_data_ptr<int64_t>() + 3 * i;
+    row[0] = mine;
+    row[1] = size;
+    row = there.mutable_data_ptr<int64_t>() + 3 * i;
+    row[0] = theirs;
+    row[1] = size;
+  }
+  return {here, there, {run, done}};
+}
+
+// -1 unless all stretches lie inside rows of the tensors.
+int64_t bytes_in_rows(const at::Tensor& starts, const at::Tensor& sizes, const at::Tensor& bases,
+                      int64_t extent, int64_t pitch, int64_t row_bytes) {
+  check_index_tensor(starts, "starts", 1);
+  check_index_tensor(sizes, "sizes", 1);
+  check_index_tensor(bases, "bases", 1);
+  TORCH_CHECK_VALUE(starts.size(0) == sizes.size(0), "starts has ", starts.size(0),
+                    " entries, sizes ", sizes.size(0));
+  TORCH_CHECK_VALUE(extent >= 0 && row_bytes > 0 && pitch >= row_bytes, "extent=", extent,
+                    ", pitch=", pitch, ", row_bytes=", row_bytes, " describe no tensor");
+  const at::Tensor first = starts.contiguous();
+  const at::Tensor length = sizes.contiguous();
+  const at::Tensor tensors = bases.contiguous();
+  std::vector<uint64_t> sorted(as_addresses(tensors), as_addresses(tensors) + tensors.size(0));
+  std::sort(sorted.begin(), sorted.end());
+  return bytes_inside(sorted, {extent, pitch, row_bytes}, as_addresses(first),
+                      length.const_data_ptr<int64_t>(), static_cast<size_t>(first.size(0)))
+      .value_or(-1);
+}
+
 }  // namespace
 
 void bind_transfer(py::module_& m) {
@@ -82,6 +159,14 @@ void bind_transfer(py::module_& m) {
   m.def("write_process", &write_process, py::arg("pid"), py::arg("local_bases"),
         py::arg("remote_bases"), py::arg("runs"), py::arg("deadline_ns") = 0, no_gil,
         "(bytes_done, errno) of copying runs into another process's memory.");
+  m.def(
+      "engine_request", &engine_request, py::arg("runs"), py::arg("start"), py::arg("max_bytes"),
+      py::arg("max_runs"), no_gil,
+      "The tables (address, nbytes, 0), int64 [n, 3], of either side, for a request that begins at "
+      "start=(run, byte); and where the next one begins.");
+  m.def("bytes_inside", &bytes_in_rows, py::arg("starts"), py::arg("sizes"), py::arg("bases"),
+        py::arg("extent"), py::arg("pitch"), py::arg("row_bytes"), no_gil,
+        "The bytes of all stretches, or -1 unless each has some and lies inside a row.");
   m.def(
       "load_word", [](uint64_t address) { return load_word(word_at(address)); }, py::arg("address"),
       "The counter at a mapped address, ordered after what was read before.");

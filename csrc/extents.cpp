@@ -14,6 +14,25 @@ uint64_t end_of(const Rows& t) {
 
 bool is_empty(const Rows& t) { return t.rows == 0 || t.nbytes == 0; }
 
+// Tensors may lie between each other, so that any that begins before a stretch may hold it.
+bool is_inside(const std::vector<uint64_t>& bases, const RowShape& shape, uint64_t start,
+               int64_t size) {
+  const uint64_t extent = static_cast<uint64_t>(shape.extent);
+  const bool dense = shape.pitch == shape.nbytes;
+  for (auto next = std::upper_bound(bases.begin(), bases.end(), start); next != bases.begin();) {
+    const uint64_t offset = start - *--next;
+    if (offset >= extent) {
+      return false;
+    }
+    const int64_t at = static_cast<int64_t>(offset);
+    const int64_t room = dense ? shape.extent - at : shape.nbytes - at % shape.pitch;
+    if (size <= room) {
+      return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 bool disjoint(const Rows& a, const Rows& b) {
@@ -72,6 +91,20 @@ std::optional<std::pair<size_t, size_t>> find_block_overlap(const Rows& dst, con
     }
   }
   return std::nullopt;
+}
+
+std::optional<int64_t> bytes_inside(const std::vector<uint64_t>& bases, const RowShape& shape,
+                                    const uint64_t* starts, const int64_t* sizes, size_t count) {
+  int64_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (sizes[i] <= 0 || !is_inside(bases, shape, starts[i], sizes[i])) {
+      return std::nullopt;
+    }
+    if (__builtin_add_overflow(total, sizes[i], &total)) {
+      total = INT64_MAX;
+    }
+  }
+  return total;
 }
 
 }  // namespace llmdd

@@ -32,4 +32,18 @@ std::optional<std::pair<size_t, size_t>> find_block_overlap(const Rows& dst, con
                                                             const Rows& src, const int64_t* src_ids,
                                                             size_t count);
 
+// How the rows of all tensors of a cache lie: from the first byte of a tensor to its last, and the
+// rows in between.
+struct RowShape {
+  int64_t extent;
+  int64_t pitch;
+  int64_t nbytes;
+};
+
+// The bytes of all stretches (starts[i], sizes[i]), or nothing unless each has some and lies inside
+// a row of a tensor; where rows follow each other without gaps, inside a tensor. `bases` are
+// sorted.
+std::optional<int64_t> bytes_inside(const std::vector<uint64_t>& bases, const RowShape& shape,
+                                    const uint64_t* starts, const int64_t* sizes, size_t count);
+
 }  // namespace llmdd

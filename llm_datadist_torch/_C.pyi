@@ -78,6 +78,17 @@ def read_process(
     runs: torch.Tensor,
     deadline_ns: int = 0,
 ) -> tuple[int, int]: ...
+def engine_request(
+    runs: torch.Tensor, start: tuple[int, int], max_bytes: int, max_runs: int
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]: ...
+def bytes_inside(
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    bases: torch.Tensor,
+    extent: int,
+    pitch: int,
+    row_bytes: int,
+) -> int: ...
 def load_word(address: int) -> int: ...
 def bump_word(address: int) -> int: ...
 def write_process(

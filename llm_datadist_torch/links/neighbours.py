@@ -17,7 +17,7 @@ import torch
 
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.links.owner import check_inside
+from llm_datadist_torch.links.leased_memory import check_inside
 from llm_datadist_torch.transports.base import Direction, Movement
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for

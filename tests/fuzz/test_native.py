@@ -157,6 +157,24 @@ def test_rebase(addrs, start: int, to: int, nbytes: int, extent: int) -> None:
 
 
 @fuzz
+@given(index_tensors(), index_tensors(), index_tensors(), INTS, INTS, INTS)
+def test_bytes_inside(starts, sizes, bases, extent: int, pitch: int, row_bytes: int) -> None:
+    found = attempt(_C.bytes_inside, starts, sizes, bases, extent, pitch, row_bytes)
+    if found is not None and found >= 0:
+        assert bool((sizes > 0).all())
+
+
+@fuzz
+@given(index_tensors(3), st.tuples(INTS, INTS), INTS, INTS)
+def test_engine_requests(runs, start: tuple[int, int], max_bytes: int, max_runs: int) -> None:
+    for table in (runs, runs.T if runs.dim() == 2 else runs):
+        found = attempt(_C.engine_request, table, start, max_bytes, max_runs)
+        if found is not None:
+            assert int(found[0][:, 1].sum()) <= max_bytes
+            assert len(found[0]) == len(found[1]) <= max_runs
+
+
+@fuzz
 @given(index_tensors(3), st.integers(0, 3), INTS, st.integers(-3, 3))
 def test_copies_of_runs_inside(runs, count: int, deadline: int, more: int) -> None:
     """Bases and runs are trusted once ``measure_runs`` has been asked, as all callers do."""

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What peers may do in the memory of caches that they have a lease on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from llm_datadist_torch import _C
+from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.links.link import Grant
+from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
+from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
+
+
+class GrantedCache:
+    """What transports may know of a cache that a peer has a lease on; a ``LeasedCache``.
+
+    Raises:
+        LLMFeatureNotEnabledError: Its memory may be gone, for all that we know.
+    """
+
+    def __init__(self, catalog: Catalog, grant: Grant) -> None:
+        self._catalog, self._entry = catalog, grant.entry
+        if grant.entry.foreign:
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                f"cache {grant.entry.cache_id} was registered by addresses, which nothing keeps in"
+                " place",
+                remedy="register tensors.",
+            )
+        self.addrs = grant.entry.addrs
+        self.extent = grant.entry.layout.extent
+        self.writable = grant.write
+
+    def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
+        """See ``LeasedCache``."""
+        check_inside(torch.stack((addrs, nbytes), dim=1), self._entry, limit=None)
+
+    def hold(self) -> None:
+        """See ``LeasedCache``."""
+        self._catalog.share_lease(self._entry)
+
+    def end(self) -> None:
+        """See ``LeasedCache``."""
+        self._catalog.end_lease(self._entry)
+
+
+def copy_foreign(
+    call: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, int]],
+    staging: torch.Tensor,
+    spans: torch.Tensor,
+    entry: CacheEntry,
+) -> None:
+    """Let the kernel copy between ``staging`` and memory that its user may be freeing right now.
+
+    A copy of our own would crash this process there.
+
+    Raises:
+        LLMCacheNotFoundError: The memory is gone.
+    """
+    offsets = spans[:, 1].cumsum(0) - spans[:, 1]
+    runs = torch.stack([offsets, spans[:, 0], spans[:, 1]], dim=1).contiguous()
+    here = torch.tensor([staging.data_ptr()])
+    _, number = call(os.getpid(), here, torch.zeros(1, dtype=torch.int64), runs)
+    if number:
+        raise error_for(
+            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+            f"the memory registered as cache {entry.cache_id} can't be reached:"
+            f" {os.strerror(number)}",
+            remedy=(
+                "unregister a cache before its memory is freed; register tensors instead of"
+                " addresses."
+            ),
+        )
+
+
+def check_inside(
+    spans: torch.Tensor, entry: CacheEntry, limit: int | None = MAX_MESSAGE_BYTES
+) -> None:
+    """Check that a peer's spans lie inside rows of a cache and fit one message.
+
+    Args:
+        spans: int64 [n, 2], columns (address, nbytes).
+        entry: The cache.
+        limit: Bytes of all of them at most; None where they go another way.
+
+    Raises:
+        LLMParamError: They don't.
+    """
+    layout = entry.layout
+    total = _C.bytes_inside(
+        spans[:, 0], spans[:, 1], entry.addrs, layout.extent, layout.pitch, layout.row_bytes
+    )
+    if total < 0 or (limit is not None and total > limit):
+        raise param_error(
+            f"the request leaves cache {entry.cache_id}, or is larger than {limit} bytes"
+        )
