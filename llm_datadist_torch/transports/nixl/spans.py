@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import Counter
 
 import torch
@@ -27,7 +28,7 @@ class Spans:
         self._rows: dict[MemorySpan, int] = {}
         self._by_row: list[MemorySpan] = []
         self._bounds = torch.empty(16, 2, dtype=torch.int64)
-        self._outer: tuple[list[MemorySpan], torch.Tensor] | None = None
+        self._outer: tuple[list[MemorySpan], list[int]] | None = None
 
     def add(self, span: MemorySpan) -> None:
         """Publish a span, once more if it is there.
@@ -62,15 +63,18 @@ class Spans:
         with self._lock:
             if self._outer is None:
                 self._outer = self._find_outer()
-            outer, bounds = self._outer
-        if outer:
-            at = (torch.searchsorted(bounds[0], addrs, right=True) - 1).clamp(min=0)
-            if bool(((addrs >= bounds[0, at]) & (addrs + nbytes <= bounds[1, at])).all()):
-                return [outer[index] for index in sorted(set(at.tolist()))]
-        raise param_error(
-            "the memory is not registered with NIXL",
-            remedy="allocate the cache here, or register it with remote_accessible=True.",
-        )
+            outer, starts = self._outer
+        # A cache has tens of tensors: a loop is done before tensor operations would begin.
+        found: dict[MemorySpan, None] = {}
+        for address in sorted(addrs.tolist()):
+            at = bisect_right(starts, address) - 1
+            if at < 0 or address + nbytes > outer[at].address + outer[at].nbytes:
+                raise param_error(
+                    "the memory is not registered with NIXL",
+                    remedy="allocate the cache here, or register it with remote_accessible=True.",
+                )
+            found[outer[at]] = None
+        return list(found)
 
     # -- with the lock held -----------------------------------------------------------------------
 
@@ -104,14 +108,10 @@ class Spans:
             self._bounds[row] = self._bounds[len(self._by_row)]
         self._outer = None
 
-    def _find_outer(self) -> tuple[list[MemorySpan], torch.Tensor]:
-        """Spans inside no other, by address; and their bounds, int64 [2, n]."""
+    def _find_outer(self) -> tuple[list[MemorySpan], list[int]]:
+        """Spans inside no other, by address; and where they start."""
         outer: list[MemorySpan] = []
         for span in sorted(self._rows, key=lambda span: (span.address, -span.nbytes)):
             if not outer or span.address >= outer[-1].address + outer[-1].nbytes:
                 outer.append(span)
-        bounds = torch.tensor(
-            [[span.address for span in outer], [span.address + span.nbytes for span in outer]],
-            dtype=torch.int64,
-        )
-        return outer, bounds
+        return outer, [span.address for span in outer]
