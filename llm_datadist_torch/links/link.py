@@ -24,8 +24,10 @@ from llm_datadist_torch.links.messages import (
     CacheView,
     Call,
     Called,
+    Claim,
     Done,
     Envelope,
+    Note,
     ReadBytes,
     Refused,
     Release,
@@ -34,6 +36,7 @@ from llm_datadist_torch.links.messages import (
 from llm_datadist_torch.links.routes import Route
 from llm_datadist_torch.transports.base import Neighbour
 from llm_datadist_torch.transports.choice import LinkChannel
+from llm_datadist_torch.transports.movement import Movement
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMPeerLostError,
@@ -356,14 +359,18 @@ class LinkRelay:
         """The peer, where it is in this process."""
         return self._link.neighbour
 
-    def read(self, lease_id: int, spans: torch.Tensor, deadline: Deadline) -> bytes:
+    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes:
         """Ask the owner for the bytes of ``spans``."""
-        _, data = self._link.request(ReadBytes(lease_id, spans.numpy().tobytes()), deadline)
+        wanted = ReadBytes(movement.lease_id, spans.numpy().tobytes(), _claim_of(movement))
+        _, data = self._link.request(wanted, deadline)
         return data or b""
 
-    def write(self, lease_id: int, spans: torch.Tensor, data: bytes, deadline: Deadline) -> None:
+    def write(
+        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+    ) -> None:
         """Have the owner write ``data`` over ``spans``."""
-        reply, _ = self._link.request(WriteBytes(lease_id, spans.numpy().tobytes()), deadline, data)
+        wanted = WriteBytes(movement.lease_id, spans.numpy().tobytes())
+        reply, _ = self._link.request(wanted, deadline, data)
         if not isinstance(reply, Done):
             raise error_for(
                 LLMStatusCode.LLM_FAILED,
@@ -371,9 +378,10 @@ class LinkRelay:
                 peer=self._link.peer,
             )
 
-    def call(self, lease_id: int, transport: str, payload: bytes, deadline: Deadline) -> bytes:
+    def call(self, movement: Movement, transport: str, payload: bytes, deadline: Deadline) -> bytes:
         """Ask the peer's channel of a transport."""
-        reply, _ = self._link.request(Call(lease_id, transport, payload), deadline)
+        call = Call(movement.lease_id, transport, payload, _claim_of(movement))
+        reply, _ = self._link.request(call, deadline)
         if not isinstance(reply, Called):
             raise error_for(
                 LLMStatusCode.LLM_FAILED,
@@ -382,6 +390,10 @@ class LinkRelay:
             )
         return reply.payload
 
-    def post(self, lease_id: int, transport: str, payload: bytes) -> None:
+    def post(self, transport: str, payload: bytes) -> None:
         """Tell the peer's channel of a transport."""
-        self._link.post(Call(lease_id, transport, payload))
+        self._link.post(Note(transport, payload))
+
+
+def _claim_of(movement: Movement) -> Claim | None:
+    return movement.claim if isinstance(movement.claim, Claim) else None

@@ -13,7 +13,7 @@ import msgspec
 
 from llm_datadist_torch.transports.base import RegionView
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 8 << 20
 """Of one frame. The largest are relayed bytes, in pieces of 4 MiB (``RELAY_CHUNK``)."""
 
@@ -156,6 +156,22 @@ class Release(Message):
     fetched: tuple[int, int] | None
 
 
+class Claim(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """In place of a lease: a lease for the one request that it comes with.
+
+    Refused, unless the cache and the row are still what the peer has said before.
+
+    Attributes:
+        ask: What was asked then.
+        cache_id: What was answered.
+        row: What was answered.
+    """
+
+    ask: Resolve
+    cache_id: int
+    row: int
+
+
 class ReadBytes(Message):
     """Send me these spans of the leased cache.
 
@@ -164,6 +180,7 @@ class ReadBytes(Message):
 
     lease_id: int
     spans: bytes
+    claim: Claim | None = None
 
 
 class WriteBytes(Message):
@@ -180,16 +197,25 @@ class Call(Message):
         lease_id: The leased cache that it is about.
         transport: Which one.
         payload: What it says.
+        claim: In place of a lease.
     """
 
     lease_id: int
-    transport: str
+    transport: Name
     payload: bytes
+    claim: Claim | None = None
 
 
 class Called(Message):
     """The answer to a :class:`Call`."""
 
+    payload: bytes
+
+
+class Note(Message):
+    """A transport's channel tells the one on the other side. No answer."""
+
+    transport: Name
     payload: bytes
 
 
@@ -251,6 +277,7 @@ Body = (
     | WriteBytes
     | Call
     | Called
+    | Note
     | Done
     | RegionFreed
     | Join

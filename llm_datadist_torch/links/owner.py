@@ -7,8 +7,8 @@ Answers what peers ask about our caches. Runs in the endpoint's thread, never bl
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -16,14 +16,16 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved
 from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.links.leased_memory import GrantedCache, check_inside, copy_foreign
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
-    MAX_MESSAGE_BYTES,
     Body,
     CacheView,
     Call,
     Called,
+    Claim,
     Done,
+    Note,
     ReadBytes,
     Refused,
     RegionFreed,
@@ -92,6 +94,9 @@ class Owner:
             return Done(), None
         elif isinstance(body, RegionFreed):
             link.channel.forget(body.region_id)
+        elif isinstance(body, Note):
+            with _understood(body.transport):
+                link.channel.note_by(body.transport, body.payload)
         else:
             raise error_for(LLMStatusCode.LLM_FAILED, f"unexpected message {type(body).__name__}")
         return None
@@ -102,20 +107,23 @@ class Owner:
         Raises:
             LLMException: What the peer shall be told instead.
         """
-        grant = link.grants.get(call.lease_id)
-        if grant is None:
-            raise error_for(
-                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {call.lease_id}"
-            )
+        lease_id = self._claimed(link, call.lease_id, call.claim)
+
+        def over() -> None:
+            if call.claim is not None:
+                self.release(link, Release(lease_id, None))
 
         def answer(payload: bytes | LLMException) -> None:
+            over()
             reply(Called(payload) if isinstance(payload, bytes) else refused(payload))
 
-        cache = GrantedCache(self._catalog, grant)
         try:
-            link.channel.serve_by(call.transport, call.payload, cache, answer)
-        except msgspec.DecodeError as error:
-            raise param_error(f"{call.transport} does not understand the peer: {error}") from error
+            cache = GrantedCache(self._catalog, _granted(link, lease_id))
+            with _understood(call.transport):
+                link.channel.serve_by(call.transport, call.payload, cache, answer)
+        except BaseException:
+            over()
+            raise
 
     def end_grants(self, link: Link) -> None:
         """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
@@ -135,28 +143,10 @@ class Owner:
     # -- leases -----------------------------------------------------------------------------------
 
     def _resolve(self, link: Link, ask: Resolve) -> CacheView:
-        if len(link.grants) >= MAX_LEASES:
-            raise error_for(
-                LLMStatusCode.LLM_LINK_BUSY,
-                f"the peer holds {len(link.grants)} leases, and no more than {MAX_LEASES} may be",
-            )
-        found = self._find(ask)
+        found = self._find_for_peer(ask)
         entry, layout = found.entry, found.entry.layout
-        if not entry.remote_accessible:
-            raise param_error(
-                f"the peer's cache {entry.cache_id} is not remote accessible",
-                remedy="its owner registers it with remote_accessible=True.",
-            )
-        if ask.paged is not None and layout.paged != ask.paged:
-            kinds = ("contiguous", "a blocks cache")
-            raise param_error(
-                f"cache {entry.cache_id} is {kinds[layout.paged]}, the request needs"
-                f" {kinds[ask.paged]}"
-            )
-        self._catalog.lease(entry)
-        lease_id = next(self._lease_ids)
         consumes = found.consumes if self._consume_keys and not ask.write else None
-        link.grants[lease_id] = Grant(entry, consumes, ask.write)
+        lease_id = self._lease(link, Grant(entry, consumes, ask.write))
         if consumes is not None:
             link.begun[consumes] = entry
         if entry.region is not None:
@@ -176,6 +166,54 @@ class Owner:
             device=str(entry.device),
             words=_words(found),
         )
+
+    def _claimed(self, link: Link, lease_id: int, claim: Claim | None) -> int:
+        """The lease that a request comes with; the one that it claims is taken here."""
+        if claim is None:
+            return lease_id
+        ask = claim.ask
+        if ask.write or self._consume_keys:
+            raise param_error("only reads in remote-accessible mode go by a claim")
+        found = self._find_for_peer(ask)
+        if (found.entry.cache_id, found.row) != (claim.cache_id, claim.row):
+            raise error_for(
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+                f"the key leads to cache {found.entry.cache_id}, row {found.row}, now, not to cache"
+                f" {claim.cache_id}, row {claim.row}",
+            )
+        taken = self._lease(link, Grant(found.entry, None, write=False))
+        # Whoever ends the link may not have seen this lease.
+        if link.leaving or link.state is not LinkState.LINKED:
+            self.release(link, Release(taken, None))
+            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the peer is ending the link")
+        return taken
+
+    def _lease(self, link: Link, grant: Grant) -> int:
+        if len(link.grants) >= MAX_LEASES:
+            raise error_for(
+                LLMStatusCode.LLM_LINK_BUSY,
+                f"the peer holds {len(link.grants)} leases, and no more than {MAX_LEASES} may be",
+            )
+        self._catalog.lease(grant.entry)
+        lease_id = next(self._lease_ids)
+        link.grants[lease_id] = grant
+        return lease_id
+
+    def _find_for_peer(self, ask: Resolve) -> Resolved:
+        found = self._find(ask)
+        entry, layout = found.entry, found.entry.layout
+        if not entry.remote_accessible:
+            raise param_error(
+                f"the peer's cache {entry.cache_id} is not remote accessible",
+                remedy="its owner registers it with remote_accessible=True.",
+            )
+        if ask.paged is not None and layout.paged != ask.paged:
+            kinds = ("contiguous", "a blocks cache")
+            raise param_error(
+                f"cache {entry.cache_id} is {kinds[layout.paged]}, the request needs"
+                f" {kinds[ask.paged]}"
+            )
+        return found
 
     def _find(self, ask: Resolve) -> Resolved:
         if ask.kind == RESOLVE_BY_ID:
@@ -209,11 +247,19 @@ class Owner:
     # -- relayed bytes ----------------------------------------------------------------------------
 
     def _read(self, link: Link, body: ReadBytes) -> bytes:
-        spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=False)
+        lease_id = self._claimed(link, body.lease_id, body.claim)
+        try:
+            return self._read_leased(link, lease_id, body.spans)
+        finally:
+            if body.claim is not None:
+                self.release(link, Release(lease_id, None))
+
+    def _read_leased(self, link: Link, lease_id: int, raw: bytes) -> bytes:
+        spans, entry = self._leased_spans(link, lease_id, raw, write=False)
         if not entry.foreign:
             return gather(spans[:, 0], spans[:, 1])
         staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
-        _copy_foreign(_C.read_process, staging, spans, entry)
+        copy_foreign(_C.read_process, staging, spans, entry)
         return staging.numpy().tobytes()
 
     def _write(self, link: Link, body: WriteBytes, data: bytes) -> None:
@@ -224,14 +270,12 @@ class Owner:
             scatter(spans[:, 0], spans[:, 1], data)
             return
         staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        _copy_foreign(_C.write_process, staging, spans, entry)
+        copy_foreign(_C.write_process, staging, spans, entry)
 
     def _leased_spans(
         self, link: Link, lease_id: int, raw: bytes, *, write: bool
     ) -> tuple[torch.Tensor, CacheEntry]:
-        grant = link.grants.get(lease_id)
-        if grant is None:
-            raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {lease_id}")
+        grant = _granted(link, lease_id)
         if write and not grant.write:
             raise param_error(f"lease {lease_id} is for reading")
         if grant.entry.device != HOST:
@@ -248,112 +292,24 @@ class Owner:
         return spans, grant.entry
 
 
-class GrantedCache:
-    """What transports may know of a cache that a peer has a lease on; a ``LeasedCache``.
+def _granted(link: Link, lease_id: int) -> Grant:
+    grant = link.grants.get(lease_id)
+    if grant is None:
+        raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {lease_id}")
+    return grant
 
-    Raises:
-        LLMFeatureNotEnabledError: Its memory may be gone, for all that we know.
-    """
 
-    def __init__(self, catalog: Catalog, grant: Grant) -> None:
-        self._catalog, self._entry = catalog, grant.entry
-        if grant.entry.foreign:
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                f"cache {grant.entry.cache_id} was registered by addresses, which nothing keeps in"
-                " place",
-                remedy="register tensors.",
-            )
-        self.addrs = grant.entry.addrs
-        self.extent = grant.entry.layout.extent
-        self.writable = grant.write
-
-    def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
-        """See ``LeasedCache``."""
-        check_inside(torch.stack((addrs, nbytes), dim=1), self._entry, limit=None)
-
-    def hold(self) -> None:
-        """See ``LeasedCache``."""
-        self._catalog.share_lease(self._entry)
-
-    def end(self) -> None:
-        """See ``LeasedCache``."""
-        self._catalog.end_lease(self._entry)
+@contextmanager
+def _understood(transport: str) -> Iterator[None]:
+    try:
+        yield
+    except msgspec.DecodeError as error:
+        raise param_error(f"{transport} does not understand the peer: {error}") from error
 
 
 def refused(error: LLMException) -> Refused:
     """What a peer is told of an error; its side adds the remedy again, from the status."""
     return Refused(int(error.status_code), str(error.args[0]) if error.args else str(error))
-
-
-def _copy_foreign(
-    call: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, int]],
-    staging: torch.Tensor,
-    spans: torch.Tensor,
-    entry: CacheEntry,
-) -> None:
-    """Let the kernel copy between ``staging`` and memory that its user may be freeing right now.
-
-    A copy of our own would crash this process there.
-
-    Raises:
-        LLMCacheNotFoundError: The memory is gone.
-    """
-    offsets = spans[:, 1].cumsum(0) - spans[:, 1]
-    runs = torch.stack([offsets, spans[:, 0], spans[:, 1]], dim=1).contiguous()
-    here = torch.tensor([staging.data_ptr()])
-    _, number = call(os.getpid(), here, torch.zeros(1, dtype=torch.int64), runs)
-    if number:
-        raise error_for(
-            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
-            f"the memory registered as cache {entry.cache_id} can't be reached:"
-            f" {os.strerror(number)}",
-            remedy=(
-                "unregister a cache before its memory is freed; register tensors instead of"
-                " addresses."
-            ),
-        )
-
-
-def check_inside(
-    spans: torch.Tensor, entry: CacheEntry, limit: int | None = MAX_MESSAGE_BYTES
-) -> None:
-    """Check that a peer's spans lie inside rows of a cache and fit one message.
-
-    Args:
-        spans: int64 [n, 2], columns (address, nbytes).
-        entry: The cache.
-        limit: Bytes of all of them at most; None where they go another way.
-
-    Raises:
-        LLMParamError: They don't.
-    """
-    layout = entry.layout
-    starts, sizes = spans[:, 0].contiguous(), spans[:, 1]
-    order, _ = entry.addrs.sort()
-    tensor = torch.searchsorted(order, starts, right=True) - 1
-    # Each span belongs to the last tensor that starts before it; with strided views that lie
-    # between each other, any may hold it.
-    if layout.pitch != layout.row_bytes:
-        inside = _inside_any(starts, sizes, entry)
-    else:
-        offset = starts - order[tensor.clamp(min=0)]
-        inside = (tensor >= 0) & (sizes <= layout.extent) & (offset <= layout.extent - sizes)
-    total = float(sizes.clamp(min=0).double().sum())
-    if not bool((inside & (sizes > 0)).all()) or (limit is not None and total > limit):
-        raise param_error(
-            f"the request leaves cache {entry.cache_id}, or is larger than {limit} bytes"
-        )
-
-
-def _inside_any(starts: torch.Tensor, sizes: torch.Tensor, entry: CacheEntry) -> torch.Tensor:
-    layout = entry.layout
-    inside = torch.zeros(len(starts), dtype=torch.bool)
-    for base in entry.addrs.tolist():
-        offset = starts - base
-        row_room = layout.row_bytes - offset % layout.pitch
-        inside |= (offset >= 0) & (offset < layout.extent) & (sizes <= row_room)
-    return inside
 
 
 def _words(found: Resolved) -> Words | None:

@@ -17,8 +17,9 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import Holder
+from llm_datadist_torch.links.known_caches import Known
 from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import CacheView, Resolve
+from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.operations.plans import Plan, RemoteCache
 from llm_datadist_torch.streams import Stream, StreamPoint
@@ -138,14 +139,18 @@ def run_leased(
             ways = _move(link, transfer, entry, remote, deadline)
             if transfer.direction is Direction.READ and not _memory_held(link, remote.view):
                 raise _freed_meanwhile(remote.view)
-            if keeps and not any(link.channel.needs_lease(way) for way in ways):
-                link.known.put(ask, msgspec.structs.replace(remote.view, lease_id=0))
+            if keeps:
+                view = msgspec.structs.replace(remote.view, lease_id=0)
+                asks_owner = any(link.channel.asks_owner(way) for way in ways)
+                link.known.put(ask, Known(view, asks_owner))
 
 
 def _pull_known(
     link: Link, transfer: Transfer, entry: CacheEntry, ask: Resolve, deadline: Deadline
 ) -> bool:
-    """Pull by what the peer once said of this cache; no message is sent.
+    """Pull by what the peer once said of this cache, without asking for it first.
+
+    No message is sent, or, where bytes go through the peer, none but the request for them.
 
     Returns:
         Whether the bytes have landed and are right. If not, the peer has to be asked: it knows
@@ -155,32 +160,39 @@ def _pull_known(
         LLMTimeoutError: Not done in time.
         LLMPeerLostError: The link was lost.
     """
-    view = link.known.get(ask)
-    if view is None:
+    known = link.known.get(ask)
+    if known is None:
         return False
-    if _binding_holds(link, view):
+    view = known.view
+    if known.asks_owner or _binding_holds(link, view):
+        claim = Claim(ask, view.cache_id, view.row)
         try:
-            _move(link, transfer, entry, RemoteCache.of(view), deadline)
+            _move(link, transfer, entry, RemoteCache.of(view), deadline, claim)
         except LLMTimeoutError:
             raise
         except LLMException:
             link.check_linked()
         else:
-            if _memory_held(link, view):
+            if known.asks_owner or _memory_held(link, view):
                 return True
     link.known.forget(ask)
     return False
 
 
 def _move(
-    link: Link, transfer: Transfer, entry: CacheEntry, remote: RemoteCache, deadline: Deadline
+    link: Link,
+    transfer: Transfer,
+    entry: CacheEntry,
+    remote: RemoteCache,
+    deadline: Deadline,
+    claim: Claim | None = None,
 ) -> list[str]:
     """Move all bytes of a transfer; returns the ways they went."""
     planned = transfer.plan(entry.layout, remote)
     plans = planned if isinstance(planned, list) else [planned]
     try:
         ways = [
-            link.channel.move(_movement(transfer, entry, remote, plan), deadline)
+            link.channel.move(_movement(transfer, entry, remote, plan, claim), deadline)
             for plan in plans
             if len(plan.runs)
         ]
@@ -232,7 +244,9 @@ def _check_local(instance: Instance, transfer: Transfer, entry: CacheEntry) -> N
         )
 
 
-def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: Plan) -> Movement:
+def _movement(
+    transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: Plan, claim: Claim | None
+) -> Movement:
     return Movement(
         direction=transfer.direction,
         local_addrs=entry.addrs[plan.local.start : plan.local.stop],
@@ -245,6 +259,7 @@ def _movement(transfer: Transfer, entry: CacheEntry, remote: RemoteCache, plan: 
         local_device=entry.device,
         remote_device=remote.view.device,
         cache_id=remote.view.cache_id,
+        claim=claim,
     )
 
 

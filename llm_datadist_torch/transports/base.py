@@ -73,20 +73,22 @@ class Relay(Protocol):
     def neighbour(self) -> Neighbour | None:
         """See above."""
 
-    def read(self, lease_id: int, spans: torch.Tensor, deadline: Deadline) -> bytes:
+    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes:
         """The bytes of ``spans`` (int64 [n, 2].
 
-        Address, nbytes; in the leased cache of the peer), one after the other.
+        Address, nbytes; in the peer's cache), one after the other.
         """
 
-    def write(self, lease_id: int, spans: torch.Tensor, data: bytes, deadline: Deadline) -> None:
-        """Write ``data`` over ``spans`` of the leased cache of the peer."""
+    def write(
+        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+    ) -> None:
+        """Write ``data`` over ``spans`` of the peer's cache."""
 
-    def call(self, lease_id: int, transport: str, payload: bytes, deadline: Deadline) -> bytes:
+    def call(self, movement: Movement, transport: str, payload: bytes, deadline: Deadline) -> bytes:
         """Ask the channel of this transport on the other side; see :meth:`Channel.serve`."""
 
-    def post(self, lease_id: int, transport: str, payload: bytes) -> None:
-        """The same where no answer is wanted. Does not block."""
+    def post(self, transport: str, payload: bytes) -> None:
+        """Tell it something; see :meth:`Channel.note`. Does not block."""
 
 
 class LeasedCache(Protocol):
@@ -181,8 +183,11 @@ class Channel(ABC):
         """
         return None
 
-    def needs_lease(self, way: str) -> bool:  # noqa: ARG002
-        """Whether moves that go the way ``way`` (as :meth:`move` names it) need a lease."""
+    def asks_owner(self, way: str) -> bool:  # noqa: ARG002
+        """Whether moves that go the way ``way`` (as :meth:`move` names it) go through the relay.
+
+        They need a lease or a claim; see :class:`Movement`.
+        """
         return False
 
     def serve(
@@ -196,8 +201,7 @@ class Channel(ABC):
         Args:
             payload: What it said.
             cache: What its lease is on.
-            reply: To be called once, from any thread, with the answer; of a ``Relay.post`` it goes
-                nowhere.
+            reply: To be called once, from any thread, with the answer.
 
         Raises:
             LLMException: The answer, too.
@@ -205,6 +209,16 @@ class Channel(ABC):
         """
         del payload, cache, reply
         raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "this transport answers nothing")
+
+    def note(self, payload: bytes) -> None:
+        """The peer's channel of this transport tells something (``Relay.post``). Must not block.
+
+        Raises:
+            LLMException: For the log.
+            msgspec.DecodeError: ``payload`` is nothing that this transport says.
+        """
+        del payload
+        raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "this transport is told nothing")
 
     @abstractmethod
     def forget(self, region_id: int) -> None:

@@ -110,9 +110,9 @@ class LinkChannel(Channel):
         answers = (channel.read_words(region, offset) for channel in self._channels.values())
         return next((words for words in answers if words is not None), None)
 
-    def needs_lease(self, way: str) -> bool:
-        """See :meth:`Channel.needs_lease`."""
-        return any(channel.needs_lease(way) for channel in self._channels.values())
+    def asks_owner(self, way: str) -> bool:
+        """See :meth:`Channel.asks_owner`."""
+        return any(channel.asks_owner(way) for channel in self._channels.values())
 
     def serve_by(
         self,
@@ -126,13 +126,24 @@ class LinkChannel(Channel):
         Raises:
             LLMFeatureNotEnabledError: This side does not have the transport.
         """
+        self._named(transport).serve(payload, cache, reply)
+
+    def note_by(self, transport: str, payload: bytes) -> None:
+        """See :meth:`Channel.note`.
+
+        Raises:
+            LLMFeatureNotEnabledError: This side does not have the transport.
+        """
+        self._named(transport).note(payload)
+
+    def _named(self, transport: str) -> Channel:
         channel = self._channels.get(transport)
         if channel is None:
             raise error_for(
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 f"transport {transport!r} is not on this link",
             )
-        channel.serve(payload, cache, reply)
+        return channel
 
     def forget(self, region_id: int) -> None:
         """See :meth:`Channel.forget`."""

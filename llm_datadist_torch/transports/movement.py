@@ -74,6 +74,8 @@ class Movement:
         local_device: Where the local memory is.
         remote_device: Where the peer says that its memory is: "cpu", or such as "npu:0".
         cache_id: The peer's number of its cache.
+        claim: By what requests to the peer are given a lease for as long as they take, where there
+            is none. For the relay; transports don't look at it.
     """
 
     direction: Direction
@@ -87,6 +89,7 @@ class Movement:
     local_device: torch.device = HOST_DEVICE
     remote_device: str = HOST_DEVICE.type
     cache_id: int = 0
+    claim: object = None
 
     @property
     def in_host_memory(self) -> bool:

@@ -6,21 +6,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import random
+import threading
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 
-from llm_datadist_torch import LLMParamError, LLMRole
+from llm_datadist_torch import LLMException, LLMParamError, LLMRole, LLMStatusCode
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import HOST_DEVICE, MemoryKind, MemorySpan
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.transports.local.host import HostIdentity
 from llm_datadist_torch.transports.nixl import NixlTransport
-from llm_datadist_torch.transports.nixl.messages import columns_of, runs_of
-from llm_datadist_torch.transports.nixl.port import CHUNK_BYTES, CHUNK_RUNS, _requests
+from llm_datadist_torch.transports.nixl import port as port_module
+from llm_datadist_torch.transports.nixl.messages import Expect, Stop, runs_in
+from llm_datadist_torch.transports.nixl.port import CHUNK_BYTES, CHUNK_RUNS, Port, _requests
+from llm_datadist_torch.transports.nixl.serving import MAX_JOBS, Serving
 from llm_datadist_torch.transports.nixl.spans import Spans
 
 CONFIG = EngineConfig(LLMRole.MIX)
@@ -106,7 +109,7 @@ def test_requests_cover_every_byte_once(sizes: list[int]):
     local = (nbytes.cumsum(0) - nbytes) * 2 + (1 << 40)
     remote = local.flip(0) + (1 << 42)
     moved = []
-    for here, there in _requests((local, remote, nbytes)):
+    for here, there in _requests(torch.stack((local, remote, nbytes))):
         assert 0 < len(here) <= CHUNK_RUNS
         assert int(here[:, 1].sum()) <= CHUNK_BYTES
         assert (here[:, 1] == there[:, 1]).all()
@@ -125,11 +128,11 @@ def test_requests_cover_every_byte_once(sizes: list[int]):
 
 
 def test_runs_in_a_message():
-    columns = tuple(torch.arange(6).view(3, 2))
-    assert torch.equal(torch.stack(columns_of(runs_of(columns))), torch.stack(columns))
+    runs = torch.arange(6).view(3, 2)
+    assert torch.equal(runs_in(runs.numpy().tobytes()), runs)
     for raw in (b"", b"x" * 23, b"x" * 25):
         with pytest.raises(msgspec.ValidationError):
-            columns_of(raw)
+            runs_in(raw)
 
 
 def test_between_hosts_it_beats_the_relay():
@@ -183,3 +186,93 @@ def test_on_loopback_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch):
         assert "loopback" in str(reason(host))
         assert reason(host, "nixl") is None
     assert reason("10.0.0.1") is None
+
+
+class SomeCache:
+    """A leased cache of one stretch."""
+
+    def __init__(self) -> None:
+        self.addrs, self.extent, self.writable = torch.tensor([0]), 64, True
+        self.holds = 0
+
+    def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
+        pass
+
+    def hold(self) -> None:
+        self.holds += 1
+
+    def end(self) -> None:
+        self.holds -= 1
+
+
+def test_a_peer_that_asks_for_everything_at_once(monkeypatch: pytest.MonkeyPatch):
+    busy, go_on = threading.Event(), threading.Event()
+    cache, answers = SomeCache(), []
+
+    def slowly(self, said, cache, reply):
+        busy.set()
+        go_on.wait(30)
+        cache.end()
+        reply(b"")
+
+    monkeypatch.setattr(Serving, "_expect", slowly)
+    serving = Serving(Spans())
+    serving.take(Expect(1), cache, answers.append)
+    assert busy.wait(30)
+    for number in range(MAX_JOBS):
+        serving.take(Expect(2 + number), cache, answers.append)
+    with pytest.raises(LLMException, match="no more than 64 may") as failure:
+        serving.take(Expect(99), cache, answers.append)
+    assert failure.value.status_code is LLMStatusCode.LLM_LINK_BUSY
+    # To stop is always possible, and what was refused holds nothing.
+    serving.stop(Stop(0, failed=False))
+    assert cache.holds == 1 + MAX_JOBS
+    go_on.set()
+    serving.close()
+    serving.join(30)
+    assert (cache.holds, len(answers)) == (0, 1 + MAX_JOBS)
+
+
+class SomeAgent:
+    """Counts."""
+
+    described = 0
+
+    def __init__(self, *, receives: bool) -> None:
+        pass
+
+    def register(self, table) -> object:
+        return object()
+
+    def deregister(self, memory) -> None:
+        pass
+
+    def describe(self, table) -> bytes:
+        SomeAgent.described += 1
+        return b"%d" % SomeAgent.described
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_ticket_holds_until_its_memory_goes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(port_module, "Agent", SomeAgent)
+    port, first, second = Port(receives=True), [span(0, 64)], [span(64, 64)]
+    tickets = []
+
+    def ticket(spans: list[MemorySpan]) -> None:
+        port.hold(spans)
+        tickets.append(port.ticket(spans))
+
+    for spans in (first, first, second, second):
+        ticket(spans)
+    assert tickets == [b"1", b"1", b"2", b"2"]
+    port.drop(second[0])
+    ticket(second)
+    ticket(second)
+    port.abandon()
+    ticket(second)
+    # Registered anew, because something overlaps it.
+    port.hold([span(64, 128)])
+    ticket(second)
+    assert tickets[4:] == [b"3", b"3", b"4", b"5"]

@@ -15,6 +15,7 @@ from tests.faults.conftest import here, peers
 from tests.faults.helpers import ME, NYL, OK, PEER, THEIRS, TIMEOUT, Peers
 from tests.faults.test_network import network
 from tests.peers import Peer, Ref, Service, settle
+from tests.transfer.test_known_caches import messages
 
 __all__ = ["here", "network", "peers"]
 
@@ -74,6 +75,37 @@ def test_what_a_link_says(here: Service, peers: Peers) -> None:
     assert here.transports(PEER) == ("nixl", None)
     (info,) = here.dd.links()
     assert any("UCX" in str(choice) for choice in info.choices)
+
+
+def test_a_known_cache_takes_one_message(
+    here: Service, peers: Peers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = peers()
+    port = peer.ask("start", PEER, options=NIXL, remote=True)
+    offer_cache(peer, 5)
+    here.start(ME, options=NIXL, remote=True)
+    here.allocate("mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
+    assert here.link(PEER, port) == OK
+    known = ["Call"]
+    with messages(monkeypatch) as said:
+        for colour in (6, 7):
+            peer.ask("paint", "theirs", colour)
+            assert move(here, "pull_blocks") is None
+            assert here.all_are("mine", colour)
+        assert said == ["Resolve", "Call", "Release", *known]
+        channel = here.instance.links.find(PEER).channel._channels["nixl"]
+        agent = channel._incoming._agent
+        peer.ask("drop", "theirs")
+        offer_cache(peer, 8)
+        said.clear()
+        assert move(here, "pull_blocks") is None
+        assert said == [*known, "Resolve", "Call", "Release"]
+    assert here.all_are("mine", 8)
+    # A claim that is refused costs a message, and not the agent.
+    assert channel._incoming._agent is agent
+    peer.ask("drop", "theirs")
+    assert move(here, "pull_blocks").status == "LLM_KV_CACHE_NOT_EXIST"
+    assert here.all_are("mine", 8)
 
 
 def test_a_pull_that_times_out_writes_no_more(here: Service, peers: Peers) -> None:

@@ -142,7 +142,7 @@ class LocalChannel(Channel):
         """See :meth:`Channel.read_words`: out of a mapping, so in nanoseconds."""
         return None if self._unreachable else self._words.read_words(region, offset)
 
-    def needs_lease(self, way: str) -> bool:
+    def asks_owner(self, way: str) -> bool:
         """The peer relays bytes only out of caches that are leased."""
         return way == Relayed.name
 

@@ -220,9 +220,9 @@ class Relayed(Way):
                 raise timed_out(deadline)
             sizes = spans[:, 1]
             if movement.direction is Direction.WRITE:
-                self._relay.write(movement.lease_id, spans, gather(local, sizes), deadline)
+                self._relay.write(movement, spans, gather(local, sizes), deadline)
                 continue
-            data = self._relay.read(movement.lease_id, spans, deadline)
+            data = self._relay.read(movement, spans, deadline)
             if len(data) != int(sizes.sum()):
                 raise error_for(
                     LLMStatusCode.LLM_FAILED,

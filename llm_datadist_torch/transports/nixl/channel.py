@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 
 import msgspec
+import torch
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
@@ -20,11 +21,12 @@ from llm_datadist_torch.transports.base import (
     Relay,
     timed_out,
 )
-from llm_datadist_torch.transports.nixl.messages import Expect, Fetch, Said, Stop, runs_of
+from llm_datadist_torch.transports.nixl.messages import Asked, Expect, Fetch, Stop
 from llm_datadist_torch.transports.nixl.port import Port
 from llm_datadist_torch.transports.nixl.serving import Serving
 from llm_datadist_torch.transports.nixl.spans import Spans
 from llm_datadist_torch.values.status import (
+    LLMCacheNotFoundError,
     LLMException,
     LLMNotLinkedError,
     LLMPeerLostError,
@@ -37,7 +39,8 @@ _NAME = "nixl"
 FETCH_RUNS = 1 << 18
 """Runs that one request names: 6 MiB of the 8 that a message may have."""
 
-_said = msgspec.msgpack.Decoder(Said)
+_asked = msgspec.msgpack.Decoder(Asked)
+_told = msgspec.msgpack.Decoder(Stop)
 
 
 class NixlChannel(Channel):
@@ -99,26 +102,29 @@ class NixlChannel(Channel):
             move(movement, spans, deadline)
         return _NAME
 
-    def needs_lease(self, way: str) -> bool:
+    def asks_owner(self, way: str) -> bool:
         """The owner takes part in every movement, and only for leased caches."""
         return way == _NAME
 
     def _pull(self, movement: Movement, spans: list[MemorySpan], deadline: Deadline) -> None:
         local, remote, nbytes = movement.spelled_out()
+        runs = torch.stack((remote, local, nbytes))
         number = next(self._numbers)
         try:
             self._check(deadline)
             self._incoming.hold(spans)
             ticket = self._incoming.ticket(spans)
-            for at in range(0, len(nbytes), FETCH_RUNS):
-                some = slice(at, at + FETCH_RUNS)
-                runs = runs_of((remote[some], local[some], nbytes[some]))
+            for at in range(0, runs.shape[1], FETCH_RUNS):
+                some = runs[:, at : at + FETCH_RUNS].numpy().tobytes()
                 self._check(deadline)
-                self._call(movement, Fetch(number, ticket, runs), deadline)
+                self._call(movement, Fetch(number, ticket, some), deadline)
+        except LLMCacheNotFoundError:
+            # The owner has refused to begin.
+            raise
         except BaseException as error:
             # Whatever it was (Ctrl-C too): nothing may write to our memory when we are gone.
             self._incoming.abandon()
-            self._post(movement, Stop(number, failed=True))
+            self._post(Stop(number, failed=True))
             if isinstance(error, LLMTimeoutError):
                 raise timed_out(deadline) from error
             raise
@@ -130,19 +136,20 @@ class NixlChannel(Channel):
             self._check(deadline)
             ticket = self._call(movement, Expect(number), deadline)
             self._outgoing.hold(spans)
-            self._outgoing.write(ticket, movement.spelled_out(), lambda: self._check(deadline))
+            runs = torch.stack(movement.spelled_out())
+            self._outgoing.write(ticket, runs, lambda: self._check(deadline))
             failed = False
         except LLMTimeoutError as error:
             raise timed_out(deadline) from error
         finally:
-            self._post(movement, Stop(number, failed))
+            self._post(Stop(number, failed))
 
-    def _call(self, movement: Movement, said: Said, deadline: Deadline) -> bytes:
+    def _call(self, movement: Movement, said: Asked, deadline: Deadline) -> bytes:
         payload = msgspec.msgpack.encode(said)
-        return self._relay.call(movement.lease_id, _NAME, payload, deadline)
+        return self._relay.call(movement, _NAME, payload, deadline)
 
-    def _post(self, movement: Movement, said: Said) -> None:
-        self._relay.post(movement.lease_id, _NAME, msgspec.msgpack.encode(said))
+    def _post(self, said: Stop) -> None:
+        self._relay.post(_NAME, msgspec.msgpack.encode(said))
 
     def _check(self, deadline: Deadline) -> None:
         self._check_open()
@@ -162,7 +169,11 @@ class NixlChannel(Channel):
         reply: Callable[[bytes | LLMException], None],
     ) -> None:
         """See :meth:`Channel.serve`."""
-        self._serving.take(_said.decode(payload), cache, reply)
+        self._serving.take(_asked.decode(payload), cache, reply)
+
+    def note(self, payload: bytes) -> None:
+        """See :meth:`Channel.note`."""
+        self._serving.stop(_told.decode(payload))
 
     def drop(self, span: MemorySpan) -> None:
         """A published span is about to be freed."""

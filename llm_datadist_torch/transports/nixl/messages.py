@@ -27,7 +27,7 @@ class Expect(msgspec.Struct, frozen=True, array_like=True, tag=True):
     number: int
 
 
-class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class Stop(msgspec.Struct, frozen=True, array_like=True):
     """The request of this number is over. No answer.
 
     Attributes:
@@ -39,20 +39,15 @@ class Stop(msgspec.Struct, frozen=True, array_like=True, tag=True):
     failed: bool
 
 
-Said = Fetch | Expect | Stop
+Asked = Fetch | Expect
 
 
-def columns_of(runs: bytes) -> tuple[torch.Tensor, ...]:
-    """The three columns of ``Fetch.runs``, int64 [n].
+def runs_in(raw: bytes) -> torch.Tensor:
+    """``Fetch.runs`` as a tensor.
 
     Raises:
         msgspec.ValidationError: They are none.
     """
-    if not runs or len(runs) % 24:
-        raise msgspec.ValidationError(f"{len(runs)} bytes are no runs")
-    return tuple(torch.frombuffer(bytearray(runs), dtype=torch.int64).view(3, -1))
-
-
-def runs_of(columns: tuple[torch.Tensor, ...]) -> bytes:
-    """The bytes of three columns."""
-    return torch.stack(columns).numpy().tobytes()
+    if not raw or len(raw) % 24:
+        raise msgspec.ValidationError(f"{len(raw)} bytes are no runs")
+    return torch.frombuffer(bytearray(raw), dtype=torch.int64).view(3, -1)

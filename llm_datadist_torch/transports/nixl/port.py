@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.transports.base import MemorySpan
 from llm_datadist_torch.transports.nixl.engine import Agent
 from llm_datadist_torch.values.status import LLMException
@@ -17,10 +19,16 @@ from llm_datadist_torch.values.status import LLMException
 if TYPE_CHECKING:
     import numpy as np
 
-CHUNK_BYTES = 32 << 20
-"""Bytes of one request of NIXL's; between requests a movement can be ended."""
-CHUNK_RUNS = 4096
+CHUNK_BYTES = 4 << 20
+"""Bytes of one request of NIXL's.
+
+Its bindings keep the GIL while a request is posted. Where UCX copies by the processor that is all
+of the copying: a millisecond here.
+"""
+CHUNK_RUNS = 1024
 """Descriptors of one request."""
+_WINDOW = 4
+"""Requests under way."""
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 100e-6
 
 
@@ -40,6 +48,7 @@ class Port:
         self._agent: Agent | None = None
         self._held: dict[MemorySpan, object] = {}
         self._peer: tuple[str, bytes] | None = None
+        self._ticket: tuple[list[MemorySpan], bytes] | None = None
 
     def hold(self, spans: Iterable[MemorySpan]) -> None:
         """Have spans registered; starts the agent. Blocks for some 30 ms then, 500 the first time.
@@ -55,11 +64,14 @@ class Port:
                     for other in [old for old in self._held if _overlap(old, span)]:
                         self._agent.deregister(self._held.pop(other))
                     self._held[span] = self._agent.register(_table([span]))
+                    self._ticket = None
 
-    def ticket(self, spans: Iterable[MemorySpan]) -> bytes:
+    def ticket(self, spans: list[MemorySpan]) -> bytes:
         """What the peer must load to write to spans that are held."""
         with self._lock:
-            return self._started().describe(_table(spans))
+            if self._ticket is None or self._ticket[0] != spans:
+                self._ticket = (spans, self._started().describe(_table(spans)))
+            return self._ticket[1]
 
     def drop(self, span: MemorySpan) -> None:
         """The span is about to be freed."""
@@ -73,18 +85,16 @@ class Port:
         with self._lock:
             agent, self._agent = self._agent, None
             self._held.clear()
-            self._peer = None
+            self._peer = self._ticket = None
             if agent is not None:
                 agent.close()
 
-    def write(
-        self, ticket: bytes, columns: tuple[torch.Tensor, ...], check: Callable[[], None]
-    ) -> None:
+    def write(self, ticket: bytes, runs: torch.Tensor, check: Callable[[], None]) -> None:
         """Write held memory to the memory of a peer; blocks until all of it is there.
 
         Args:
             ticket: The peer's.
-            columns: Addresses here, addresses there, bytes: int64 [n].
+            runs: int64 [3, n]: addresses here, addresses there, bytes.
             check: Called between polls; raises to give up.
 
         Raises:
@@ -94,16 +104,18 @@ class Port:
             with self._lock:
                 agent = self._started()
                 peer = self._known(agent, ticket)
-            for local, remote in _requests(columns):
+            under_way: deque[int] = deque()
+            for local, remote in _requests(runs):
+                if len(under_way) == _WINDOW:
+                    _finish(agent, under_way.popleft(), check)
                 handle, done = agent.write(local, remote, peer)
-                nap_s = _SHORTEST_NAP_S
-                while not done:
-                    check()
-                    time.sleep(nap_s)
-                    nap_s = min(nap_s * 2, _LONGEST_NAP_S)
-                    done = agent.poll(handle)
-                agent.release(handle)
+                if done:
+                    agent.release(handle)
+                else:
+                    under_way.append(handle)
                 check()
+            while under_way:
+                _finish(agent, under_way.popleft(), check)
         except BaseException:
             # Whatever it was (Ctrl-C too): nothing goes on when we are gone.
             self.abandon()
@@ -137,28 +149,19 @@ def _table(spans: Iterable[MemorySpan]) -> np.ndarray[Any, Any]:
     return rows.numpy().view("uint64")
 
 
-def _requests(
-    columns: tuple[torch.Tensor, ...],
-) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+def _finish(agent: Agent, handle: int, check: Callable[[], None]) -> None:
+    nap_s = _SHORTEST_NAP_S
+    while not agent.poll(handle):
+        check()
+        time.sleep(nap_s)
+        nap_s = min(nap_s * 2, _LONGEST_NAP_S)
+    agent.release(handle)
+    check()
+
+
+def _requests(runs: torch.Tensor) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
     """Tables of requests: runs cut to CHUNK_BYTES, taken together up to it and CHUNK_RUNS."""
-    local, remote, nbytes = columns
-    if int(nbytes.max()) > CHUNK_BYTES:
-        pieces = (nbytes + CHUNK_BYTES - 1) // CHUNK_BYTES
-        number = torch.arange(int(pieces.sum())) - (pieces.cumsum(0) - pieces).repeat_interleave(
-            pieces
-        )
-        offset = number * CHUNK_BYTES
-        local, remote = (side.repeat_interleave(pieces) + offset for side in (local, remote))
-        nbytes = (nbytes.repeat_interleave(pieces) - offset).clamp(max=CHUNK_BYTES)
-    zeros = torch.zeros_like(nbytes)
-    tables = [
-        torch.stack((side, nbytes, zeros), dim=1).numpy().view("uint64") for side in (local, remote)
-    ]
-    ends = nbytes.cumsum(0)
-    at = 0
-    while at < len(nbytes):
-        full = int(ends[at] - nbytes[at]) + CHUNK_BYTES
-        stop = int(torch.searchsorted(ends, full, right=True))
-        stop = min(max(stop, at + 1), at + CHUNK_RUNS)
-        yield tables[0][at:stop], tables[1][at:stop]
-        at = stop
+    cursor = (0, 0)
+    while cursor[0] < runs.shape[1]:
+        local, remote, cursor = _C.engine_request(runs, cursor, CHUNK_BYTES, CHUNK_RUNS)
+        yield local.numpy().view("uint64"), remote.numpy().view("uint64")

@@ -12,13 +12,16 @@ from collections.abc import Callable
 import torch
 
 from llm_datadist_torch.transports.base import LeasedCache, MemorySpan
-from llm_datadist_torch.transports.nixl.messages import Expect, Fetch, Said, Stop, columns_of
+from llm_datadist_torch.transports.nixl.messages import Asked, Expect, Fetch, Stop, runs_in
 from llm_datadist_torch.transports.nixl.port import Port
 from llm_datadist_torch.transports.nixl.spans import Spans
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")
+
+MAX_JOBS = 64
+"""That wait at a time; a peer of ours asks for one thing after the other."""
 
 Reply = Callable[[bytes | LLMException], None]
 
@@ -45,27 +48,34 @@ class Serving:
         self._sends = Port(receives=False)
         self._receives = Port(receives=True)
 
-    def take(self, said: Said, cache: LeasedCache, reply: Reply) -> None:
+    def stop(self, said: Stop) -> None:
+        """The peer wants no more of a request."""
+        # The peer's numbers grow, and it asks for one thing at a time.
+        self._stopped = max(self._stopped, said.number)
+        self._add(lambda: self._finish(said))
+
+    def take(self, said: Asked, cache: LeasedCache, reply: Reply) -> None:
         """Carry out what the peer asks, in the background.
 
         Raises:
             LLMParamError: It leaves the cache, or the lease is not for this.
+            LLMLinkBusyError: The peer asks for too much at a time.
         """
-        if isinstance(said, Stop):
-            # The peer's numbers grow, and it asks for one thing at a time.
-            self._stopped = max(self._stopped, said.number)
-            self._add(lambda: self._finish(said))
-            return
         if isinstance(said, Fetch):
-            columns = columns_of(said.runs)
-            cache.check(columns[0], columns[2])
-            self._add_held(cache, lambda: self._fetch(said, columns, cache, reply))
+            runs = runs_in(said.runs)
+            cache.check(runs[0], runs[2])
+            self._add_held(cache, lambda: self._fetch(said, runs, cache, reply))
             return
         if not cache.writable:
             raise param_error("the lease is for reading")
         self._add_held(cache, lambda: self._expect(said, cache, reply))
 
     def _add_held(self, cache: LeasedCache, job: Callable[[], None]) -> None:
+        if self._jobs.qsize() >= MAX_JOBS:
+            raise error_for(
+                LLMStatusCode.LLM_LINK_BUSY,
+                f"{self._jobs.qsize()} requests wait, and no more than {MAX_JOBS} may",
+            )
         cache.hold()
         if not self._add(job):
             cache.end()
@@ -120,9 +130,7 @@ class Serving:
             cache.end()
         self._expected.clear()
 
-    def _fetch(
-        self, said: Fetch, columns: tuple[torch.Tensor, ...], cache: LeasedCache, reply: Reply
-    ) -> None:
+    def _fetch(self, said: Fetch, runs: torch.Tensor, cache: LeasedCache, reply: Reply) -> None:
         def check() -> None:
             if self._closed or said.number <= self._stopped:
                 raise error_for(LLMStatusCode.LLM_FAILED, "the peer has given up")
@@ -130,7 +138,7 @@ class Serving:
         try:
             check()
             self._sends.hold(self._memory.of(cache.addrs, cache.extent))
-            self._sends.write(said.ticket, columns, check)
+            self._sends.write(said.ticket, runs, check)
         except LLMException as error:
             reply(error)
         else:

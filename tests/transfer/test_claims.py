@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes that go through the owner: a cache that is known is claimed with the request itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch.links import messages
+from llm_datadist_torch.links.owner import MAX_LEASES, Owner
+from tests.peers import Peer, Service, settle
+from tests.transfer.helpers import OK, Peers
+from tests.transfer.test_hostile_input import ask, hello, stranger
+from tests.transfer.test_known_caches import ME, PEER, SIZE, THEIRS, pull, status
+from tests.transfer.test_known_caches import messages as said_by
+
+pytestmark = pytest.mark.host_memory_only
+
+PRIVATE = BlocksCacheKey(ME, 1)
+ASKS, KNOWS = ["Resolve", "ReadBytes", "Release"], ["ReadBytes"]
+
+
+@pytest.fixture
+def peer(here: Service, peers: Peers) -> Peer:
+    """Linked, with a painted blocks cache under THEIRS; all bytes go through the connection."""
+    here.start(ME, remote=True)
+    other = peers()
+    assert here.link(PEER, other.ask("start", PEER, remote=True)) == OK
+    here.allocate("mine", *SIZE, paged=True)
+    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+    other.ask("paint", "theirs", 7)
+    here.only_relay(PEER)
+    return other
+
+
+def test_one_message_is_enough(here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with said_by(monkeypatch) as said:
+        for colour in (8, 9, 10):
+            peer.ask("paint", "theirs", colour)
+            assert pull(here) is None
+            assert here.colours("mine") == [colour]
+    assert said == ASKS + KNOWS * 2
+    assert peer.ask("counters")["leases"] == 0
+
+
+def test_a_claim_on_another_cache_is_refused(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pull(here) is None
+    with said_by(monkeypatch) as said:
+        for colour in (9, 10):
+            peer.ask("drop", "theirs")
+            assert status(pull(here)) == "LLM_KV_CACHE_NOT_EXIST"
+            peer.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+            peer.ask("paint", "theirs", colour)
+            assert pull(here) is None
+            peer.ask("drop", "theirs")
+            peer.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+            peer.ask("paint", "theirs", colour + 10)
+            assert pull(here) is None
+            assert here.colours("mine") == [colour + 10]
+    assert said == [*KNOWS, "Resolve", *ASKS, *KNOWS, *ASKS] * 2
+    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+
+
+# -- a peer that claims what it may not ------------------------------------------------------------
+
+
+def claimed(ask_for: messages.Resolve, view: Any, **other: Any) -> messages.ReadBytes:
+    address = int(torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)[0])
+    claim = messages.Claim(ask_for, view.cache_id, view.row)
+    span = torch.tensor([address, 64]).numpy().tobytes()
+    return messages.ReadBytes(0, span, msgspec.structs.replace(claim, **other))
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_claims_of_strangers(here: Service, remote: bool) -> None:
+    port = here.start(ME, remote=remote)
+    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
+    closed = "private" if remote else "open"
+    if remote:
+        here.register("private", 2, 4, 64, paged=True, keys=PRIVATE, accessible=False)
+    wanted = messages.Resolve("blocks", 0, 0, True, False)
+    with stranger(port) as dealer:
+        greeting = hello(3, remote_accessible=remote)
+        assert isinstance(ask(dealer, greeting), messages.Welcome)
+        view = ask(dealer, wanted)
+        assert isinstance(view, messages.CacheView)
+        good = ask(dealer, claimed(wanted, view))
+        # Two-sided pulls consume keys: that takes a lease.
+        assert isinstance(good, messages.Done) == remote
+        for bad in (
+            claimed(wanted, view, cache_id=view.cache_id + 1),
+            claimed(wanted, view, row=1),
+            claimed(msgspec.structs.replace(wanted, write=True), view),
+            claimed(msgspec.structs.replace(wanted, index=1), view, cache_id=view.cache_id + 1),
+            claimed(msgspec.structs.replace(wanted, index=1), view, cache_id=here.cache_id(closed)),
+            claimed(msgspec.structs.replace(wanted, kind="nothing"), view),
+            claimed(msgspec.structs.replace(wanted, paged=False), view),
+        ):
+            answer = ask(dealer, bad)
+            assert isinstance(answer, messages.Refused), bad
+        call = messages.Call(0, "nothing", b"", messages.Claim(wanted, view.cache_id, 0))
+        for _ in range(3):
+            assert isinstance(ask(dealer, call), messages.Refused)
+        # None of them has left a lease.
+        assert here.counters()["leases"] == 1
+
+
+def test_the_lease_of_a_claim_lasts_as_long_as_the_request(
+    here: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = here.start(ME, remote=True)
+    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
+    wanted, held = messages.Resolve("blocks", 0, 0, True, False), []
+
+    def noted(owner: Owner, *args: Any) -> bytes:
+        held.append(here.counters()["leases"])
+        return read(owner, *args)
+
+    read = Owner._read_leased
+    monkeypatch.setattr(Owner, "_read_leased", noted)
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
+        view = ask(dealer, wanted)
+        release = messages.Envelope(0, False, messages.Release(view.lease_id, None))
+        dealer.send(messages.encode(release))
+        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+        assert held == [1]
+        assert here.counters()["leases"] == 0
+
+
+def test_too_many_leases_leave_none_to_claim(here: Service) -> None:
+    port = here.start(ME, remote=True)
+    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
+    wanted = messages.Resolve("blocks", 0, 0, True, False)
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
+        for _ in range(MAX_LEASES):
+            view = ask(dealer, wanted)
+        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Refused)
+        release = messages.Envelope(0, False, messages.Release(view.lease_id, None))
+        dealer.send(messages.encode(release))
+        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+
+
+def test_an_owner_that_is_leaving_takes_no_claim(here: Service) -> None:
+    port = here.start(ME, remote=True)
+    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
+    wanted = messages.Resolve("blocks", 0, 0, True, False)
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
+        view = ask(dealer, wanted)
+        link = here.instance.links.find(3)
+        link.leaving = True
+        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Refused)
+        link.leaving = False
+        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+        assert len(link.grants) == 1
