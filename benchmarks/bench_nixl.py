@@ -5,8 +5,9 @@ The owner is a process of its own. The loop is what NIXL's documents advise for 
 registered once, descriptor lists of all blocks prepared once, per round one READ made of block
 indices in an array, posted, and polled without a nap. It asks nobody, checks nothing, holds no
 lease and can't be stopped. A pull of the library is a request to the owner, which checks it and
-WRITEs (see docs/design.md). Figures are medians, taken in turn in one process. ``--tls tcp`` is how
-two hosts without RDMA would do it; without it UCX chooses what it likes best within one host."""
+WRITEs (see docs/design.md); the cache is known from the pull before, so that there is no other
+message. Figures are medians, taken in turn in one process. ``--tls tcp`` is how two hosts without
+RDMA would do it; without it UCX chooses what it likes best within one host."""
 
 from __future__ import annotations
 
@@ -103,6 +104,7 @@ def _table(rows: list[list[int]]) -> Any:  # noqa: ANN401
 def start_instance(role: LLMRole, cluster_id: int) -> LLMDataDist:
     config = LLMConfig()
     config.enable_cache_manager = True
+    config.enable_remote_cache_accessible = True  # the table of known caches
     config.transport = "nixl"
     config.listen_ip_info = "127.0.0.1:0"
     config.sync_kv_timeout = 60_000
