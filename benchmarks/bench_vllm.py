@@ -3,11 +3,17 @@
 
 Run it with the environment of `make test-vllm`: .venv-vllm/bin/python -m benchmarks.bench_vllm
 
-Four engines on this host, a producer and a consumer for each connector, take turns with the same
-prompts. *Added* is what the hand-over adds to the time of the first token: the time at the consumer
-with the KV fetched, less that of the same prompt asked again, when the KV is in the consumer's
-prefix cache. Engines are asked through a pipe, alike for both. Stalls are the longest times that
-the engine's loop was in one hook of the connector (see vllm_probe.py)."""
+*Added* is what the hand-over adds to the time of the first token: the time at the consumer with the
+KV fetched, less that of the same prompt asked again, when the KV is in the consumer's prefix cache.
+Engines are asked through a pipe, alike for both.
+
+Engines of vLLM spin for a second after their last work, and NIXL's threads for as long as there are
+any. So a connector's producer and consumer have the host for themselves, and are started in turn
+with the other connector's, several times, with the same prompts; which of them comes first changes.
+All engines have computed prompts of all lengths by themselves before. The first hand-over, when
+nothing is linked, is a row of its own.
+
+Stalls are how long the engine's loop was held in a hook of the connector (see vllm_probe.py)."""
 
 from __future__ import annotations
 
@@ -31,6 +37,8 @@ LENGTHS = (129, 300, 900)
 GOAL_RATIO, GOAL_STALL_MS = 0.5, 2.0
 CONNECTORS = ("ProbedOurs", "ProbedNixl")
 FIRST_PORT = 21_600
+FIRST = "first"
+"""The row of the first hand-over, of the shortest length."""
 
 
 class Pair:
@@ -71,6 +79,12 @@ class Pair:
                 ticks += int(fields[11]) + int(fields[12])
         return ticks / os.sysconf("SC_CLK_TCK")
 
+    def warm_up(self, numbers: random.Random) -> None:
+        """Have both engines compute, without the connector."""
+        for engine in self.engines.values():
+            for length in LENGTHS:
+                engine.generate([random_prompt(numbers, length)], 1)
+
     def first_token(self, prompt: list[int]) -> dict[str, Any]:
         """Seconds with the KV fetched and with the KV there, and the token."""
         keep = [{"do_remote_decode": True}]
@@ -85,121 +99,120 @@ class Pair:
         if fetched["tokens"] != cached["tokens"]:
             raise SystemExit(f"{self.name}: wrong tokens: {fetched}, {cached}")
         return {
+            "connector": self.name,
             "tokens": fetched["tokens"],
             "fetched": middle - start,
             "cached": end - middle,
             "cpu": cpu,
         }
 
-    def noted(self) -> tuple[list[float], dict[str, list[float]]]:
-        """Seconds of each pull, and of each hook the longest time and the most CPU time."""
-        pulls: list[float] = []
-        hooks: dict[str, list[float]] = {}
-        for probe in self._probes():
-            for line in probe.read_text(encoding="utf-8").splitlines():
-                noted = json.loads(line)
-                if "pull" in noted:
-                    pulls.append(noted["pull"])
-                else:
-                    most = hooks.setdefault(noted["hook"], [0.0, 0.0])
-                    most[:] = max(most[0], noted["s"]), max(most[1], noted["cpu"])
-        return pulls, hooks
-
-    def forget(self) -> None:
-        """Begin to note anew."""
-        for probe in self._probes():
-            probe.write_text("", encoding="utf-8")
-
-    def _probes(self) -> list[Path]:
-        return list(self._directory.glob(f"{self.name}-*.jsonl.*"))
+    def noted(self) -> list[dict[str, Any]]:
+        """What the probes have noted: pulls and hooks."""
+        probes = self._directory.glob(f"{self.name}-*.jsonl.*")
+        return [
+            json.loads(line)
+            for probe in probes
+            for line in probe.read_text(encoding="utf-8").splitlines()
+        ]
 
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
 
 
-def measure(pairs: list[Pair], rounds: int) -> list[dict[str, Any]]:
-    numbers = random.Random(1)
-
-    def once(length: int) -> list[dict[str, Any]]:
-        prompt = [numbers.randrange(3, 1024) for _ in range(length)]
-        took = [pair.first_token(prompt) for pair in pairs]
-        if took[0]["tokens"] != took[1]["tokens"]:
-            raise SystemExit(f"tokens differ: {took}")
-        return [
-            {"connector": pair.name, "length": length, **each}
-            for pair, each in zip(pairs, took, strict=True)
-        ]
-
-    for length in LENGTHS:
-        once(length)
-    # Linking is done and every thread has run: what follows is a service's everyday.
-    for pair in pairs:
-        pair.forget()
-    return [each for length in LENGTHS for _ in range(rounds) for each in once(length)]
+def random_prompt(numbers: random.Random, length: int) -> list[int]:
+    return [numbers.randrange(3, 1024) for _ in range(length)]
 
 
-def report(pairs: list[Pair], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def measure(
+    connector: str, directory: Path, start: int, rounds: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Start a pair, and measure; results, and what its probes noted."""
+    # The same for both connectors.
+    numbers = random.Random(start)
+    directory.mkdir()
+    command = [sys.executable, "examples/vllm/tiny_model.py", str(directory / "model")]
+    subprocess.run(command, check=True, cwd=common.ROOT)
+    pair = Pair(connector, directory)
+    try:
+        for engine in pair.engines.values():
+            engine.wait_until_ready()
+        pair.warm_up(numbers)
+        results = [{"row": FIRST, **pair.first_token(random_prompt(numbers, LENGTHS[0]))}]
+        for length in LENGTHS * rounds:
+            result = pair.first_token(random_prompt(numbers, length))
+            results.append({"row": str(length), **result})
+        return results, pair.noted()
+    finally:
+        pair.close()
+
+
+def report_latency(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    print("| prompt | connector | first token, ms | KV there, ms | added, ms | CPU, ms |")
-    print("|---|---|---|---|---|---|")
-    for length in LENGTHS:
-        for pair in pairs:
-            these = [
-                each
-                for each in results
-                if each["length"] == length and each["connector"] == pair.name
-            ]
+    print("| tokens | connector | n | first token, ms | KV there | added | (quartiles) | CPU, ms |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in (FIRST, *map(str, LENGTHS)):
+        for connector in CONNECTORS:
+            these = [r for r in results if r["row"] == name and r["connector"] == connector]
             medians = {
-                name: 1000 * statistics.median(each[name] for each in these)
-                for name in ("fetched", "cached", "cpu")
+                key: 1000 * statistics.median(each[key] for each in these)
+                for key in ("fetched", "cached", "cpu")
             }
-            added = 1000 * statistics.median(each["fetched"] - each["cached"] for each in these)
-            rows.append({"length": length, "connector": pair.name, "added": added, **medians})
+            added = [1000 * (each["fetched"] - each["cached"]) for each in these]
+            low, middle, high = statistics.quantiles(added, n=4, method="inclusive")
+            rows.append({"row": name, "connector": connector, "added": middle, **medians})
             print(
-                f"| {length} | {pair.name.removeprefix('Probed')} | {medians['fetched']:.1f} |"
-                f" {medians['cached']:.1f} | {added:.1f} | {medians['cpu']:.0f} |"
+                f"| {name} | {connector.removeprefix('Probed')} | {len(these)} |"
+                f" {medians['fetched']:.1f} | {medians['cached']:.1f} | {middle:.1f} |"
+                f" {low:.1f} to {high:.1f} | {medians['cpu']:.0f} |"
             )
         ratio = rows[-2]["added"] / rows[-1]["added"]
         print(f"added, ours / NIXL: {ratio:.2f} (goal: at most {GOAL_RATIO})")
-    for pair in pairs:
-        pulls, hooks = pair.noted()
-        pulls.sort()
-        if len(pulls) < len(results) // len(pairs) // 2:
-            raise SystemExit(f"{pair.name}: only {len(pulls)} pulls")
-        worst = sorted(hooks, key=lambda name: -hooks[name][0])[:3]
-        stalls = ", ".join(
-            f"{name} {1000 * hooks[name][0]:.2f} ms ({1000 * hooks[name][1]:.2f} of CPU)"
-            for name in worst
-        )
-        p50, p99 = statistics.median(pulls), pulls[min(len(pulls) - 1, int(0.99 * len(pulls)))]
-        print(
-            f"{pair.name.removeprefix('Probed')}: {len(pulls)} pulls, p50 {1000 * p50:.1f} ms,"
-            f" p99 {1000 * p99:.1f} ms; longest in a hook: {stalls} (goal: {GOAL_STALL_MS} ms)"
-        )
-        rows.append({"connector": pair.name, "p50": p50, "p99": p99, "hooks": hooks})
+    return rows
+
+
+def report_stalls(noted: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    print(f"milliseconds, p50 / p99 / most; goal: held at most {GOAL_STALL_MS}")
+    for connector, lines in noted.items():
+        samples: dict[str, list[dict[str, float]]] = {}
+        for line in lines:
+            samples.setdefault("pull" if "pull" in line else line["hook"], []).append(line)
+        pulls = common.quantiles_ms([each["pull"] for each in samples.pop("pull")])
+        print(f"{connector.removeprefix('Probed')}: pulls {pulls[0]:.1f} / {pulls[1]:.1f}")
+        print("| hook | calls | by the clock | held | CPU |")
+        print("|---|---|---|---|---|")
+        for hook, these in sorted(samples.items()):
+            columns = {
+                key: common.quantiles_ms([each[key] for each in these])
+                for key in ("s", "held", "cpu")
+            }
+            told = " | ".join(" / ".join(f"{ms:.2f}" for ms in each) for each in columns.values())
+            print(f"| {hook} | {len(these)} | {told} |")
+            rows.append({"connector": connector, "hook": hook, "pulls": pulls, **columns})
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="prompts per length")
+    parser.add_argument("--rounds", type=int, default=5, help="prompts per length and start")
+    parser.add_argument("--starts", type=int, default=3, help="times that the engines are started")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     common.print_environment()
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
+    noted: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
     with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        command = [sys.executable, "examples/vllm/tiny_model.py", str(directory / "model")]
-        subprocess.run(command, check=True, cwd=common.ROOT)
-        pairs = [Pair(connector, directory) for connector in CONNECTORS]
-        try:
-            for pair in pairs:
-                for engine in pair.engines.values():
-                    engine.wait_until_ready()
-            rows = report(pairs, measure(pairs, args.rounds))
-        finally:
-            for pair in pairs:
-                pair.close()
+        for start in range(args.starts):
+            for connector in CONNECTORS[:: 1 if start % 2 == 0 else -1]:
+                directory = Path(name) / f"{connector}{start}"
+                found, lines = measure(connector, directory, start, args.rounds)
+                results[connector] += found
+                noted[connector] += lines
+    mine, theirs = results.values()
+    if [each["tokens"] for each in mine] != [each["tokens"] for each in theirs]:
+        raise SystemExit("tokens differ")
+    rows = report_latency(mine + theirs) + report_stalls(noted)
     print(f"load now {os.getloadavg()[0]:.1f}")
     common.save(args.json, rows)
 

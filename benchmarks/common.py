@@ -96,3 +96,10 @@ def print_environment() -> None:
     torch_part = f"torch {env['torch']} ({env['torch_threads']} threads)"
     print(f"{env['cpu']}, {env['cores']} cores, {torch_part}, Python {env['python']}")
     print(f"commit {env['commit']}, load {env['load_before']:.1f}, {env['time']}")
+
+
+def quantiles_ms(seconds: list[float]) -> tuple[float, float, float]:
+    """p50, p99 and the largest, in milliseconds."""
+    ordered = sorted(seconds)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    return 1000 * statistics.median(ordered), 1000 * p99, 1000 * ordered[-1]

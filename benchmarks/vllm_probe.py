@@ -5,6 +5,10 @@
 vLLM loads them in its engine processes. A pull is what the engine waits for: from the allocation of
 the request's blocks to the report that it has been received. Written as JSON lines, outside of what
 is timed, to files that begin with what the environment variable says, one per process.
+
+Of a hook's time by the clock some is the kernel's: the thread could run, and had no processor. That
+is in schedstat, and left out of *held*: the CPU time and the waiting, for locks and the GIL, too.
+A hook of the name *control* does nothing, in each step of the worker.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl import NixlConnector
 
+from benchmarks.schedstat import queued_s
 from llm_datadist_torch.vllm.connector import LLMDataDistConnector
 
 VARIABLE = "BENCH_VLLM_PROBE"
@@ -35,6 +40,7 @@ HOOKS = (
     "wait_for_layer_load",
     "wait_for_save",
 )
+CONTROL = "control"
 LAST_OF_STEP = ("build_connector_meta", "get_block_ids_with_load_errors")
 
 _started: dict[str, float] = {}
@@ -62,14 +68,24 @@ def _note(name: str, args: tuple[Any, ...], start: float) -> None:
 
 def _timed(name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
     def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        start, cpu = time.perf_counter(), time.thread_time()
+        queued, start, cpu = queued_s(), time.perf_counter(), time.thread_time()
         result = hook(self, *args, **kwargs)
-        cpu = time.thread_time() - cpu
-        _lines.append({"hook": name, "s": time.perf_counter() - start, "cpu": cpu})
+        cpu, wall = time.thread_time() - cpu, time.perf_counter() - start
+        held = max(0.0, wall - (queued_s() - queued))
+        _lines.append({"hook": name, "s": wall, "held": held, "cpu": cpu})
         _note(name, args, start)
+        if name == "start_load_kv":
+            _control(self)
         return result
 
     return timed
+
+
+def _nothing(_: Any) -> None:
+    """What the control does."""
+
+
+_control = _timed(CONTROL, _nothing)
 
 
 def _probed(connector: type) -> dict[str, Any]:
