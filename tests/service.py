@@ -65,6 +65,7 @@ class Service(Caches):
             config.mem_pool_cfg = pool
         self.datadist = LLMDataDist(LLMRole.MIX, cluster_id)
         self.datadist.init(config.generate_options() | (options or {}))
+        self.tables: list[int] = []
         address = self.datadist.listen_address
         return 0 if address is None else address[1]
 
@@ -99,6 +100,19 @@ class Service(Caches):
 
     def link_by_table(self, name: str, info: dict[int, int], table: str, timeout: int) -> int:
         return self.dd.link(name, info, table, timeout=timeout, wait=True)
+
+    def try_link_by_table(self, name: str, info: dict[int, int], table: str, timeout: int) -> str:
+        """The status of what is raised; "" if they have met."""
+        try:
+            self.tables.append(self.dd.link(name, info, table, timeout=timeout, wait=True))
+        except LLMException as error:
+            return error.status_code.name
+        return ""
+
+    def give_up_tables(self) -> None:
+        """End what `try_link_by_table` has made."""
+        while self.tables:
+            self.dd.unlink(self.tables.pop())
 
     def begin_link_by_table(self, name: str, info: dict[int, int], table: str, timeout: int) -> int:
         return self.dd.link(name, info, table, timeout=timeout)

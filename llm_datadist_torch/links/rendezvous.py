@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,7 +19,8 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import Seal
 from llm_datadist_torch.links.conduit import Conduit
 from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.links.routes import tcp_address
+from llm_datadist_torch.values.checks import UINT16_MAX, param_error
 from llm_datadist_torch.values.status import LLMException, LLMLinkError, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Card(msgspec.Struct, frozen=True, array_like=True):
     cluster_id: int
     epoch: str
     host: str
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=1, le=UINT16_MAX)]
 
 
 class Agreement(NamedTuple):
@@ -231,7 +232,8 @@ class Rendezvous:
         for seat, member in enumerate(self.members):
             try:
                 card = msgspec.msgpack.decode(self._get(store, f"card/{seat}", token), type=Card)
-            except msgspec.DecodeError as error:
+                tcp_address(card.host, card.port)
+            except ValueError as error:  # msgspec's are, too
                 raise _NotYetError(
                     self._timeout(f"what is said there is no card: {error}")
                 ) from None
