@@ -161,15 +161,24 @@ def garbage(vandal: Vandal) -> None:
         vandal.write(what, b"\xff\xfe no hex", sealed=False)
 
 
-def cards_of_nobody(vandal: Vandal) -> None:
-    """Where there is nobody to be reached, and what is no address."""
-    for seat, (host, port) in enumerate([("no address", 1), ("::::", -1), ("127.0.0.1", 10**9)]):
+def cards_of_no_address(vandal: Vandal) -> None:
+    write_cards(vandal, [("no address", 1), ("::::", 1), ("localhost", 1)])
+
+
+def cards_of_no_port(vandal: Vandal) -> None:
+    write_cards(vandal, [("127.0.0.1", -1), ("127.0.0.1", 10**9), ("127.0.0.1", 0)])
+
+
+def write_cards(vandal: Vandal, addresses: list[tuple[str, int]]) -> None:
+    for seat, (host, port) in enumerate(addresses):
         card = msgspec.msgpack.encode([list(MEMBERS)[seat], "life", host, port])
         vandal.write(f"card/{seat}", card)
 
 
-@pytest.mark.parametrize("say", [garbage, cards_of_nobody])
-@pytest.mark.parametrize("secret", [False, True])
+@pytest.mark.parametrize(
+    ("say", "secret"),
+    [(garbage, False), (garbage, True), (cards_of_no_address, False), (cards_of_no_port, False)],
+)
 def test_a_vandal_in_the_meeting(
     bystander: Service, peers: Peers, say: Callable[[Vandal], None], secret: bool
 ) -> None:

@@ -18,6 +18,7 @@ import zmq
 
 from llm_datadist_torch.links import inbound, messages
 from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.links.timers import Timers
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, settle, spawn
 from tests.security import attackers
@@ -137,6 +138,8 @@ def assert_ended(connection: socket.socket) -> None:
 
 def test_a_message_without_end(here: Service, victim: Peer) -> None:
     """ZeroMQ keeps the parts of a message until the last has come: this one never does."""
+    # Not because of the time that it takes.
+    victim.ask("patience", 3600.0)
     port = start_peer(victim, 7)
     start_here(here)
     assert here.link(PEER, port) == OK
@@ -192,3 +195,29 @@ def test_one_connection_is_one_link(victim: Peer) -> None:
         assert "Refused" in answers
     assert settle(lambda: victim.ask("counters")["leases"] == 0)
     assert ME not in victim.ask("link_states")
+
+
+def test_only_connections_of_our_ports_are_ended() -> None:
+    """A descriptor's number may be somebody else's by the time that it is to be ended."""
+    turned_away = inbound.Inbound(Timers(), lambda _: None)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            for ports, over in (({port + 1}, False), (set(), False), ({port}, True)):
+                turned_away.ports = ports
+                with socket.create_connection(("127.0.0.1", port)) as peer:
+                    ours, _ = server.accept()
+                    with ours:
+                        turned_away._turn_away(ours.fileno(), "the test has it so")
+                        assert bool(select.select([peer], [], [], 10 if over else 0.1)[0]) is over
+                        if not over:
+                            ours.sendall(b"still here")
+                            assert peer.recv(100) == b"still here"
+                        else:
+                            assert peer.recv(100) == b""
+            # Nor what is no connection at all, or nothing.
+            with Path("/dev/null").open() as file:
+                turned_away._turn_away(file.fileno(), "the test has it so")
+            turned_away._turn_away(10**6, "the test has it so")
+    finally:
+        turned_away.close()
