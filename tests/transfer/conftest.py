@@ -9,7 +9,8 @@ import pytest
 
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.peers import Peer, Service, spawn
-from tests.transfer.helpers import give_block
+from tests.transfer import remote
+from tests.transfer.helpers import OK, give_block
 
 
 @pytest.fixture
@@ -46,6 +47,19 @@ def peers() -> Iterator[Callable[[], Peer]]:
     yield make
     for peer in made:
         peer.close()
+
+
+@pytest.fixture
+def remote_peer(here: Service, peers: Callable[[], Peer]) -> Peer:
+    """A process, linked, with a painted blocks cache under THEIRS; and room for it here."""
+    here.start(remote.ME, remote=True)
+    other = peers()
+    port = other.ask("start", remote.PEER, remote=True)
+    assert here.link(remote.PEER, port) == OK
+    here.allocate("mine", *remote.SIZE, paged=True)
+    other.ask("allocate", "theirs", *remote.SIZE, paged=True, keys=remote.THEIRS)
+    other.ask("paint", "theirs", 7)
+    return other
 
 
 @pytest.fixture

@@ -3,38 +3,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+import zmq
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.owner import MAX_LEASES, Owner
 from tests.peers import Peer, Service, settle
-from tests.transfer.helpers import OK, Peers
+from tests.transfer.remote import ME, PEER, SIZE, THEIRS, pull, status
+from tests.transfer.remote import messages as said_by
 from tests.transfer.test_hostile_input import ask, hello, stranger
-from tests.transfer.test_known_caches import ME, PEER, SIZE, THEIRS, pull, status
-from tests.transfer.test_known_caches import messages as said_by
 
 pytestmark = pytest.mark.host_memory_only
 
 PRIVATE = BlocksCacheKey(ME, 1)
+WANTED = messages.Resolve("blocks", 0, 0, True, False)
 ASKS, KNOWS = ["Resolve", "ReadBytes", "Release"], ["ReadBytes"]
 
 
 @pytest.fixture
-def peer(here: Service, peers: Peers) -> Peer:
-    """Linked, with a painted blocks cache under THEIRS; all bytes go through the connection."""
-    here.start(ME, remote=True)
-    other = peers()
-    assert here.link(PEER, other.ask("start", PEER, remote=True)) == OK
-    here.allocate("mine", *SIZE, paged=True)
-    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
-    other.ask("paint", "theirs", 7)
+def peer(here: Service, remote_peer: Peer) -> Peer:
+    """Whose bytes all go through the connection."""
     here.only_relay(PEER)
-    return other
+    return remote_peer
+
+
+@contextmanager
+def linked_stranger(here: Service, *, remote: bool = True) -> Iterator[zmq.Socket[bytes]]:
+    """This instance has an open cache, under WANTED; somebody is linked with it."""
+    port = here.start(ME, remote=remote)
+    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
+    with stranger(port) as dealer:
+        assert isinstance(ask(dealer, hello(3, remote_accessible=remote)), messages.Welcome)
+        yield dealer
+
+
+def give_back(dealer: zmq.Socket[bytes], view: Any) -> None:
+    release = messages.Release(view.lease_id, None)
+    dealer.send(messages.encode(messages.Envelope(0, False, release)))
 
 
 def test_one_message_is_enough(here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,32 +91,27 @@ def claimed(ask_for: messages.Resolve, view: Any, **other: Any) -> messages.Read
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_claims_of_strangers(here: Service, remote: bool) -> None:
-    port = here.start(ME, remote=remote)
-    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
-    closed = "private" if remote else "open"
-    if remote:
-        here.register("private", 2, 4, 64, paged=True, keys=PRIVATE, accessible=False)
-    wanted = messages.Resolve("blocks", 0, 0, True, False)
-    with stranger(port) as dealer:
-        greeting = hello(3, remote_accessible=remote)
-        assert isinstance(ask(dealer, greeting), messages.Welcome)
-        view = ask(dealer, wanted)
+    with linked_stranger(here, remote=remote) as dealer:
+        closed = "private" if remote else "open"
+        if remote:
+            here.register("private", 2, 4, 64, paged=True, keys=PRIVATE, accessible=False)
+        view = ask(dealer, WANTED)
         assert isinstance(view, messages.CacheView)
-        good = ask(dealer, claimed(wanted, view))
+        good = ask(dealer, claimed(WANTED, view))
         # Two-sided pulls consume keys: that takes a lease.
         assert isinstance(good, messages.Done) == remote
         for bad in (
-            claimed(wanted, view, cache_id=view.cache_id + 1),
-            claimed(wanted, view, row=1),
-            claimed(msgspec.structs.replace(wanted, write=True), view),
-            claimed(msgspec.structs.replace(wanted, index=1), view, cache_id=view.cache_id + 1),
-            claimed(msgspec.structs.replace(wanted, index=1), view, cache_id=here.cache_id(closed)),
-            claimed(msgspec.structs.replace(wanted, kind="nothing"), view),
-            claimed(msgspec.structs.replace(wanted, paged=False), view),
+            claimed(WANTED, view, cache_id=view.cache_id + 1),
+            claimed(WANTED, view, row=1),
+            claimed(msgspec.structs.replace(WANTED, write=True), view),
+            claimed(msgspec.structs.replace(WANTED, index=1), view, cache_id=view.cache_id + 1),
+            claimed(msgspec.structs.replace(WANTED, index=1), view, cache_id=here.cache_id(closed)),
+            claimed(msgspec.structs.replace(WANTED, kind="nothing"), view),
+            claimed(msgspec.structs.replace(WANTED, paged=False), view),
         ):
             answer = ask(dealer, bad)
             assert isinstance(answer, messages.Refused), bad
-        call = messages.Call(0, "nothing", b"", messages.Claim(wanted, view.cache_id, 0))
+        call = messages.Call(0, "nothing", b"", messages.Claim(WANTED, view.cache_id, 0))
         for _ in range(3):
             assert isinstance(ask(dealer, call), messages.Refused)
         # None of them has left a lease.
@@ -114,9 +121,7 @@ def test_claims_of_strangers(here: Service, remote: bool) -> None:
 def test_the_lease_of_a_claim_lasts_as_long_as_the_request(
     here: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = here.start(ME, remote=True)
-    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
-    wanted, held = messages.Resolve("blocks", 0, 0, True, False), []
+    held = []
 
     def noted(owner: Owner, *args: Any) -> bytes:
         held.append(here.counters()["leases"])
@@ -124,40 +129,29 @@ def test_the_lease_of_a_claim_lasts_as_long_as_the_request(
 
     read = Owner._read_leased
     monkeypatch.setattr(Owner, "_read_leased", noted)
-    with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
-        view = ask(dealer, wanted)
-        release = messages.Envelope(0, False, messages.Release(view.lease_id, None))
-        dealer.send(messages.encode(release))
-        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+    with linked_stranger(here) as dealer:
+        view = ask(dealer, WANTED)
+        give_back(dealer, view)
+        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
         assert held == [1]
         assert here.counters()["leases"] == 0
 
 
 def test_too_many_leases_leave_none_to_claim(here: Service) -> None:
-    port = here.start(ME, remote=True)
-    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
-    wanted = messages.Resolve("blocks", 0, 0, True, False)
-    with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
+    with linked_stranger(here) as dealer:
         for _ in range(MAX_LEASES):
-            view = ask(dealer, wanted)
-        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Refused)
-        release = messages.Envelope(0, False, messages.Release(view.lease_id, None))
-        dealer.send(messages.encode(release))
-        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+            view = ask(dealer, WANTED)
+        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Refused)
+        give_back(dealer, view)
+        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
 
 
 def test_an_owner_that_is_leaving_takes_no_claim(here: Service) -> None:
-    port = here.start(ME, remote=True)
-    here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
-    wanted = messages.Resolve("blocks", 0, 0, True, False)
-    with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3, remote_accessible=True)), messages.Welcome)
-        view = ask(dealer, wanted)
+    with linked_stranger(here) as dealer:
+        view = ask(dealer, WANTED)
         link = here.instance.links.find(3)
         link.leaving = True
-        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Refused)
+        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Refused)
         link.leaving = False
-        assert isinstance(ask(dealer, claimed(wanted, view)), messages.Done)
+        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
         assert len(link.grants) == 1

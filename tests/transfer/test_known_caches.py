@@ -14,58 +14,18 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.links import known_caches
 from llm_datadist_torch.links.known_caches import KnownCaches
-from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import Ping, Resolve
+from llm_datadist_torch.links.messages import Resolve
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.helpers import OK, Peers, Services
+from tests.transfer.remote import BLOCKS, ME, PEER, SIZE, THEIRS, messages, pull, status
 
-ME, PEER = 1, 2
-THEIRS = BlocksCacheKey(PEER, 0)
-BLOCKS = [0, 1, 2, 3]
-SIZE = (2, 4, 4096)
 POOL = '{"memory_size": 65536, "page_shift": 12}'
 
 
 @pytest.fixture
-def peer(here: Service, peers: Peers) -> Peer:
-    """A process, linked, with a painted blocks cache under THEIRS; and room for it here."""
-    here.start(ME, remote=True)
-    other = peers()
-    assert here.link(PEER, other.ask("start", PEER, remote=True)) == OK
-    here.allocate("mine", *SIZE, paged=True)
-    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
-    other.ask("paint", "theirs", 7)
-    return other
-
-
-def pull(here: Service, key: Any = THEIRS) -> Any:
-    return here.attempt("pull_blocks", key, Ref("mine"), BLOCKS, BLOCKS)
-
-
-def status(failure: Any) -> str:
-    return "LLM_SUCCESS" if failure is None else failure.status
-
-
-@contextmanager
-def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What this process says on its links meanwhile, but for heartbeats."""
-    said: list[str] = []
-
-    def noted(name: str) -> Callable[..., Any]:
-        real = getattr(Link, name)
-
-        def call(link: Link, body: Any, *args: Any) -> Any:
-            if not isinstance(body, Ping):
-                said.append(type(body).__name__)
-            return real(link, body, *args)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("request", "post"):
-            patch.setattr(Link, name, noted(name))
-        yield said
+def peer(remote_peer: Peer) -> Peer:
+    return remote_peer
 
 
 @contextmanager

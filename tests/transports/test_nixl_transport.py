@@ -15,7 +15,7 @@ from tests.faults.conftest import here, peers
 from tests.faults.helpers import ME, NYL, OK, PEER, THEIRS, TIMEOUT, Peers
 from tests.faults.test_network import network
 from tests.peers import Peer, Ref, Service, settle
-from tests.transfer.test_known_caches import messages
+from tests.transfer.remote import messages
 
 __all__ = ["here", "network", "peers"]
 

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of pulls in remote-accessible mode share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch.links.link import Link
+from llm_datadist_torch.links.messages import Ping
+from tests.peers import Ref, Service
+
+ME, PEER = 1, 2
+THEIRS = BlocksCacheKey(PEER, 0)
+BLOCKS = [0, 1, 2, 3]
+SIZE = (2, 4, 4096)
+
+
+def pull(here: Service, key: Any = THEIRS) -> Any:
+    return here.attempt("pull_blocks", key, Ref("mine"), BLOCKS, BLOCKS)
+
+
+def status(failure: Any) -> str:
+    return "LLM_SUCCESS" if failure is None else failure.status
+
+
+@contextmanager
+def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What this process says on its links meanwhile, but for heartbeats."""
+    said: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        real = getattr(Link, name)
+
+        def call(link: Link, body: Any, *args: Any) -> Any:
+            if not isinstance(body, Ping):
+                said.append(type(body).__name__)
+            return real(link, body, *args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("request", "post"):
+            patch.setattr(Link, name, noted(name))
+        yield said
