@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from torch.distributed import TCPStore
 
 from llm_datadist_torch import LLMException
 from tests.peers import Service, settle
@@ -20,6 +21,8 @@ from tests.transfer.tables import TABLE, WAIT_MS, device, members, server, statu
 @pytest.fixture
 def at_rest() -> Iterator[None]:
     """Afterwards there are no more sockets and threads than before."""
+    # The first store of a process leaves a pipe, once, which is torch's own.
+    TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def counted() -> tuple[int, int]:
         conduits = [t for t in threading.enumerate() if "conduit" in t.name]
