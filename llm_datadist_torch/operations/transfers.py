@@ -163,17 +163,19 @@ def _pull_known(
     known = link.known.get(ask)
     if known is None:
         return False
-    view = known.view
-    if known.asks_owner or _binding_holds(link, view):
+    view, holds = known.view, _binding_holds(link, known.view)
+    if known.asks_owner or holds:
         claim = Claim(ask, view.cache_id, view.row)
         try:
-            _move(link, transfer, entry, RemoteCache.of(view), deadline, claim)
+            ways = _move(link, transfer, entry, RemoteCache.of(view), deadline, claim)
         except LLMTimeoutError:
             raise
         except LLMException:
             link.check_linked()
         else:
-            if known.asks_owner or _memory_held(link, view):
+            # Bytes may go another way than the last time; the owner has looked only if asked.
+            asked = all(link.channel.asks_owner(way) for way in ways)
+            if asked or (holds and _memory_held(link, view)):
                 return True
     link.known.forget(ask)
     return False

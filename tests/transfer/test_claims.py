@@ -12,10 +12,10 @@ import pytest
 import torch
 import zmq
 
-from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch import BlocksCacheKey, CacheKey
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.owner import MAX_LEASES, Owner
-from tests.peers import Peer, Service, settle
+from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.remote import ME, PEER, SIZE, THEIRS, pull, status
 from tests.transfer.remote import messages as said_by
 from tests.transfer.test_hostile_input import ask, hello, stranger
@@ -77,6 +77,28 @@ def test_a_claim_on_another_cache_is_refused(
             assert here.colours("mine") == [colour + 10]
     assert said == [*KNOWS, "Resolve", *ASKS, *KNOWS, *ASKS] * 2
     assert settle(lambda: peer.ask("counters")["leases"] == 0)
+
+
+def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
+    here: Service, remote_peer: Peer
+) -> None:
+    """The next pull may go another way; then the peer's counters count."""
+    keys = CacheKey(PEER, req_id=5), CacheKey(PEER, req_id=6)
+    here.allocate("row", 2, 1, 4096, paged=False)
+    remote_peer.ask("allocate", "first", 2, 2, 4096, paged=False, keys=keys)
+    remote_peer.ask("paint", "first", 4)
+    channel = here.instance.links.find(PEER).channel._channels["local"]
+    ways = list(channel._ways)
+    here.only_relay(PEER)
+    assert here.attempt("pull_cache", keys[0], Ref("row")) is None
+    assert here.colours("row") == [4]
+    # The first cache stays, by its other key, and with it its memory.
+    remote_peer.ask("run", "remove_cache_key", keys[0])
+    remote_peer.ask("allocate", "second", 2, 1, 4096, paged=False, keys=keys[:1])
+    remote_peer.ask("paint", "second", 5)
+    channel._ways[:] = ways
+    assert here.attempt("pull_cache", keys[0], Ref("row")) is None
+    assert here.colours("row") == [5]
 
 
 # -- a peer that claims what it may not ------------------------------------------------------------
