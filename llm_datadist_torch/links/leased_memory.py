@@ -39,7 +39,7 @@ class GrantedCache:
 
     def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
         """See ``LeasedCache``."""
-        check_inside(torch.stack((addrs, nbytes), dim=1), self._entry, limit=None)
+        check_inside(addrs, nbytes, self._entry, limit=None)
 
     def hold(self) -> None:
         """See ``LeasedCache``."""
@@ -80,12 +80,16 @@ def copy_foreign(
 
 
 def check_inside(
-    spans: torch.Tensor, entry: CacheEntry, limit: int | None = MAX_MESSAGE_BYTES
+    starts: torch.Tensor,
+    sizes: torch.Tensor,
+    entry: CacheEntry,
+    limit: int | None = MAX_MESSAGE_BYTES,
 ) -> None:
     """Check that a peer's spans lie inside rows of a cache and fit one message.
 
     Args:
-        spans: int64 [n, 2], columns (address, nbytes).
+        starts: Addresses, int64 [n].
+        sizes: Bytes, int64 [n].
         entry: The cache.
         limit: Bytes of all of them at most; None where they go another way.
 
@@ -94,7 +98,7 @@ def check_inside(
     """
     layout = entry.layout
     total = _C.bytes_inside(
-        spans[:, 0], spans[:, 1], entry.addrs, layout.extent, layout.pitch, layout.row_bytes
+        starts, sizes, entry.addrs, layout.extent, layout.pitch, layout.row_bytes
     )
     if total < 0 or (limit is not None and total > limit):
         raise param_error(

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.links.leased_memory import check_inside
@@ -130,7 +128,7 @@ def _check(movement: Movement, entry: CacheEntry) -> None:
     layout = entry.layout
     if layout.pitch != layout.row_bytes:
         _, remote, sizes = movement.spelled_out()
-        check_inside(torch.stack((remote, sizes), dim=1), entry, limit=None)
+        check_inside(remote, sizes, entry, limit=None)
         inside = True
     else:
         inside = set(movement.remote_addrs.tolist()) <= set(entry.addrs.tolist())

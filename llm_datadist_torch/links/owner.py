@@ -288,7 +288,7 @@ class Owner:
         if not raw or len(raw) % 16:
             raise param_error(f"{len(raw)} bytes are no list of spans")
         spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)
-        check_inside(spans, grant.entry)
+        check_inside(spans[:, 0], spans[:, 1], grant.entry)
         return spans, grant.entry
 
 
