@@ -22,14 +22,14 @@ SUFFIXES = (".py", ".md", ".cpp", ".h")
 def citing_files() -> list[Path]:
     """The files of the project that may cite the reference API."""
     roots = ("llm_datadist_torch", "csrc", "tests", "docs", "examples", "benchmarks")
-    found = [
-        path for root in roots for path in (ROOT / root).rglob("*") if path.suffix in SUFFIXES
-    ]
+    found = [path for root in roots for path in (ROOT / root).rglob("*") if path.suffix in SUFFIXES]
     return [path for path in found if path.name not in ("api_reference.md", Path(__file__).name)]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "known"), [(CITED_SECTION, SECTIONS), (CITED_DEFECT, DEFECTS)], ids=["section", "14"]
+    ("pattern", "known"),
+    [(CITED_SECTION, SECTIONS), (CITED_DEFECT, DEFECTS)],
+    ids=["section", "14"],
 )
 def test_what_is_cited_exists(pattern: re.Pattern[str], known: set[str]) -> None:
     cited = {
