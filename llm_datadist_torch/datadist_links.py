@@ -13,7 +13,7 @@ from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.questions import QuestionHandler
 from llm_datadist_torch.operations import asking, communicating, linking
 from llm_datadist_torch.operations.linking import LinkResult
-from llm_datadist_torch.values.checks import check_isinstance, check_timeout_ms
+from llm_datadist_torch.values.checks import check_isinstance, check_timeout_ms, check_uint16
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.enums import RegisterMemStatus
 
@@ -92,6 +92,34 @@ class LinkCalls(ABC):
         check_isinstance("force", force, bool, allow_none=False)
         linking.check_clusters(clusters, need_local=False)
         return linking.unlink_clusters(instance, clusters, Deadline.after_ms(timeout), force=force)
+
+    def identify(self, host: str, port: int, timeout: int = 3000) -> int:
+        """Ask which cluster listens at an address, without linking to it. Not in the reference.
+
+        Blocks until it has answered. The peer checks the protocol version, ``link_secret`` and
+        ``enable_remote_cache_accessible`` as it does for a link.
+
+        Args:
+            host: IPv4 or IPv6 address.
+            port: Port.
+            timeout: Milliseconds.
+
+        Returns:
+            The ``remote_cluster_id`` that :meth:`link_clusters` needs.
+
+        Raises:
+            RuntimeError: Not initialised.
+            TypeError: Wrong types.
+            ValueError: ``port`` is no uint16, or ``timeout`` no int32.
+            LLMParamError: ``timeout`` is not positive, or the peer's mode is another.
+            LLMLinkError: Connection refused or unreachable, or another ``link_secret``.
+            LLMTimeoutError: No answer in time.
+            LLMException: LLM_FAILED: the peer does not speak this protocol.
+        """
+        instance = self._check_is_inited()
+        check_isinstance("host", host, str, allow_none=False)
+        deadline = Deadline.after_ms(check_timeout_ms(timeout))
+        return instance.links.identify(host, check_uint16("port", port), deadline)
 
     def links(self) -> list[LinkInfo]:
         """All links, lost ones too, with the transports that each uses (not in the reference).

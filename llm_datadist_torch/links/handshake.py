@@ -16,6 +16,7 @@ from llm_datadist_torch.links.auth import SHARE_IT
 from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.link import Link, LinkState, Pending
 from llm_datadist_torch.links.messages import (
+    ANY_PEER,
     PROTOCOL_VERSION,
     Body,
     Envelope,
@@ -172,6 +173,36 @@ class Handshake:
             return LLMStatusCode.LLM_SUCCESS
         return self.share(link, dial.hold, deadline)
 
+    def identify(self, host: str, port: int, deadline: Deadline) -> int:
+        """Ask which cluster answers at an address, without linking to it.
+
+        The peer checks the protocol, the secret and the mode as it does for a link.
+
+        Raises:
+            LLMTimeoutError: No answer in time.
+            LLMLinkError: Connection refused or unreachable, or another ``link_secret``.
+            LLMException: The peer refused, with its status and text.
+        """
+        dial = self._dial(Dial(ANY_PEER, self._endpoint.new_route(), "", address=(host, port)))
+        try:
+            answered = dial.answer.wait(deadline)
+        finally:
+            with self._lock:
+                self._dials.pop(dial.route, None)
+            self._endpoint.drop(dial.route)
+        answer = None if answered is None else answered[0]
+        if isinstance(answer, Welcome):
+            return answer.cluster_id
+        if answer is None:
+            raise error_for(
+                LLMStatusCode.LLM_TIMEOUT,
+                f"{host} port {port} did not answer within {deadline.budget_ms} ms",
+                op="identify",
+            )
+        if isinstance(answer, LLMException):
+            raise answer
+        raise error_for(_status_of(answer), f"{host} port {port}: {_text_of(answer)}")
+
     def share(self, link: Link, hold: str, deadline: Deadline) -> LLMStatusCode:
         """Keep a link that is there for one more purpose, on both sides."""
         try:
@@ -219,7 +250,7 @@ class Handshake:
         if dial is None:
             return
         try:
-            if isinstance(body, Welcome):
+            if isinstance(body, Welcome) and dial.peer != ANY_PEER:
                 if body.cluster_id != dial.peer:
                     raise param_error(f"cluster {body.cluster_id} answers there")
                 self._registry.make(
@@ -264,7 +295,7 @@ class Handshake:
                 LLMStatusCode.LLM_FAILED,
                 f"protocol version {hello.version}, this side has {PROTOCOL_VERSION}",
             )
-        if hello.expected_id != me.cluster_id:
+        if hello.expected_id not in (me.cluster_id, ANY_PEER):
             raise param_error(
                 f"cluster {hello.expected_id} was asked for, this is cluster {me.cluster_id}"
             )
@@ -274,7 +305,7 @@ class Handshake:
                 f" {me.remote_accessible} here"
             )
         # A link to ourselves needs only the asking half.
-        if hello.epoch != me.epoch:
+        if hello.epoch != me.epoch and hello.expected_id != ANY_PEER:
             self._check_free(hello)
             self._make(route, hello)
             self._endpoint.watch(route)

@@ -21,6 +21,8 @@ MAX_FRAMES = 2
 MAX_NAME = 256
 """Characters of names and ids that peers choose."""
 MAX_OFFERS = 16
+ANY_PEER = -1
+"""As the expected id of a ``Hello``: only say who answers, and make no link."""
 
 Id = Annotated[int, msgspec.Meta(ge=0)]
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
@@ -37,7 +39,7 @@ class Hello(Message):
     Attributes:
         version: ``PROTOCOL_VERSION`` of the sender.
         cluster_id: Who it is.
-        expected_id: Whom it wants to reach.
+        expected_id: Whom it wants to reach, or ``ANY_PEER``.
         epoch: Random name of the sender's life from init to finalize.
         remote_accessible: Its ``enable_remote_cache_accessible``; both sides must agree (reference
             API, 9.3).
@@ -59,7 +61,10 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """The answer that makes the link; the fields are those of :class:`Hello`."""
+    """The answer to :class:`Hello`, which has the same fields.
+
+    It makes the link, unless ``ANY_PEER`` was asked for.
+    """
 
     cluster_id: Id
     epoch: Name

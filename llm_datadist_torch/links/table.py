@@ -108,6 +108,10 @@ class LinkTable:
         """See :meth:`Relinker.use`."""
         return self._relinker.use(peer, deadline)
 
+    def identify(self, host: str, port: int, deadline: Deadline) -> int:
+        """See :meth:`Handshake.identify`."""
+        return self._handshake.identify(host, port, deadline)
+
     def links(self) -> list[Link]:
         """All links, lost ones too."""
         return self.registry.all()
