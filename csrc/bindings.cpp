@@ -4,10 +4,13 @@
 
 #include "bindings.h"
 
+#include "py_lease_guard.h"
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native part of llm_datadist_torch: copies, host memory, transfers within one host.";
   llmdd::bind_copy(m);
   llmdd::bind_device(m);
   llmdd::bind_memory(m);
   llmdd::bind_transfer(m);
+  if (llmdd::add_lease_guard(m.ptr()) != 0) throw pybind11::error_already_set();
 }

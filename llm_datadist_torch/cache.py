@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.memory.adopt import adopt, check_given
+from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement
@@ -48,6 +50,7 @@ class Cache:
         *,
         is_registered: bool,
         is_foreign: bool = False,
+        guard: _C.CacheGuard | None = None,
         end: Callable[[Cache], None] | None = None,
     ) -> None:
         self._cache_id = cache_id
@@ -56,6 +59,7 @@ class Cache:
         self._layout = layout
         self._is_registered = is_registered
         self._is_foreign = is_foreign
+        self._guard = guard
         self._end = end
         self._device = self._tensors[0].device
         self._dims = list(cache_desc.dims)  # the desc's shape is the caller's, who may change it
@@ -124,6 +128,9 @@ class Cache:
             adopted.layout,
             is_registered=True,
             is_foreign=adopted.foreign,
+            guard=make_guard(
+                "the host cache", adopted.addrs, adopted.layout.extent, adopted.watched
+            ),
         )
 
     # -- beyond -----------------------------------------------------------------------------------
@@ -221,7 +228,24 @@ class Cache:
             ended_by: That operation's name, for later messages.
         """
         self._tensors = ()
+        self._guard = None
         self._ended_by = ended_by
+
+    def lease(self) -> _C.Lease[Cache]:
+        """Keep the memory in place for an operation of this library; a context manager.
+
+        Raises:
+            LLMCacheNotFoundError: The cache has ended, or one of its tensors has moved: the message
+                says which, and what does that.
+        """
+        guard = self._guard
+        if guard is None:
+            raise error_for(
+                LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+                f"cache {self._cache_id} has ended ({self._ended_by})",
+                cache_id=self._cache_id,
+            )
+        return guard.acquire(self)
 
     def __enter__(self) -> Self:
         """The cache itself."""

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.geometry import Layout
 from llm_datadist_torch.memory.generations import Generation
+from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 
@@ -69,9 +71,12 @@ class CacheEntry:
         foreign: Registered as bare addresses: nothing keeps that memory alive.
         keys: Key -> row.
         held: Whether the user still holds the id.
-        leases: Transfers in flight that use its memory.
         covered: Per key, the tensors that partial pulls have already fetched.
         generation: Tells peers when what they know of it is out of date; the catalog gives it.
+        guard: Counts its leases. Whoever uses the cache does so under one:
+            ``with entry.guard.acquire(entry):``. Taking it is one C call, which raises
+            LLMCacheNotFoundError where a tensor is not where ``addrs`` says any more. By default
+            it watches no tensors.
     """
 
     cache_id: int
@@ -85,9 +90,26 @@ class CacheEntry:
     foreign: bool = False
     keys: dict[KeyName, int] = field(default_factory=dict)
     held: bool = True
-    leases: int = 0
     covered: dict[KeyName, set[int]] = field(default_factory=dict)
     generation: Generation | None = None
+    guard: _C.CacheGuard = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """A guard that watches nothing, unless there is one."""
+        if self.guard is None:
+            self.guard = make_guard(
+                f"cache {self.cache_id}", self.addrs, self.layout.extent, cache_id=self.cache_id
+            )
+
+    @property
+    def leases(self) -> int:
+        """Uses of its memory that are under way: transfers and copies."""
+        return self.guard.leases
+
+    def drop_memory(self) -> None:
+        """Let go of the tensors; where nobody else refers to them, the memory is free."""
+        self.tensors = ()
+        self.guard.forget()
 
     @property
     def binding(self) -> int:

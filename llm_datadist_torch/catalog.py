@@ -7,10 +7,13 @@ An owned cache lives while its id is held, or a key names it, or a lease is on i
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address_index import AddressIndex
@@ -24,20 +27,24 @@ class Catalog:
     """Caches and keys of one instance.
 
     Thread safety: every method may be called from any thread; one lock guards all tables.
-    ``on_free`` is called without the lock.
+    ``on_free`` is called without the lock. Leases are counted by each entry's guard, in C++.
 
     Args:
         on_free: Called with each entry that has just left the catalog, after its last lease.
     """
 
     def __init__(self, on_free: Callable[[CacheEntry], None] = lambda _: None) -> None:
-        self._changed = threading.Condition()
+        # Not a Condition: taking that one runs Python code, in which Ctrl-C would lose the lock.
+        self._lock = threading.RLock()
         self._entries: dict[int, CacheEntry] = {}
         self._keys: dict[KeyName, CacheEntry] = {}
         self._by_address: AddressIndex[CacheEntry] = AddressIndex()
         self._ids = itertools.count(1)
         self._generations = Generations()
         self._on_free = on_free
+        # Nobody may start to use them any more; they go with their last lease.
+        self._ended: dict[int, CacheEntry] = {}
+        self._on_idle = functools.partial(_sweep, weakref.ref(self))
 
     def next_id(self) -> int:
         """A fresh cache id; ids start at 1 and are never used again (reference API, 8.2)."""
@@ -74,7 +81,7 @@ class Catalog:
             if name in named:
                 raise param_error(f"cache_keys[{row}] repeats cache_keys[{named[name]}]: {name}")
             named[name] = row
-        with self._changed:
+        with self._lock:
             for name in named:
                 if name in self._keys:
                     bound = self._keys[name].cache_id
@@ -114,7 +121,7 @@ class Catalog:
         Raises:
             LLMCacheNotFoundError: No cache has this key (any more).
         """
-        with self._changed:
+        with self._lock:
             entry = self._keys.get(name)
             if entry is None:
                 raise _not_found(
@@ -131,7 +138,7 @@ class Catalog:
         Raises:
             LLMCacheNotFoundError: No such cache, or no such row in it.
         """
-        with self._changed:
+        with self._lock:
             entry = self.find(cache_id)
             if not entry.layout.paged and not 0 <= row < entry.layout.rows:
                 raise _not_found(
@@ -149,7 +156,7 @@ class Catalog:
         Raises:
             LLMParamError: None does.
         """
-        with self._changed:
+        with self._lock:
             inside = [
                 entry
                 for entry in self._by_address.near(address)
@@ -175,7 +182,7 @@ class Catalog:
         Returns:
             Whether the id named an owned cache that was still held.
         """
-        with self._changed:
+        with self._lock:
             entry = self._entries.get(cache_id)
             if entry is None or not entry.owned or not entry.held:
                 return False
@@ -192,7 +199,7 @@ class Catalog:
 
         Unknown keys, and keys of registered caches, are left as they are.
         """
-        with self._changed:
+        with self._lock:
             entry = self._keys.get(name)
             if entry is None or not entry.owned:
                 return
@@ -207,7 +214,7 @@ class Catalog:
 
         Counted per key (section 14, 15). Registered caches keep their keys (reference API, 8.3).
         """
-        with self._changed:
+        with self._lock:
             if not entry.owned or name not in entry.keys:
                 return
             covered = entry.covered.setdefault(name, set())
@@ -220,7 +227,7 @@ class Catalog:
 
     def end_orphan(self, entry: CacheEntry, name: KeyName, *, drop: bool) -> None:
         """Who had begun to pull by ``name`` is gone: drop the key, or offer all of it again."""
-        with self._changed:
+        with self._lock:
             if not entry.owned or name not in entry.keys:
                 return
             if drop:
@@ -233,26 +240,26 @@ class Catalog:
     def unregister(self, cache_id: int, deadline: Deadline) -> None:
         """Forget a registered cache, after waiting for its leases.
 
-        Then its memory is the caller's alone again.
+        Then its memory is the caller's alone again. No new leases are given while it waits.
 
         Raises:
             LLMTimeoutError: A transfer still uses it at the deadline; the cache stays registered.
         """
-        with self._changed:
-            entry = self._entries.get(cache_id)
-            if entry is None:
-                return
-            while entry.leases and not deadline.expired:
-                self._changed.wait(deadline.remaining_s())
-            if entry.leases:
-                raise error_for(
-                    LLMStatusCode.LLM_TIMEOUT,
-                    f"cache {cache_id} is still used by {entry.leases} transfer(s) after"
-                    f" {deadline.budget_ms} ms",
-                    op="unregister_cache",
-                    cache_id=cache_id,
-                    remedy="wait for the transfers, or unlink the peers, and call again.",
-                )
+        entry = self._entries.get(cache_id)
+        if entry is None:
+            return
+        # Without the lock; gives no new leases meanwhile.
+        left = entry.guard.drain(deadline.at_ns)
+        if left:
+            raise error_for(
+                LLMStatusCode.LLM_TIMEOUT,
+                f"cache {cache_id} is still used by {left} transfer(s) after"
+                f" {deadline.budget_ms} ms",
+                op="unregister_cache",
+                cache_id=cache_id,
+                remedy="wait for the transfers, or unlink the peers, and call again.",
+            )
+        with self._lock:
             entry.held = False
             self._drop_keys(entry, list(entry.keys))
             freed = self._collect(entry)
@@ -260,9 +267,10 @@ class Catalog:
 
     def clear(self) -> None:
         """Forget everything: the instance has ended. Running transfers keep what they use."""
-        with self._changed:
+        with self._lock:
             entries = list(self._entries.values())
             self._entries.clear()
+            self._ended.clear()
             self._keys.clear()
             self._by_address.clear()
             # The old counters go with the last entry that has some.
@@ -271,34 +279,38 @@ class Catalog:
             entry.freed()
             entry.held = False
             entry.keys = {}
-            if not entry.leases:
-                entry.tensors = ()
+            if not entry.guard.end(_nothing):
+                entry.drop_memory()
 
     # -- leases -----------------------------------------------------------------------------------
 
-    def lease(self, entry: CacheEntry) -> None:
-        """Keep an entry's memory in place until :meth:`end_lease`.
+    def acquire(self, entry: CacheEntry) -> _C.Lease[CacheEntry]:
+        """A lease: keeps an entry's memory in place until it is given back or dropped.
 
         Raises:
-            LLMCacheNotFoundError: The entry has left the catalog meanwhile.
+            LLMCacheNotFoundError: The entry has left the catalog meanwhile, is being unregistered,
+                or one of its tensors has moved.
         """
-        with self._changed:
-            if self._entries.get(entry.cache_id) is not entry or not entry.reachable:
-                raise _not_found(f"cache {entry.cache_id} was freed meanwhile")
-            entry.leases += 1
+        return entry.guard.acquire(entry)
 
-    def share_lease(self, entry: CacheEntry) -> None:
-        """One more lease, for a caller that knows of one: the entry is there, if not for others."""
-        with self._changed:
-            entry.leases += 1
+    def share(self, entry: CacheEntry) -> _C.Lease[CacheEntry]:
+        """One more lease, for a caller that knows of one: the entry is there, if not for others.
 
-    def end_lease(self, entry: CacheEntry) -> None:
-        """Give back one lease."""
-        with self._changed:
-            entry.leases -= 1
-            self._changed.notify_all()
-            freed = self._collect(entry)
-        self._notify(freed)
+        Raises:
+            LLMCacheNotFoundError: One of its tensors has moved, or there is no lease.
+        """
+        return entry.guard.share(entry)
+
+    def sweep(self) -> None:
+        """Free the caches that have ended and are not leased any more.
+
+        Called after the last lease of such a cache. Where Ctrl-C ended that call, the next one
+        does its work.
+        """
+        with self._lock:
+            freed = [self._collect(entry) for entry in list(self._ended.values())]
+        for entry in freed:
+            self._notify(entry)
 
     # -- helpers, called with the lock held -------------------------------------------------------
 
@@ -309,8 +321,12 @@ class Catalog:
             entry.covered.pop(name, None)
 
     def _collect(self, entry: CacheEntry) -> CacheEntry | None:
-        if entry.reachable or entry.leases:
+        if entry.reachable:
             return None
+        if entry.guard.end(self._on_idle):
+            self._ended[entry.cache_id] = entry
+            return None
+        self._ended.pop(entry.cache_id, None)
         freed = self._entries.pop(entry.cache_id, None)
         if freed is not None:
             self._by_address.remove(freed, freed.addrs.tolist(), freed.layout.extent)
@@ -322,9 +338,20 @@ class Catalog:
         if freed is None:
             return
         self._on_free(freed)
-        freed.tensors = ()
+        freed.drop_memory()
         if freed.generation is not None:
             self._generations.give_back(freed.generation)
+
+
+def _sweep(catalog: weakref.ref[Catalog]) -> None:
+    """What a guard calls; it must not keep the catalog alive."""
+    found = catalog()
+    if found is not None:
+        found.sweep()
+
+
+def _nothing() -> None:
+    """Nothing is to be done after the last lease: whoever holds the entry keeps its memory."""
 
 
 def _not_found(message: str) -> LLMException:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
@@ -170,14 +171,14 @@ class Instance:
         """Whether this is a live cache of this instance."""
         return self._caches.get(cache.cache_id) is cache
 
-    @contextmanager
-    def using(self, cache: Cache) -> Iterator[CacheEntry]:
-        """A lease on one of our caches while we work with it.
+    def using(self, cache: Cache) -> _C.Lease[CacheEntry]:
+        """A lease on one of our caches while we work with it; as a context manager, its entry.
 
         It can't be freed or unregistered meanwhile.
 
         Raises:
-            LLMCacheNotFoundError: It has ended, or belongs to another instance, or to none.
+            LLMCacheNotFoundError: It has ended, or belongs to another instance, or to none; or one
+                of its tensors has moved.
         """
         if not self.owns(cache):
             raise error_for(
@@ -185,12 +186,7 @@ class Instance:
                 f"{cache!r} is no cache of cluster {self.cluster_id}",
                 cache_id=cache.cache_id,
             )
-        entry = self.catalog.find(cache.cache_id)
-        self.catalog.lease(entry)
-        try:
-            yield entry
-        finally:
-            self.catalog.end_lease(entry)
+        return self.catalog.acquire(self.catalog.find(cache.cache_id))
 
     # -- what transports must know ----------------------------------------------------------------
 

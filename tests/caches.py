@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,20 @@ from tests.memory.peer import map_pages, unmap
 
 GAP = 48
 """Bytes of canary before, between and after the tensors of a registered cache."""
+
+
+def _resize(tensor: torch.Tensor) -> None:
+    storage = tensor.untyped_storage()
+    storage.resize_(storage.nbytes() + 4096)
+
+
+MOVES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "share_memory": lambda tensor: tensor.share_memory_(),
+    "resize": _resize,
+    "data": lambda tensor: setattr(tensor, "data", tensor.detach().clone()),
+    "set": lambda tensor: tensor.set_(tensor.detach().clone()),
+}
+"""What replaces the memory of a tensor in place."""
 
 
 class Ref(NamedTuple):
@@ -50,6 +65,7 @@ class Held:
     nbytes: int
     keepalive: Any = None
     span: Span = field(default_factory=lambda: Span((), 0, 0, 0))
+    given: list[Any] = field(default_factory=list)
 
     def memory(self) -> torch.Tensor:
         return bytes_at(self.address, self.nbytes, self.cache.device)
@@ -122,6 +138,7 @@ class Caches:
         make = self.manager.register_blocks_cache if paged else self.manager.register_cache
         cache = make(desc, given, (None if paged else ()) if keys is None else keys, accessible)
         self._hold(name, cache, address, nbytes, keepalive)
+        self.held[name].given = given
         return cache.cache_id
 
     def _take(
@@ -168,6 +185,12 @@ class Caches:
         """Unmap the foreign memory of a cache that is still registered."""
         held = self.held[name]
         unmap(held.address, held.nbytes)
+
+    def move_tensor(self, name: str, how: str, index: int) -> None:
+        """Replace the memory of one tensor, the caller's own where it brought one."""
+        held = self.held[name]
+        tensor = (held.given or held.cache.tensors)[index]
+        MOVES[how](tensor)
 
     def churn(self, keys: int, rounds: int) -> None:
         """One piece of memory, registered again and again, each time painted with its key."""

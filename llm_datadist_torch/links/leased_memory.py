@@ -22,6 +22,7 @@ class GrantedCache:
 
     Raises:
         LLMFeatureNotEnabledError: Its memory may be gone, for all that we know.
+        LLMCacheNotFoundError: One of its tensors has moved.
     """
 
     def __init__(self, catalog: Catalog, grant: Grant) -> None:
@@ -36,6 +37,8 @@ class GrantedCache:
         self.addrs = grant.entry.addrs
         self.extent = grant.entry.layout.extent
         self.writable = grant.write
+        self._held: list[_C.Lease[CacheEntry]] = []
+        grant.lease.check()
 
     def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
         """See ``LeasedCache``."""
@@ -43,11 +46,11 @@ class GrantedCache:
 
     def hold(self) -> None:
         """See ``LeasedCache``."""
-        self._catalog.share_lease(self._entry)
+        self._held.append(self._catalog.share(self._entry))
 
     def end(self) -> None:
         """See ``LeasedCache``."""
-        self._catalog.end_lease(self._entry)
+        self._held.pop().release()
 
 
 def copy_foreign(

@@ -14,6 +14,7 @@ from enum import Enum
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyName
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.endpoint import Endpoint
@@ -90,6 +91,7 @@ class Pending:
 class Grant:
     """A lease that the peer holds: on which cache, and which key a complete pull of it consumes."""
 
+    lease: _C.Lease[CacheEntry]
     entry: CacheEntry
     consumes: KeyName | None
     write: bool

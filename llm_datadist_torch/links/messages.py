@@ -134,6 +134,8 @@ class CacheView(Message):
         foreign: Registered by bare addresses.
         device: Where it lies in the owner's process: "cpu", or such as "npu:0".
         words: By which the asker can see whether this still holds; None where it must ask.
+        owner_validates: Its memory is its user's, who may move it without changing the words: only
+            the owner can tell where it is, each time.
     """
 
     lease_id: int
@@ -149,6 +151,7 @@ class CacheView(Message):
     foreign: bool
     device: str
     words: Words | None
+    owner_validates: bool
 
 
 class Release(Message):

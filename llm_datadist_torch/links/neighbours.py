@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.links.leased_memory import check_inside
@@ -86,16 +87,12 @@ class Neighbour:
     @contextmanager
     def using(self, movement: Movement) -> Iterator[bool]:
         """See ``transports.base.Neighbour``."""
-        catalog = self._there.catalog
-        entry = self._hold(movement)
-        try:
+        with self._hold(movement) as entry:
             _check(movement, entry)
             yield entry.foreign
-        finally:
-            catalog.end_lease(entry)
 
-    def _hold(self, movement: Movement) -> CacheEntry:
-        """The cache that the movement is about, with one more lease."""
+    def _hold(self, movement: Movement) -> _C.Lease[CacheEntry]:
+        """One more lease on the cache that the movement is about."""
         link, catalog = self._there.link, self._there.catalog
         if link is None or link.epoch != self._epoch:
             raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the peer's end of the link has ended")
@@ -104,19 +101,18 @@ class Neighbour:
             entry = catalog.find(movement.cache_id)
             if write or not entry.remote_accessible:
                 raise param_error(f"the peer's cache {entry.cache_id} is not remote accessible")
-            catalog.lease(entry)
-            return entry
+            return catalog.acquire(entry)
         grant = link.grants.get(movement.lease_id)
         if grant is None:
             raise _no_lease(movement)
         if write and not grant.write:
             raise param_error(f"lease {movement.lease_id} is for reading")
-        catalog.share_lease(grant.entry)
+        lease = catalog.share(grant.entry)
         # It was the peer's lease that kept the cache until now.
         if link.grants.get(movement.lease_id) is not grant:
-            catalog.end_lease(grant.entry)
+            lease.release()
             raise _no_lease(movement)
-        return grant.entry
+        return lease
 
 
 def _no_lease(movement: Movement) -> LLMException:

@@ -130,7 +130,7 @@ class Owner:
         for lease_id in list(link.grants):
             grant = link.grants.pop(lease_id, None)
             if grant is not None:
-                self._catalog.end_lease(grant.entry)
+                grant.lease.release()
 
     def end_orphans(self, link: Link) -> None:
         """The link was lost: the keys that its peer has begun to pull follow the policy."""
@@ -146,7 +146,7 @@ class Owner:
         found = self._find_for_peer(ask)
         entry, layout = found.entry, found.entry.layout
         consumes = found.consumes if self._consume_keys and not ask.write else None
-        lease_id = self._lease(link, Grant(entry, consumes, ask.write))
+        lease_id = self._lease(link, entry, consumes, write=ask.write)
         if consumes is not None:
             link.begun[consumes] = entry
         if entry.region is not None:
@@ -165,6 +165,7 @@ class Owner:
             foreign=entry.foreign,
             device=str(entry.device),
             words=_words(found),
+            owner_validates=not entry.owned,
         )
 
     def _claimed(self, link: Link, lease_id: int, claim: Claim | None) -> int:
@@ -181,22 +182,24 @@ class Owner:
                 f"the key leads to cache {found.entry.cache_id}, row {found.row}, now, not to cache"
                 f" {claim.cache_id}, row {claim.row}",
             )
-        taken = self._lease(link, Grant(found.entry, None, write=False))
+        taken = self._lease(link, found.entry, None, write=False)
         # Whoever ends the link may not have seen this lease.
         if link.leaving or link.state is not LinkState.LINKED:
             self.release(link, Release(taken, None))
             raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the peer is ending the link")
         return taken
 
-    def _lease(self, link: Link, grant: Grant) -> int:
+    def _lease(
+        self, link: Link, entry: CacheEntry, consumes: KeyName | None, *, write: bool
+    ) -> int:
         if len(link.grants) >= MAX_LEASES:
             raise error_for(
                 LLMStatusCode.LLM_LINK_BUSY,
                 f"the peer holds {len(link.grants)} leases, and no more than {MAX_LEASES} may be",
             )
-        self._catalog.lease(grant.entry)
+        lease = self._catalog.acquire(entry)
         lease_id = next(self._lease_ids)
-        link.grants[lease_id] = grant
+        link.grants[lease_id] = Grant(lease, entry, consumes, write)
         return lease_id
 
     def _find_for_peer(self, ask: Resolve) -> Resolved:
@@ -242,7 +245,7 @@ class Owner:
             self._catalog.consume(grant.entry, grant.consumes, range(start, stop))
         if grant.consumes is not None and grant.consumes not in grant.entry.keys:
             link.begun.pop(grant.consumes, None)
-        self._catalog.end_lease(grant.entry)
+        grant.lease.release()
 
     # -- relayed bytes ----------------------------------------------------------------------------
 
@@ -287,6 +290,7 @@ class Owner:
             )
         if not raw or len(raw) % 16:
             raise param_error(f"{len(raw)} bytes are no list of spans")
+        grant.lease.check()
         spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)
         check_inside(spans[:, 0], spans[:, 1], grant.entry)
         return spans, grant.entry

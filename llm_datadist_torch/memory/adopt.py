@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llm_datadist_torch.memory import npu_address, pinned
-from llm_datadist_torch.memory.address import HOST, describe_tensors, tensors_over
+from llm_datadist_torch.memory.address import HOST, address_tensor, describe_tensors, tensors_over
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.data_type import DataType, itemsize, to_torch_dtype
 
@@ -33,12 +33,15 @@ class Adopted:
         addrs: Their addresses, int64 [num_tensors].
         layout: The cache's layout, with the pitch of the given tensors.
         foreign: Given as ints: nothing keeps this memory alive.
+        watched: The tensors that must stay where they are: ours, and the caller's own, which may
+            get another storage than ours.
     """
 
     tensors: tuple[torch.Tensor, ...]
     addrs: torch.Tensor
     layout: Layout
     foreign: bool
+    watched: tuple[torch.Tensor, ...]
 
 
 def check_given(addrs: object) -> None:
@@ -105,16 +108,17 @@ def adopt(
         numbers = [operator.index(item) for item in given if isinstance(item, Integral)]
         _check_apart(numbers, desc.size)
         tensors = tuple(tensors_over(numbers, shape, dtype, device))
-        addrs = torch.tensor(numbers, dtype=torch.int64)
+        addrs, watched = address_tensor(numbers), tensors
     else:
         items = tuple(item for item in given if isinstance(item, torch.Tensor))
         addrs, pitch = describe_tensors(items, shape, dtype, device)
         tensors, layout = _in_shape(items, shape), replace(layout, pitch=pitch)
+        watched = (*tensors, *items)
     if device == HOST:
         pinned.warn_of_pageable(tensors)
     else:
         npu_address.warn_of_expandable(tensors)
-    return Adopted(tensors, addrs, layout, foreign)
+    return Adopted(tensors, addrs, layout, foreign, watched)
 
 
 def _in_shape(

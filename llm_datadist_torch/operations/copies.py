@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
-from llm_datadist_torch import ops, streams
+from llm_datadist_torch import _C, ops, streams
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.address import check_alive
@@ -49,7 +50,7 @@ def copy_cache(
         raise param_error(f"size={size} must be -1 or positive")
     if req_id is not None:
         check_uint64("req_id", req_id)
-    with _held(instance, [src, dst], (src, dst), non_blocking=non_blocking):
+    with _held(instance.using, (src, dst), non_blocking=non_blocking):
         _check_rows_first(src, dst)
         nbytes = src.layout.row_bytes - offset if size == -1 else size
         for name, cache in (("src", src), ("dst", dst)):
@@ -85,7 +86,7 @@ def copy_blocks(
     src_blocks, dst_blocks = _fan_out(copy_block_info)
     if not cache.is_blocks_cache:
         raise param_error("cache is contiguous, copy_blocks is for blocks caches")
-    with _held(instance, [cache], (cache,), non_blocking=non_blocking):
+    with _held(instance.using, (cache,), non_blocking=non_blocking):
         _check_rows_first(cache)
         _check_memory(cache)
         ops.copy_blocks(cache.tensors, src_blocks, dst_blocks, non_blocking=non_blocking)
@@ -107,9 +108,12 @@ def swap_blocks(
             raise param_error(f"{name} is contiguous, swap_blocks is for blocks caches")
     src_blocks, dst_blocks = _pairs(src_to_dst)
     _check_swappable(src_cache, dst_cache)
-    # Caches from create_cpu_cache, or of another instance, are held by their tensors alone.
-    owned = [cache for cache in (src_cache, dst_cache) if instance.owns(cache)]
-    with _held(instance, owned, (src_cache, dst_cache), non_blocking=non_blocking):
+
+    def lease(cache: Cache) -> _C.Lease[Any]:
+        # Caches from create_cpu_cache belong to no instance, and others may belong to another one.
+        return instance.using(cache) if instance.owns(cache) else cache.lease()
+
+    with _held(lease, (src_cache, dst_cache), non_blocking=non_blocking):
         _check_memory(src_cache, dst_cache)
         ops.swap_blocks(
             dst_cache.tensors,
@@ -122,12 +126,12 @@ def swap_blocks(
 
 @contextmanager
 def _held(
-    instance: Instance, owned: Sequence[Cache], used: Sequence[Cache], *, non_blocking: bool
+    lease: Callable[[Cache], _C.Lease[Any]], used: Sequence[Cache], *, non_blocking: bool
 ) -> Iterator[None]:
-    """Leases on our caches while they are copied, which ``non_blocking`` may be after the call."""
+    """Leases on caches while they are copied, which ``non_blocking`` may be after the call."""
     with ExitStack() as leases, as_param_errors():
-        for cache in owned:
-            leases.enter_context(instance.using(cache))
+        for cache in used:
+            leases.enter_context(lease(cache))
         yield
         if non_blocking:
             device = streams.device_of(cache.device for cache in used)

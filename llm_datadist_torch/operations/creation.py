@@ -8,12 +8,14 @@ from collections.abc import Sequence
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.adopt import Adopted, adopt, check_given, storage_form
 from llm_datadist_torch.memory.arena import ArenaMemory
+from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import (
     check_int64,
@@ -53,11 +55,14 @@ def _allocated_entry(instance: Instance, desc: CacheDesc, layout: Layout) -> Cac
     """An entry with new memory, and the only thing that refers to it."""
     memory = instance.memory(desc.placement)
     allocation = memory.allocate(desc.num_tensors, *storage_form(desc.dims, desc.data_type))
+    cache_id = instance.catalog.next_id()
+    addrs = torch.tensor([tensor.data_ptr() for tensor in allocation.tensors], dtype=torch.int64)
     return CacheEntry(
-        cache_id=instance.catalog.next_id(),
+        cache_id=cache_id,
         layout=layout,
         tensors=allocation.tensors,
-        addrs=torch.tensor([tensor.data_ptr() for tensor in allocation.tensors], dtype=torch.int64),
+        addrs=addrs,
+        guard=_guard(cache_id, addrs, layout, allocation.tensors),
         owned=True,
         remote_accessible=True,
         region=allocation.region,
@@ -85,16 +90,24 @@ def register(
         remote_accessible = (
             not instance.config.remote_accessible or desc.placement == Placement.DEVICE
         )
+    cache_id = instance.catalog.next_id()
     entry = CacheEntry(
-        cache_id=instance.catalog.next_id(),
+        cache_id=cache_id,
         layout=adopted.layout,
         tensors=adopted.tensors,
         addrs=adopted.addrs,
+        guard=_guard(cache_id, adopted.addrs, adopted.layout, adopted.watched),
         owned=False,
         remote_accessible=remote_accessible,
         foreign=adopted.foreign,
     )
     return _publish(instance, desc, entry, keys)
+
+
+def _guard(
+    cache_id: int, addrs: torch.Tensor, layout: Layout, watched: tuple[torch.Tensor, ...]
+) -> _C.CacheGuard:
+    return make_guard(f"cache {cache_id}", addrs, layout.extent, watched, cache_id)
 
 
 def check_register_types(desc: CacheDesc, addrs: object, remote_accessible: bool | None) -> None:
@@ -162,7 +175,8 @@ def _publish(instance: Instance, desc: CacheDesc, entry: CacheEntry, keys: Keys)
     except LLMException:
         # The traceback keeps this frame, and so the entry, for as long as the caller looks at the
         # error; the memory must be free for another attempt by then.
-        entry.tensors, entry.region = (), None
+        entry.drop_memory()
+        entry.region = None
         raise
     cache = Cache(
         entry.cache_id,
@@ -171,6 +185,7 @@ def _publish(instance: Instance, desc: CacheDesc, entry: CacheEntry, keys: Keys)
         layout,
         is_registered=not entry.owned,
         is_foreign=entry.foreign,
+        guard=entry.guard,
         end=end,
     )
     instance.track(cache)

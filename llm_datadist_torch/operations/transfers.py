@@ -164,6 +164,9 @@ def _pull_known(
     if known is None:
         return False
     view, holds = known.view, _binding_holds(link, known.view)
+    if view.owner_validates:
+        # Its memory is the peer's user's, who moves it without touching the counters.
+        holds = False
     if known.asks_owner or holds:
         claim = Claim(ask, view.cache_id, view.row)
         try:

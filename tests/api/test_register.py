@@ -365,12 +365,12 @@ def test_unregister_waits_for_leases_and_says_so(instance_factory):
     manager, catalog = datadist.cache_manager, datadist._instance.catalog
     cache = manager.register_cache(D, good(), [K])
     entry = catalog.find(cache.cache_id)
-    catalog.lease(entry)
+    lease = catalog.acquire(entry)
     with raises(LLMStatusCode.LLM_TIMEOUT, "still used"):
         manager.unregister_cache(cache.cache_id)
     assert len(cache.tensors) == 2
     assert catalog.num_keys == 1
-    catalog.end_lease(entry)
+    lease.release()
     manager.unregister_cache(cache.cache_id)
     assert cache.ended
 

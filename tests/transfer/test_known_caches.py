@@ -225,3 +225,19 @@ def test_those_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -
     assert [known.get(ask) for ask in asks] == [views[0], None, views[2]]
     known.forget(asks[0])
     assert len(known) == 1
+
+
+def test_memory_of_the_users_is_asked_for_each_time(
+    here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch tells nobody that it moved a tensor, so only its owner knows where it is."""
+    key = BlocksCacheKey(PEER, 1)
+    peer.ask("register", "given", *SIZE, paged=True, keys=key)
+    peer.ask("paint", "given", 5)
+    with messages(monkeypatch) as said:
+        for _ in range(2):
+            assert pull(here, key) is None
+        assert said == ["Resolve", "Release"] * 2
+    assert here.colours("mine") == [5]
+    peer.ask("move_tensor", "given", "data", 0)
+    assert "has moved" in pull(here, key).text
