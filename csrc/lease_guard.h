@@ -19,8 +19,8 @@ struct TensorPlace {
   uint64_t storage_end;  // first address behind its storage
 };
 
-// The tensors that a guard watches. torch replaces the memory of a storage in place, and the storage
-// of a tensor, without telling anybody; so they are looked at again under each lease.
+// The tensors that a guard watches. torch replaces the memory of a storage in place, and the
+// storage of a tensor, without telling anybody; so they are looked at again under each lease.
 class TensorList {
  public:
   virtual ~TensorList() = default;

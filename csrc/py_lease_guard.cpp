@@ -16,15 +16,13 @@ namespace {
 constexpr int64_t kSignalCheckNs = 20'000'000;
 
 struct GuardObject {
-  PyObject_HEAD
-  LeaseGuard* guard;
+  PyObject_HEAD LeaseGuard* guard;
   PyObject* refuse;   // (outcome, index, from, to) -> exception
   PyObject* on_idle;  // () -> None; nullptr before end()
 };
 
 struct LeaseObject {
-  PyObject_HEAD
-  GuardObject* guard;  // nullptr once given back
+  PyObject_HEAD GuardObject* guard;  // nullptr once given back
   PyObject* value;
 };
 
@@ -114,11 +112,9 @@ const char* name_of(LeaseGuard::Outcome outcome) {
 }
 
 void raise_refusal(GuardObject* self, LeaseGuard::Outcome outcome, const LeaseGuard::Move& move) {
-  PyObject* error =
-      PyObject_CallFunction(self->refuse, "snKK", name_of(outcome),
-                            static_cast<Py_ssize_t>(move.index),
-                            static_cast<unsigned long long>(move.from),
-                            static_cast<unsigned long long>(move.to));
+  PyObject* error = PyObject_CallFunction(
+      self->refuse, "snKK", name_of(outcome), static_cast<Py_ssize_t>(move.index),
+      static_cast<unsigned long long>(move.from), static_cast<unsigned long long>(move.to));
   if (error == nullptr) return;
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error)), error);
   Py_DECREF(error);
@@ -271,8 +267,10 @@ PyObject* lease_check(PyObject* self, PyObject*) {
 
 constexpr const char* kLeaseDoc =
     "One lease on a cache: its memory stays the cache's until the lease is given back.\n\n"
-    "As a context manager it yields the value that it was taken with, and gives itself back at the\n"
-    "end. It also goes back when the object ends, so that no exception can lose it. Taking, entering\n"
+    "As a context manager it yields the value that it was taken with, and gives itself back at "
+    "the\n"
+    "end. It also goes back when the object ends, so that no exception can lose it. Taking, "
+    "entering\n"
     "and leaving it run no Python code: Ctrl-C comes before or after, not in between.";
 
 PyMethodDef lease_methods[] = {
@@ -294,20 +292,23 @@ PyType_Slot lease_slots[] = {{Py_tp_doc, const_cast<char*>(kLeaseDoc)},
                              {Py_tp_getset, lease_getset},
                              {0, nullptr}};
 
-PyType_Spec lease_spec = {"llm_datadist_torch._C.Lease", sizeof(LeaseObject), 0,
-                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC |
-                              Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                          lease_slots};
+PyType_Spec lease_spec = {
+    "llm_datadist_torch._C.Lease", sizeof(LeaseObject), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION, lease_slots};
 
 constexpr const char* kGuardDoc =
     "CacheGuard(addrs, nbytes, refuse): counts the leases on one cache and watches its tensors.\n\n"
-    "Whoever uses a cache takes a lease, and gets with it the proof that each tensor still is where\n"
+    "Whoever uses a cache takes a lease, and gets with it the proof that each tensor still is "
+    "where\n"
     "the cache says::\n\n"
     "    with entry.guard.acquire(entry) as entry:\n"
     "        ...  # entry.addrs are right, and the memory is not freed meanwhile\n\n"
-    "acquire() is one C call for all tensors. Where a tensor has moved, or the cache has ended, it\n"
-    "raises what refuse(outcome, index, from, to) returns: outcome is 'moved', 'ended' or 'draining'.\n"
-    "Tensors are given by torch.ops.llm_datadist_torch.watch_tensors(tensors, guard.handle): tensor k\n"
+    "acquire() is one C call for all tensors. Where a tensor has moved, or the cache has ended, "
+    "it\n"
+    "raises what refuse(outcome, index, from, to) returns: outcome is 'moved', 'ended' or "
+    "'draining'.\n"
+    "Tensors are given by torch.ops.llm_datadist_torch.watch_tensors(tensors, guard.handle): "
+    "tensor k\n"
     "must be at addrs[k % len(addrs)], its storage as large as nbytes.\n\n"
     "Thread safety: all methods may be called from any thread.";
 
@@ -320,7 +321,8 @@ PyMethodDef guard_methods[] = {
      "end(on_idle) -> leases that are held. No new ones; on_idle() is called after the last."},
     {"drain", guard_drain, METH_O,
      "drain(deadline_ns) -> leases that are left. Gives no new leases and waits for the last one,\n"
-     "until CLOCK_MONOTONIC is deadline_ns (0: for ever). Where some are left, or it is interrupted,\n"
+     "until CLOCK_MONOTONIC is deadline_ns (0: for ever). Where some are left, or it is "
+     "interrupted,\n"
      "new leases are given again."},
     {"forget", guard_forget, METH_NOARGS, "Stops watching, so that the guard keeps no memory."},
     {nullptr, nullptr, 0, nullptr}};
