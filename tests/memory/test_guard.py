@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from llm_datadist_torch import LLMCacheNotFoundError, _C
+from llm_datadist_torch import _C, LLMCacheNotFoundError
 from llm_datadist_torch.memory.guard import make_guard
 from tests.peers import settle
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch replaced the memory of a cache's tensor: whoever uses the cache is told, and no byte moves."""
+"""Memory of a cache that torch replaced: who uses the cache is told, and no byte moves."""
 
 from __future__ import annotations
 
