@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch import _C
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.memory.adopt import adopt, check_given
 from llm_datadist_torch.memory.guard import make_guard
@@ -20,6 +19,8 @@ from llm_datadist_torch.values.status import LLMStatusCode, error_for
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
+
+    from llm_datadist_torch import _C
 
 CPU_CACHE_ID = -1
 
@@ -89,7 +90,9 @@ class Cache:
 
     @classmethod
     def create_cpu_cache(
-        cls, cache_desc: CacheDesc, addrs: list[int] | list[torch.Tensor]
+        cls,
+        cache_desc: CacheDesc,
+        addrs: list[int] | list[torch.Tensor] | tuple[torch.Tensor, ...],
     ) -> Cache:
         """Wrap host memory as a blocks cache for ``swap_blocks`` (reference API, 7.3).
 
@@ -107,7 +110,8 @@ class Cache:
             A cache with id -1; no instance knows it, so it can't be pulled, pushed or looked up.
 
         Raises:
-            TypeError: ``addrs`` is no list, or has something else than ints, or tensors, in it.
+            TypeError: ``addrs`` is no list (or tuple of tensors), or has something else than ints,
+                or tensors, in it.
             AttributeError: ``cache_desc`` is None.
             LLMParamError: Wrong placement or count, an address that isn't usable (with its index),
                 tensors of other shape or dtype.

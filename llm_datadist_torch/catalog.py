@@ -12,8 +12,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address_index import AddressIndex
@@ -21,6 +21,9 @@ from llm_datadist_torch.memory.generations import Generations
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+
+if TYPE_CHECKING:
+    from llm_datadist_torch import _C
 
 
 class Catalog:
@@ -54,6 +57,11 @@ class Catalog:
         """Caches in the catalog, including those that only a key or a lease keeps."""
         return len(self._entries)
 
+    def ids(self) -> list[int]:
+        """Ids of all these caches, oldest first."""
+        with self._lock:
+            return list(self._entries)
+
     @property
     def num_keys(self) -> int:
         """Keys that are bound to a cache."""
@@ -84,10 +92,10 @@ class Catalog:
         with self._lock:
             for name in named:
                 if name in self._keys:
-                    bound = self._keys[name].cache_id
+                    bound = self._keys[name]
                     raise param_error(
-                        f"{name} is bound to cache {bound} already",
-                        remedy="remove_cache_key() first.",
+                        f"{name} is bound to cache {bound.cache_id} already",
+                        remedy=_how_to_unbind(bound),
                     )
             entry.generation = self._generations.take()
             entry.keys = named
@@ -341,6 +349,14 @@ class Catalog:
         freed.drop_memory()
         if freed.generation is not None:
             self._generations.give_back(freed.generation)
+
+
+def _how_to_unbind(entry: CacheEntry) -> str:
+    if not entry.owned:
+        return f"unregister_cache({entry.cache_id}) first, or use another key."
+    if entry.layout.paged:
+        return f"deallocate_blocks_cache() of cache {entry.cache_id} first, or use another key."
+    return "remove_cache_key() first, or use another key."
 
 
 def _sweep(catalog: weakref.ref[Catalog]) -> None:

@@ -167,6 +167,14 @@ class Instance:
         if cache is not None:
             cache.invalidate(ended_by)
 
+    def caches_without_handle(self) -> list[int]:
+        """Ids of caches that are there although the program has dropped its ``Cache``.
+
+        They stay, as in the reference, because peers may name them. Nothing else tells of those
+        that were forgotten.
+        """
+        return [each for each in self.catalog.ids() if self._caches.get(each) is None]
+
     def owns(self, cache: Cache) -> bool:
         """Whether this is a live cache of this instance."""
         return self._caches.get(cache.cache_id) is cache

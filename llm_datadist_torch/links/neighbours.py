@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.links.leased_memory import check_inside
@@ -22,6 +21,7 @@ from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
+    from llm_datadist_torch import _C
     from llm_datadist_torch.links.link import Link
 
 _lock = threading.Lock()

@@ -92,7 +92,7 @@ class CacheLifetime(ManagerBase):
     def register_cache(
         self,
         cache_desc: CacheDesc,
-        addrs: list[int] | list[torch.Tensor],
+        addrs: list[int] | list[torch.Tensor] | tuple[torch.Tensor, ...],
         cache_keys: Sequence[CacheKey] = (),
         remote_accessible: bool | None = None,
     ) -> Cache:
@@ -125,7 +125,7 @@ class CacheLifetime(ManagerBase):
     def register_blocks_cache(
         self,
         cache_desc: CacheDesc,
-        addrs: list[int] | list[torch.Tensor],
+        addrs: list[int] | list[torch.Tensor] | tuple[torch.Tensor, ...],
         blocks_cache_key: BlocksCacheKey | None = None,
         remote_accessible: bool | None = None,
     ) -> Cache:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Integral
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from llm_datadist_torch.values.cache_desc import CacheDesc
 
 UINT64_END = 2**64
+
+Given: TypeAlias = "list[int] | list[torch.Tensor] | tuple[torch.Tensor, ...]"
+"""The caller's memory: one address, or one tensor, per tensor of the cache."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,22 @@ class Adopted:
 
 
 def check_given(addrs: object) -> None:
-    """Check the type of an ``addrs`` argument: a list of ints, or a list of tensors.
+    """Check the type of an ``addrs`` argument: a list of ints, or a list or tuple of tensors.
 
     Raises:
         TypeError: Anything else; a bool is no address.
         ValueError: An int that is no unsigned 64-bit number.
     """
-    if not isinstance(addrs, list):
+    items = addrs if isinstance(addrs, (list, tuple)) else ()
+    tensors = bool(items) and isinstance(items[0], torch.Tensor)
+    # A tuple of tensors is what `Cache.tensors` gives; of ints the reference takes lists only.
+    if not isinstance(addrs, list) and not tensors:
         raise TypeError(
-            f"addrs must be a list of int or of torch.Tensor, got {type(addrs).__name__}"
+            "addrs must be a list of int, or a list or tuple of torch.Tensor, got"
+            f" {type(addrs).__name__}"
         )
-    tensors = bool(addrs) and isinstance(addrs[0], torch.Tensor)
     wanted = torch.Tensor if tensors else Integral
-    for at, item in enumerate(addrs):
+    for at, item in enumerate(items):
         if not isinstance(item, wanted) or isinstance(item, bool):
             name = "torch.Tensor" if tensors else "int"
             raise TypeError(f"addrs[{at}] must be {name}, got {type(item).__name__}")
@@ -81,7 +87,7 @@ def storage_form(shape: Sequence[int], data_type: DataType) -> tuple[tuple[int, 
 
 
 def adopt(
-    given: list[int] | list[torch.Tensor],
+    given: Given,
     desc: CacheDesc,
     layout: Layout,
     device: torch.device = HOST,

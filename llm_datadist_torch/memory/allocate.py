@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,15 @@ from pathlib import Path
 import torch
 
 from llm_datadist_torch import _C
+from llm_datadist_torch.memory.container import container_limit
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMStatusCode, error_for
 
 TENSOR_ALIGNMENT = 64 * 1024
 """Tensors of a region start at multiples of this many bytes from its start."""
+
+SMALL_BYTES = 64 << 20
+"""Sizes up to this are not compared with what there is."""
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -146,14 +149,22 @@ def check_obtainable(nbytes: int) -> None:
     beyond memory and swap is refused here. A size below may still be too large at the moment.
 
     Raises:
-        LLMOutOfMemoryError: ``nbytes`` is more than memory and swap together.
+        LLMOutOfMemoryError: ``nbytes`` is more than memory and swap together, of this machine or
+            of the container.
     """
-    if nbytes <= _ram_bytes():  # nearly always; saves reading /proc for every cache
+    if nbytes <= SMALL_BYTES:  # nearly always; saves reading /proc for every cache
         return
     memory = _meminfo_bytes()
-    limit = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
-    if limit and nbytes > limit:
-        raise out_of_memory(f"asked for {nbytes} bytes, this machine has {limit}", nbytes, memory)
+    machine = memory.get("MemTotal", 0) + memory.get("SwapTotal", 0)
+    if machine and nbytes > machine:
+        raise out_of_memory(f"asked for {nbytes} bytes, this machine has {machine}", nbytes, memory)
+    limit = container_limit(memory.get("SwapTotal", 0))
+    if limit is not None and nbytes > limit:
+        raise out_of_memory(
+            f"asked for {nbytes} bytes, this container (its cgroup) may have {limit}",
+            nbytes,
+            memory,
+        )
 
 
 def _create_host_region(nbytes: int, *, shareable: bool) -> _C.HostRegion:
@@ -188,7 +199,10 @@ def offsets_of(
 
 
 def out_of_memory(
-    message: str, requested: int, memory: dict[str, int] | None = None
+    message: str,
+    requested: int,
+    memory: dict[str, int] | None = None,
+    remedy: str = "ask for fewer or smaller tensors, or free memory.",
 ) -> LLMOutOfMemoryError:
     """The error for host memory that can't be had, with what is available now.
 
@@ -196,6 +210,7 @@ def out_of_memory(
         message: What was asked for, and why it can't be had.
         requested: Its bytes.
         memory: /proc/meminfo, if it has been read already.
+        remedy: What to do about it.
     """
     memory = _meminfo_bytes() if memory is None else memory
     available = memory.get("MemAvailable")
@@ -203,12 +218,13 @@ def out_of_memory(
         f"{message}; available now: {'unknown' if available is None else f'{available} bytes'}",
         requested_bytes=requested,
         free_bytes=available,
-        remedy="ask for fewer or smaller tensors, or free memory.",
+        remedy=remedy,
     )
 
 
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def available_bytes() -> int | None:
+    """Host memory that is free or can be freed at once; None where the kernel does not say."""
+    return _meminfo_bytes().get("MemAvailable")
 
 
 def _meminfo_bytes() -> dict[str, int]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import threading
 from collections.abc import Sequence
@@ -13,14 +14,16 @@ import torch
 from llm_datadist_torch.memory.allocate import (
     Allocation,
     CacheMemory,
+    available_bytes,
     check_obtainable,
     offsets_of,
     out_of_memory,
     tensor_nbytes,
     tensors_in,
 )
+from llm_datadist_torch.memory.container import container_limit
 from llm_datadist_torch.memory.region import Region
-from llm_datadist_torch.values.status import LLMStatusCode, error_for
+from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -70,7 +73,7 @@ def allocate_pinned_bytes(nbytes: int) -> tuple[torch.Tensor, Region]:
     if base.data_ptr() == 0:
         del base
         _empty_pinned_cache()
-        raise out_of_memory(f"pinning {nbytes} bytes failed: the allocator gave address 0", nbytes)
+        raise _refused(nbytes, "the allocator gave address 0")
     reason = "pinned memory belongs to the device's allocator"
     return base, Region(base.data_ptr(), nbytes, reason=reason, keepalive=base)
 
@@ -98,7 +101,26 @@ def _pin(nbytes: int) -> torch.Tensor:
         with torch.inference_mode(mode=False):
             return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except (RuntimeError, MemoryError) as error:
-        raise out_of_memory(f"pinning {nbytes} bytes failed: {error}", nbytes) from error
+        raise _refused(nbytes, str(error)) from error
+
+
+def _refused(nbytes: int, why: str) -> LLMOutOfMemoryError:
+    """The error for memory that could not be pinned: often there is enough, and a limit forbids."""
+    message, available = f"pinning {nbytes} bytes failed: {why}", available_bytes()
+    if available is None or nbytes > available:
+        return out_of_memory(message, nbytes)
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    locked = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft} bytes"
+    limit = container_limit(0)
+    return out_of_memory(
+        f"{message}; there is memory, but the driver refused to pin it",
+        nbytes,
+        remedy=(
+            f"look at what limits locked memory: RLIMIT_MEMLOCK (`ulimit -l`) is {locked}, the"
+            f" container's memory is {'unlimited' if limit is None else f'{limit} bytes'}, and the"
+            " driver has limits of its own (its log, dmesg); or use a smaller host_mem_pool_cfg."
+        ),
+    )
 
 
 def _empty_pinned_cache() -> None:

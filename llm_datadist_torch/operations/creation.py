@@ -13,7 +13,7 @@ from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry, name_of
 from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.memory.adopt import Adopted, adopt, check_given, storage_form
+from llm_datadist_torch.memory.adopt import Adopted, Given, adopt, check_given, storage_form
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.values.cache_desc import CacheDesc
@@ -30,7 +30,6 @@ from llm_datadist_torch.values.status import LLMException
 logger = logging.getLogger("llm_datadist_torch")
 
 Keys = Sequence[CacheKey] | Sequence[BlocksCacheKey]
-Given = list[int] | list[torch.Tensor]
 
 
 def check_keys(cache_keys: Sequence[CacheKey]) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
 
@@ -18,6 +20,8 @@ from llm_datadist_torch.values.checks import (
 )
 from llm_datadist_torch.values.cluster_info import trans_str_ip
 from llm_datadist_torch.values.secret import check_secret_value
+
+logger = logging.getLogger("llm_datadist_torch")
 
 _T = TypeVar("_T")
 _Check = Callable[[str, Any], Any]
@@ -240,7 +244,8 @@ class LLMConfig:
     """Collects the options of `LLMDataDist.init` (reference API, 4). Takes nothing.
 
     Assigning a wrong type raises TypeError, an int outside its C width ValueError, anything else
-    that is wrong LLMParamError. Attributes that this class does not know are ignored.
+    that is wrong LLMParamError. Attributes that this class does not know are ignored, with a
+    warning that names the nearest option.
     """
 
     device_id = _Option[Any](
@@ -359,6 +364,12 @@ class LLMConfig:
         self.mem_utilization = 0.95  # the one option that is always given
         self.ge_options = {}
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets an option; a name that is none is kept, as in the reference, and warned of."""
+        if not name.startswith("_") and not hasattr(type(self), name):
+            _warn_of_unknown(name)
+        object.__setattr__(self, name, value)
+
     def generate_options(self) -> dict[str, str]:
         """Makes the options of what is set now.
 
@@ -384,6 +395,19 @@ class LLMConfig:
     def options(self) -> dict[str, str]:
         """A copy of what `generate_options` last made; empty before its first call."""
         return dict(self._options)
+
+
+_warned_names: set[str] = set()
+
+
+def _warn_of_unknown(name: str) -> None:
+    """Warns of an attribute that is no option, once per name and process."""
+    if name in _warned_names:
+        return
+    _warned_names.add(name)
+    near = difflib.get_close_matches(name, [option.name for option in _OPTIONS], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    logger.warning("LLMConfig has no option %s: it does nothing%s", name, hint)
 
 
 _OPTIONS = tuple(option for option in vars(LLMConfig).values() if isinstance(option, _Option))

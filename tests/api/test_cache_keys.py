@@ -383,3 +383,38 @@ def test_one_key_for_many_threads(instance_factory, paged):
     assert (len(got), len(refused)) == (1, 5)
     assert {error.status_code for error in refused} == {PI}
     assert pool_stats(datadist).spans_in_use == 1
+
+
+def test_the_way_to_free_a_bound_key_works(instance_factory):
+    manager = instance_factory().cache_manager
+    rows, blocks, registered = CacheKey(1, 5), BlocksCacheKey(1, 5), BlocksCacheKey(1, 6)
+    manager.allocate_cache(desc(), [rows])
+    with raises(PI, "remove_cache_key"):
+        manager.allocate_cache(desc(), [rows])
+    manager.remove_cache_key(rows)
+    manager.allocate_cache(desc(), [rows])
+
+    cache = manager.allocate_blocks_cache(desc(), blocks)
+    with raises(PI, rf"deallocate_blocks_cache\(\) of cache {cache.cache_id}"):
+        manager.allocate_blocks_cache(desc(), blocks)
+    manager.deallocate_blocks_cache(cache)
+    manager.allocate_blocks_cache(desc(), blocks)
+
+    tensors = tensors_of(desc())
+    cache = manager.register_blocks_cache(desc(), tensors, registered)
+    with raises(PI, rf"unregister_cache\({cache.cache_id}\)"):
+        manager.register_blocks_cache(desc(), tensors, registered)
+    manager.unregister_cache(cache.cache_id)
+    manager.register_blocks_cache(desc(), tensors, registered)
+
+
+def test_caches_whose_handle_is_gone_are_known(instance_factory):
+    datadist = instance_factory()
+    manager, instance = datadist.cache_manager, datadist._instance
+    kept, dropped = manager.allocate_cache(desc()), manager.allocate_cache(desc())
+    number = dropped.cache_id
+    assert instance.caches_without_handle() == []
+    del dropped
+    gc.collect()
+    assert instance.caches_without_handle() == [number]
+    assert kept.cache_id != number

@@ -398,3 +398,15 @@ def test_caches_registered_in_a_forked_child_are_the_parents(instance_factory):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     manager.unregister_cache(1)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_tuple_of_tensors_is_taken(instance_factory, paged):
+    """It is what ``Cache.tensors`` gives; a tuple of ints is refused, as in the reference."""
+    manager = instance_factory().cache_manager
+    make = manager.register_blocks_cache if paged else manager.register_cache
+    source = manager.allocate_blocks_cache(D) if paged else manager.allocate_cache(D)
+    cache = make(D, source.tensors)
+    assert cache.tensor_addrs == source.tensor_addrs
+    with raises(TypeError):
+        make(D, (source.tensors[0], source.tensor_addrs[1]))

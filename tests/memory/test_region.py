@@ -292,6 +292,15 @@ def test_a_failed_pin_is_out_of_memory(monkeypatch: pytest.MonkeyPatch, result: 
         allocate_pinned_bytes(99)
 
 
+def test_a_driver_that_refuses_to_pin_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _FakePinning(monkeypatch, RuntimeError("error code 207001"))
+    with pytest.raises(LLMOutOfMemoryError, match="refused to pin it") as caught:
+        allocate_pinned_bytes(99)
+    assert "207001" in str(caught.value)
+    assert "RLIMIT_MEMLOCK" in caught.value.remedy
+    assert "fewer or smaller" not in caught.value.remedy
+
+
 def test_a_kernel_without_meminfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(allocate, "_MEMINFO", tmp_path / "absent")
     with pytest.raises(LLMOutOfMemoryError, match="available now: unknown"):

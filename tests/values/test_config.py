@@ -259,3 +259,16 @@ def test_every_dict_is_a_fresh_one():
     assert config.options == FRESH
     assert "llm.listenIpInfo" in first
     assert LLMConfig().ge_options is not config.ge_options
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("sync_kv_timout", "did you mean sync_kv_timeout?"), ("zzzz_9", "it does nothing")],
+)
+def test_a_name_that_is_no_option_is_warned_of(caplog, name, hint):
+    for _ in range(2):
+        setattr(LLMConfig(), name, 5)
+    (record,) = (record for record in caplog.records if name in record.message)
+    assert record.levelname == "WARNING"
+    assert hint in record.message
+    assert options_of(**{name: 5}) == {}
