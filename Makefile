@@ -11,9 +11,9 @@ NPU_BIN := $(NPU_VENV)/bin
 VLLM_VENV := $(VENV)-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
-SIM_CSRC := llm_datadist_torch/ascend_sim/csrc
+SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
-	$(wildcard tests/native/*.cpp tests/native/*.h tests/ascend_sim/*.cpp)
+	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
 .PHONY: help demo test test-cpu test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
@@ -39,15 +39,15 @@ PARALLEL := -n $(TEST_JOBS) --dist worksteal
 
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.built  ## Run the tests on the CPU
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/ascend_sim --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
 DEVICE_TESTS := tests/npu tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
 test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those of devices on simulated NPUs
-	$(NPU_BIN)/python -m pytest $(PARALLEL) tests/ascend_sim $(TEST_ARGS)
+	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)
 	for scheduler in lazy random; do \
-	  $(NPU_BIN)/python -m pytest -p llm_datadist_torch.ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
+	  $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
 	    $(PARALLEL) $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
 
 # With the python that has torch_npu, CANN and this package installed: make test-npu PYTHON=...
@@ -87,7 +87,7 @@ dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the 
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info llm_datadist_torch/_C*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_C*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -117,13 +117,15 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	@touch $@
 
 # A second environment that sees all of the first: only torch_npu is added, torch is not installed twice.
-$(NPU_VENV)/.built: $(VENV)/.built
-	@echo "setting up $(NPU_VENV): torch_npu"
+$(NPU_VENV)/.built: $(VENV)/.built ascend_sim/pyproject.toml
+	@echo "setting up $(NPU_VENV): torch_npu and the simulator"
 	@test -x $(NPU_BIN)/python || $(BIN)/python -m venv --without-pip $(NPU_VENV)
 	@site() { $$1/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
 	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(NPU_BIN))/_base.pth"
 # Without its dependencies, which are there already.
 	@$(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps torch_npu==2.13.0
+# From the tree, editable: PyPI may have another version. It is compiled when it is first used.
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps --no-build-isolation -e ./ascend_sim
 	@touch $@
 
 # A third, in the same way. Its own packages come first, so its transformers hides that of .venv.

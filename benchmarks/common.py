@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch.ascend_sim import is_active
+from llm_datadist_torch.environment import npu_is_simulated
 
-if is_active():
+if npu_is_simulated():
     raise SystemExit(
         "benchmarks: the Ascend runtime is simulated on host memory; no figures from it"
     )

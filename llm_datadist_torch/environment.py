@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment variables. Tools read and set them: `cli`, `compat` and the simulator.
+"""Environment variables. Tools read and set them: `cli` and `compat`.
 
-The library itself reads two: where the members of a communicator meet (`link`), and which file has
-the link secret (`init`).
+The library itself reads three: where the members of a communicator meet (`link`), which file has
+the link secret (`init`), and whether the Ascend runtime is simulated.
 """
 
 from __future__ import annotations
@@ -38,13 +38,16 @@ def defaults(values: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def add_to_path(name: str, directory: str) -> None:
-    """Puts a directory first in a variable that is a list of them, unless it is there."""
-    before = environment_text(name)
-    if directory not in before.split(os.pathsep):
-        os.environ[name] = f"{directory}{os.pathsep}{before}" if before else directory
-
-
 def add_to_pythonpath(directory: str) -> None:
     """Puts a directory first on the PYTHONPATH that child processes get, unless it is there."""
-    add_to_path("PYTHONPATH", directory)
+    before = environment_text("PYTHONPATH")
+    if directory not in before.split(os.pathsep):
+        os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{before}" if before else directory
+
+
+def npu_is_simulated() -> bool:
+    """Whether the distribution ascend-sim has put its runtime under torch_npu in this process.
+
+    It sets this variable, also for child processes.
+    """
+    return bool(environment_text("ASCEND_SIM_LIBRARIES"))

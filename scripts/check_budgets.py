@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("llm_datadist_torch", "csrc", "tests", "examples", "benchmarks", "scripts")
+FOLDERS = ("llm_datadist_torch", "ascend_sim", "csrc", "tests", "examples", "benchmarks", "scripts")
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".sh"}
 FILE_LINES = 400
 HEADER_LINES = 250

@@ -18,7 +18,7 @@ for sanitizer in address,undefined thread; do
   echo "building with -fsanitize=$sanitizer"
   objects=$out/$sanitizer
   mkdir -p "$objects"
-  printf '%s\n' "$root"/llm_datadist_torch/ascend_sim/csrc/runtime/*.cpp "$root/tests/ascend_sim/runtime_stress.cpp" |
+  printf '%s\n' "$root"/ascend_sim/src/ascend_sim/csrc/runtime/*.cpp "$root/ascend_sim/tests/runtime_stress.cpp" |
     xargs -P "$(nproc)" -I{} sh -c 'g++ -std=c++20 -O1 -g "$@" -c {} -o "$0/$(basename {}).o"' "$objects" \
       -fsanitize="$sanitizer" -fno-sanitize-recover=all -DFUNC_VISIBILITY -Wno-deprecated-declarations -isystem "$include"
   g++ -fsanitize="$sanitizer" "$objects"/*.o -o "$out/stress-$sanitizer" -lpthread

@@ -13,11 +13,11 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from llm_datadist_torch.ascend_sim import is_active
+from llm_datadist_torch.environment import npu_is_simulated
 
 # torch loads its backends by itself, and can't be imported where torch_npu is installed without the
 # Ascend runtime. The tests that are about torch_npu import it.
-if not is_active():
+if not npu_is_simulated():
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
@@ -113,14 +113,14 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     "host_memory_only": ("caches of placement DEVICE in host memory", lambda: _num_npus() == 0),
     "whole_programs": (
         "the simulator's scheduler `lazy`: it starts programs, too slow for each scheduler",
-        lambda: not is_active() or os.environ["ASCEND_SIM_SCHEDULER"] == "lazy",
+        lambda: not npu_is_simulated() or os.environ["ASCEND_SIM_SCHEDULER"] == "lazy",
     ),
     "needs_torch_npu": (
         "torch_npu, installed; an NPU is not needed",
         lambda: importlib.util.find_spec("torch_npu") is not None,
     ),
     "needs_two_npus": ("two NPUs", lambda: _num_npus() >= 2),
-    "needs_simulated_npu": ("a simulated NPU, to make it fail", is_active),
+    "needs_simulated_npu": ("a simulated NPU, to make it fail", npu_is_simulated),
     "needs_nixl": (
         "the package nixl-cu12",
         lambda: importlib.util.find_spec("nixl_cu12") is not None,

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from llm_datadist_torch import Placement
-from llm_datadist_torch.ascend_sim import is_active
+from llm_datadist_torch.environment import npu_is_simulated
 from llm_datadist_torch.memory.address import HOST, tensor_over
 from llm_datadist_torch.memory.device import why_no_npu
 
@@ -30,7 +30,7 @@ def device_of(placement: Placement) -> torch.device:
 
 def examples(number: int) -> int:
     """How many examples a property is tried with; each operation takes the simulator a while."""
-    return max(1, number // 5) if is_active() else number
+    return max(1, number // 5) if npu_is_simulated() else number
 
 
 def finish_kernels() -> None:

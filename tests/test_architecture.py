@@ -129,8 +129,8 @@ def test_environment_is_read_in_one_place_only(module):
 
 @pytest.mark.parametrize("module", sorted(MODULES), ids=lambda m: m or "__init__")
 def test_devices_are_named_in_memory_only(module):
-    # doctor says what is installed; the simulator is made for one device.
-    if module.split(".")[0] in {"memory", "values", "cli", "ascend_sim"}:
+    # doctor says what is installed.
+    if module.split(".")[0] in {"memory", "values", "cli"}:
         return
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Constant) and node.value in {"npu", "cuda", "torch_npu"}:
@@ -154,6 +154,19 @@ def test_only_the_connector_imports_vllm():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [n for n in names if n.split(".")[0] == "vllm"], f"{path}:{node.lineno}"
+
+
+def test_the_simulator_is_imported_by_its_command_and_its_alias_only():
+    """It is a distribution of its own, which users of real NPUs have not installed."""
+    for module, path in MODULES.items():
+        if module in {"cli.sim", "ascend_sim"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [n for n in names if n.split(".")[0] == "ascend_sim"], (
+                f"{path}:{node.lineno}"
+            )
 
 
 def test_validation_is_not_by_assert():

@@ -26,16 +26,11 @@ def main(arguments: Sequence[str]) -> int:
         The exit status. A program that ``run`` runs leaves by its own exceptions, and ``sim``
         becomes the command.
     """
+    if "sim" in arguments[:1]:
+        return sim.run(f"{PROG} sim", arguments[1:])
     parser = _parser()
     ours, theirs = run.split(arguments)
-    if "sim" in arguments[:1]:
-        at = arguments.index("--") if "--" in arguments else len(arguments)
-        ours, theirs = list(arguments[:at]), list(arguments[at + 1 :])
     options = parser.parse_args(ours)
-    if options.command == "sim":
-        if not theirs:
-            parser.error("sim: no command given after --")
-        return sim.run(options, theirs)
     if options.command == "run":
         if not theirs:
             parser.error("run: no program given")
@@ -79,9 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_force(command)
     text = "run a command on simulated NPUs: torch_npu over host memory, not for figures"
-    sim.add_options(
-        commands.add_parser("sim", help=text, description=text, usage=f"{PROG} {sim.USAGE_TAIL}")
-    )
+    # Only listed here: its options and its help are ascend-sim's.
+    commands.add_parser("sim", help=text)
     text = "print the directory that does the same on PYTHONPATH"
     _add_force(commands.add_parser("shim-path", help=text, description=text))
     text = (

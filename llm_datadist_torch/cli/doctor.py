@@ -11,8 +11,8 @@ from importlib import metadata
 from typing import Literal
 
 from llm_datadist_torch import __version__
-from llm_datadist_torch.ascend_sim import is_active
 from llm_datadist_torch.cli import probes
+from llm_datadist_torch.environment import npu_is_simulated
 
 State = Literal["ok", "no", "note", "wrong"]
 
@@ -169,7 +169,7 @@ def _npu() -> Finding:
     state = probes.npu_runtime()
     if not state.installed:
         return Finding("torch_npu", "note", "not installed; caches are in CPU memory")
-    if is_active():
+    if npu_is_simulated():
         detail = "installed, over the SIMULATED Ascend runtime: nothing here is an NPU"
         return Finding("torch_npu", "ok", detail)
     if state.library:

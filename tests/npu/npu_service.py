@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMException
-from llm_datadist_torch.ascend_sim import faults, is_active
+from llm_datadist_torch.environment import npu_is_simulated
+from tests import simulator_faults as faults
 from tests.devices import overwrite, raw
 from tests.peers import Failure, Peer, Service, spawn
 
@@ -18,7 +19,7 @@ class NpuService(Service):
     """As its base; what it fills and dumps are the bytes of the tensors, one after the other."""
 
     def start(self, cluster_id: int, **arguments: Any) -> int:
-        self._before = faults.counts() if is_active() else {}
+        self._before = faults.counts() if npu_is_simulated() else {}
         return super().start(cluster_id, **arguments)
 
     def _tensors(self, name: str) -> tuple[torch.Tensor, ...]:
@@ -62,7 +63,7 @@ class NpuService(Service):
         faults.fail(function, call, code=code, times=times)
 
     def mend(self) -> None:
-        if is_active():
+        if npu_is_simulated():
             faults.reset()
 
     def calls(self, function: str) -> int:

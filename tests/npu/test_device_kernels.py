@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_datadist_torch import _C, LLMDeviceError, LLMOutOfMemoryError, LLMStatusCode, ops
-from llm_datadist_torch.ascend_sim import faults
 from tests import reference
+from tests import simulator_faults as faults
 from tests.test_ops import LAYOUT, Blocks, block_pairs
 
 Place = Callable[[torch.Tensor], torch.Tensor]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the simulated runtime against the installed torch_npu's headers, once, into a cache.
+
+Nothing here imports torch or torch_npu: without a runtime neither can be imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from ascend_sim.environment import environment_text
+
+__all__ = ["SimulatorBuildError", "build"]
+
+SOURCES = Path(__file__).resolve().parent / "csrc"
+_FLAGS = (
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DFUNC_VISIBILITY",
+    "-Wall",
+    "-Wextra",
+    "-Wno-deprecated-declarations",
+    "-Wno-unused-parameter",
+)
+
+
+class SimulatorBuildError(RuntimeError):
+    """The simulator can't be built here; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class _Library:
+    """One shared library: its files of csrc/, and how they are compiled and linked."""
+
+    name: str
+    patterns: tuple[str, ...]
+    compile_flags: tuple[str, ...] = ("-O2",)
+    link_flags: tuple[str, ...] = ()
+
+    def sources(self) -> list[Path]:
+        return sorted(path for pattern in self.patterns for path in SOURCES.glob(pattern))
+
+
+@dataclass(frozen=True)
+class _Packages:
+    """Where the packages are that it is compiled against, and which versions they have."""
+
+    torch: Path
+    torch_npu: Path
+    versions: tuple[str, str]
+
+    @property
+    def acl_include(self) -> Path:
+        return self.torch_npu / "include" / "third_party" / "acl" / "inc"
+
+
+def build() -> Path:
+    """Build what isn't in the cache yet; the first time takes about a minute.
+
+    Two processes may do it at the same time: whoever is first wins.
+
+    Returns:
+        The directory with the libraries, for ``LD_LIBRARY_PATH``.
+
+    Raises:
+        SimulatorBuildError: torch_npu or g++ is missing, or the compiler failed.
+    """
+    packages = _find_packages()
+    libraries = _libraries(packages)
+    cache = _cache_directory()
+    target = cache / _key_of(libraries, packages)
+    if target.is_dir():
+        return target
+    compiler = shutil.which(environment_text("CXX") or "g++")
+    if compiler is None:
+        raise SimulatorBuildError(
+            "no C++ compiler: the simulator is compiled on first use; apt-get install g++"
+        )
+    sys.stderr.write(f"building the simulated Ascend runtime in {cache}, about a minute\n")
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
+    try:
+        _compile_all(compiler, libraries, packages, scratch, cache / "objects")
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _find_packages() -> _Packages:
+    found = []
+    for name in ("torch", "torch_npu"):
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise SimulatorBuildError(
+                f"{name} is not installed: the simulator is the runtime below the real torch_npu; "
+                "pip install torch_npu (of the same version as torch)"
+            )
+        found.append(Path(spec.origin).parent)
+    versions = importlib.metadata.version("torch"), importlib.metadata.version("torch_npu")
+    packages = _Packages(found[0], found[1], versions)
+    if not packages.acl_include.is_dir():
+        raise SimulatorBuildError(
+            f"torch_npu {versions[1]} has no AscendCL headers in {packages.acl_include}; "
+            "2.13.0 is the version that the simulator is tested with"
+        )
+    return packages
+
+
+def _libraries(packages: _Packages) -> list[_Library]:
+    torch_libraries = packages.torch / "lib"
+    include = packages.torch / "include"
+    api = include / "torch" / "csrc" / "api" / "include"
+    kernels = _Library(
+        "opapi",
+        ("kernels/*.cpp",),
+        ("-O1", f"-isystem{include}", f"-isystem{api}"),
+        (
+            f"-L{torch_libraries}",
+            f"-Wl,-rpath,{torch_libraries}",
+            "-ltorch_cpu",
+            "-lc10",
+            "-lascendcl",
+        ),
+    )
+    empty = [
+        _Library(name, ("stubs/empty.cpp",)) for name in ("ge_runner", "graph", "acl_tdt_channel")
+    ]
+    return [
+        _Library("ascendcl", ("runtime/*.cpp",), link_flags=("-lpthread",)),
+        _Library("acl_op_compiler", ("stubs/acl_op_compiler.cpp",)),
+        _Library("hccl", ("stubs/hccl.cpp",)),
+        *empty,
+        kernels,
+    ]
+
+
+def _cache_directory() -> Path:
+    chosen = environment_text("ASCEND_SIM_CACHE")
+    if chosen:
+        return Path(chosen).absolute()
+    home = environment_text("XDG_CACHE_HOME")
+    base = Path(home) if home else Path.home() / ".cache"
+    return base / "ascend-sim"
+
+
+def _digest(parts: Sequence[bytes | str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]
+
+
+def _headers(folder: Path) -> list[bytes]:
+    """The headers that a file of a folder of csrc/ may include: that folder's and the shared."""
+    found = sorted(SOURCES.glob("*.h")) + sorted(folder.glob("*.h"))
+    return [path.read_bytes() for path in found]
+
+
+def _key_of(libraries: Sequence[_Library], packages: _Packages) -> str:
+    parts: list[bytes | str] = [*packages.versions, str(packages.torch), *_FLAGS]
+    for library in libraries:
+        parts += [library.name, *library.compile_flags, *library.link_flags]
+        for path in library.sources():
+            parts += [path.name, path.read_bytes(), *_headers(path.parent)]
+    return _digest(parts)
+
+
+def _compile_all(
+    compiler: str,
+    libraries: Sequence[_Library],
+    packages: _Packages,
+    out: Path,
+    objects: Path,
+) -> None:
+    objects.mkdir(exist_ok=True)
+    # The libraries that others are linked with come first.
+    flags = (*_FLAGS, f"-isystem{packages.acl_include}")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        made = [
+            [
+                pool.submit(
+                    _compile, compiler, path, (*flags, *library.compile_flags), objects, packages
+                )
+                for path in library.sources()
+            ]
+            for library in libraries
+        ]
+        for library, parts in zip(libraries, made, strict=True):
+            files = [str(part.result()) for part in parts]
+            name = f"lib{library.name}.so"
+            link = ["-shared", "-o", str(out / name), *files, f"-Wl,-soname,{name}", f"-L{out}"]
+            _run([compiler, *link, *library.link_flags])
+
+
+def _compile(
+    compiler: str, source: Path, flags: Sequence[str], objects: Path, packages: _Packages
+) -> Path:
+    """Compiles one file, unless it was compiled before: while developing, few files change."""
+    key = _digest([source.read_bytes(), *flags, *packages.versions, *_headers(source.parent)])
+    made = objects / f"{source.stem}-{key}.o"
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=objects) as scratch:
+            fresh = Path(scratch) / "made.o"
+            _run([compiler, *flags, "-c", str(source), "-o", str(fresh)])
+            fresh.rename(made)
+    return made
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SimulatorBuildError(
+            f"building the simulator failed: {' '.join(command)}\n{done.stderr[-8000:]}"
+        )
