@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.needs_torch_npu, pytest.mark.whole_programs]
+pytestmark = [pytest.mark.needs_simulated_npu, pytest.mark.whole_programs]
 
 ROOT = Path(__file__).resolve().parents[2]
 SIM = ("-m", "llm_datadist_torch", "sim")
@@ -32,6 +32,9 @@ def run(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         for name, value in os.environ.items()
         if not name.startswith("ASCEND_SIM_") or name == "ASCEND_SIM_CACHE"
     }
+    libraries = os.environ["ASCEND_SIM_LIBRARIES"]
+    paths = environment["LD_LIBRARY_PATH"].split(":")
+    environment["LD_LIBRARY_PATH"] = ":".join(path for path in paths if path != libraries)
     return subprocess.run(
         [sys.executable, *command],
         capture_output=True,
