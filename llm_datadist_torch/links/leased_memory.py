@@ -13,8 +13,14 @@ from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
+from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.values.checks import param_error
-from llm_datadist_torch.values.status import LLMStatusCode, error_for
+from llm_datadist_torch.values.status import (
+    LLMException,
+    LLMParamError,
+    LLMStatusCode,
+    error_for,
+)
 
 
 class GrantedCache:
@@ -71,15 +77,29 @@ def copy_foreign(
     here = torch.tensor([staging.data_ptr()])
     _, number = call(os.getpid(), here, torch.zeros(1, dtype=torch.int64), runs)
     if number:
-        raise error_for(
-            LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
-            f"the memory registered as cache {entry.cache_id} can't be reached:"
-            f" {os.strerror(number)}",
-            remedy=(
-                "unregister a cache before its memory is freed; register tensors instead of"
-                " addresses."
-            ),
-        )
+        raise _unreachable(entry, os.strerror(number))
+
+
+def check_device_memory(entry: CacheEntry) -> None:
+    """Check that the runtime still has device memory that was registered by addresses.
+
+    Raises:
+        LLMCacheNotFoundError: It is gone.
+    """
+    try:
+        check_alive(entry.addrs, entry.layout.extent, entry.device)
+    except LLMParamError as error:
+        raise _unreachable(entry, str(error.args[0])) from error
+
+
+def _unreachable(entry: CacheEntry, reason: str) -> LLMException:
+    return error_for(
+        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        f"the memory registered as cache {entry.cache_id} can't be reached: {reason}",
+        remedy=(
+            "unregister a cache before its memory is freed; register tensors instead of addresses."
+        ),
+    )
 
 
 def check_inside(

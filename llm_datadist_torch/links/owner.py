@@ -16,7 +16,12 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved
 from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.links.leased_memory import GrantedCache, check_inside, copy_foreign
+from llm_datadist_torch.links.leased_memory import (
+    GrantedCache,
+    check_device_memory,
+    check_inside,
+    copy_foreign,
+)
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
     Body,
@@ -259,8 +264,8 @@ class Owner:
 
     def _read_leased(self, link: Link, lease_id: int, raw: bytes) -> bytes:
         spans, entry = self._leased_spans(link, lease_id, raw, write=False)
-        if not entry.foreign:
-            return gather(spans[:, 0], spans[:, 1])
+        if not entry.foreign or entry.device != HOST:
+            return gather(spans[:, 0], spans[:, 1], entry.device)
         staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
         copy_foreign(_C.read_process, staging, spans, entry)
         return staging.numpy().tobytes()
@@ -269,8 +274,8 @@ class Owner:
         spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)
         if int(spans[:, 1].sum()) != len(data):
             raise param_error(f"{len(data)} bytes for spans of {int(spans[:, 1].sum())}")
-        if not entry.foreign:
-            scatter(spans[:, 0], spans[:, 1], data)
+        if not entry.foreign or entry.device != HOST:
+            scatter(spans[:, 0], spans[:, 1], data, entry.device)
             return
         staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         copy_foreign(_C.write_process, staging, spans, entry)
@@ -281,18 +286,13 @@ class Owner:
         grant = _granted(link, lease_id)
         if write and not grant.write:
             raise param_error(f"lease {lease_id} is for reading")
-        if grant.entry.device != HOST:
-            # A peer of ours has no reason to ask, but whoever asks must not crash this process.
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                f"cache {grant.entry.cache_id} is on {grant.entry.device}: only host memory is"
-                " relayed",
-            )
         if not raw or len(raw) % 16:
             raise param_error(f"{len(raw)} bytes are no list of spans")
         grant.lease.check()
         spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)
         check_inside(spans[:, 0], spans[:, 1], grant.entry)
+        if grant.entry.foreign and grant.entry.device != HOST:
+            check_device_memory(grant.entry)
         return spans, grant.entry
 
 

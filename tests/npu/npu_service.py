@@ -11,6 +11,7 @@ import torch
 from llm_datadist_torch import CacheDesc, DataType, LLMException
 from llm_datadist_torch.environment import npu_is_simulated
 from tests import simulator_faults as faults
+from tests.caches import Held
 from tests.devices import overwrite, raw
 from tests.peers import Failure, Peer, Service, spawn
 
@@ -44,6 +45,23 @@ class NpuService(Service):
         desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8)
         cache = self.manager.register_blocks_cache(desc, list(self.base), key)
         self._hold(name, cache, cache.tensor_addrs[0], self.base.numel(), self.base)
+
+    def adopt_addresses(
+        self, name: str, count: int, rows: int, row_bytes: int, key: Any = None
+    ) -> None:
+        """As `adopt`, by bare addresses: nothing but this service keeps the memory."""
+        self.base = torch.zeros(count, rows, row_bytes, dtype=torch.uint8, device="npu:0")
+        desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8)
+        addresses = [tensor.data_ptr() for tensor in self.base]
+        cache = self.manager.register_blocks_cache(desc, addresses, key)
+        self._hold(name, cache, addresses[0], self.base.numel(), self.base)
+
+    def free_under_the_cache(self, name: str) -> None:
+        """Give the memory of `adopt_addresses` back to the runtime."""
+        held = self.held[name]
+        self.held[name] = Held(held.cache, held.address, held.nbytes, None, held.span)
+        del self.base, held
+        torch.npu.empty_cache()  # type: ignore[attr-defined]
 
     def attempt_to(self, name: str, *args: Any, **kwargs: Any) -> Failure | None:
         """Call a method of this service; its typed failure is returned."""

@@ -216,24 +216,20 @@ def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], stride
 
 
 @pytest.mark.needs_npu
-def test_device_memory_is_not_relayed(linked: tuple[Service, int]) -> None:
-    """The host can't read or write it: a peer that asks for that must not crash its owner."""
+def test_device_memory_is_relayed_inside_the_cache_only(linked: tuple[Service, int]) -> None:
     _, port = linked
     with stranger(port) as dealer:
         assert isinstance(ask(dealer, hello(3)), messages.Welcome)
         view = ask(dealer, messages.Resolve("blocks", 0, 0, True, True))
         assert isinstance(view, messages.CacheView)
-        first = torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)[0]
-        span = spans((int(first), 64))
-        write = encode(Envelope(8, False, messages.WriteBytes(view.lease_id, span)))
-        for frames in (
-            [encode(Envelope(7, False, messages.ReadBytes(view.lease_id, span)))],
-            [write, bytes(64)],
-        ):
-            dealer.send_multipart(frames)
-            answer = messages.decode(dealer.recv_multipart()[0]).body
-            assert isinstance(answer, messages.Refused)
-            assert "only host memory is relayed" in answer.text
+        first = int(torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)[0])
+        for start, nbytes in ((first - 1, 64), (first, 1 << 40), (0, 8), (first + 4 * 64, 1)):
+            read = messages.ReadBytes(view.lease_id, spans((start, nbytes)))
+            assert isinstance(ask(dealer, read), messages.Refused)
+        dealer.send(
+            encode(Envelope(7, False, messages.ReadBytes(view.lease_id, spans((first, 64)))))
+        )
+        assert dealer.recv_multipart()[1] == bytes([7]) * 64
         dealer.send(encode(Envelope(0, False, messages.Unlink())))
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 

@@ -45,7 +45,7 @@ class LocalTransport(Transport):
     preference = 100
     capabilities = Capabilities(
         host_memory=True,
-        device_memory=True,  # of peers in this process
+        device_memory=True,
         same_process=True,
         same_host=True,
         between_hosts=True,
@@ -88,7 +88,7 @@ class LocalChannel(Channel):
         self._reported: set[str] = set()
         self._words = PeerMappings(peer.pid)
         self._unreachable = "" if self._same_process else peer.unreachable_from(here)
-        relayed = Relayed(relay)
+        self._relayed = relayed = Relayed(relay)
         self._ways: list[Way]
         if neighbour is not None:
             self._ways = [SameProcess(neighbour)]
@@ -98,12 +98,13 @@ class LocalChannel(Channel):
             self._ways = [SharedMapping(peer), ProcessMemory(peer), relayed]
 
     def fit(self, kind: MemoryKind) -> Fit:
-        """Well inside one process; between processes host memory only.
+        """Well inside one process, and host memory between processes.
 
-        Once only the relay is left, anything else is better.
+        Where only the relay is left, as for device memory between processes, anything else is
+        better.
         """
         if kind is not MemoryKind.HOST and not self._same_process:
-            return Fit.none("between processes it moves host memory only")
+            return Fit.last_resort("through the control connection, device memory")
         if isinstance(self._ways[0], Relayed):
             reason = self._unreachable or "the kernel forbids the other ways"
             return Fit.last_resort(f"through the control connection, {reason}")
@@ -111,14 +112,16 @@ class LocalChannel(Channel):
 
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`; returns the name of the way that served."""
+        ways = tuple(self._ways)
         if not movement.in_host_memory and not self._same_process:
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                "between processes the local transport moves host memory only, not between"
-                f" {movement.local_device} and the peer's {movement.remote_device}",
-                remedy="use HOST caches, or the transport hixl.",
+            # The other ways reach what the host's processors can read.
+            ways = (self._relayed,)
+            self._report(
+                self._relayed,
+                "device memory goes through the control connection, which is slow; HIXL moves it"
+                " faster, see LLMDataDist.links()",
             )
-        for way in tuple(self._ways):
+        for way in ways:
             if self._unreachable:
                 self._report(
                     way,

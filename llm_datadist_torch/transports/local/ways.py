@@ -213,14 +213,15 @@ class Relayed(Way):
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Ask the owner for the bytes, or send them, chunk by chunk."""
+        device = movement.local_device
         if movement.local_foreign:
-            check_alive(movement.local_addrs, movement.measures[1])
+            check_alive(movement.local_addrs, movement.measures[1], device)
         for local, spans in relay_chunks(movement):
             if deadline.expired:
                 raise timed_out(deadline)
             sizes = spans[:, 1]
             if movement.direction is Direction.WRITE:
-                self._relay.write(movement, spans, gather(local, sizes), deadline)
+                self._relay.write(movement, spans, gather(local, sizes, device), deadline)
                 continue
             data = self._relay.read(movement, spans, deadline)
             if len(data) != int(sizes.sum()):
@@ -228,7 +229,7 @@ class Relayed(Way):
                     LLMStatusCode.LLM_FAILED,
                     f"the peer sent {len(data)} bytes of {int(sizes.sum())}",
                 )
-            scatter(local, sizes, data)
+            scatter(local, sizes, data, device)
 
 
 def relay_chunks(movement: Movement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
