@@ -14,6 +14,7 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.memory.container import container_limit
 from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.memory.sharing import send_as_shared_memory
 from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMStatusCode, error_for
 
 TENSOR_ALIGNMENT = 64 * 1024
@@ -123,9 +124,11 @@ def allocate_bytes(nbytes: int) -> tuple[torch.Tensor, Region]:
 
 def region_of(host: _C.HostRegion) -> Region:
     """The region that ``host`` is; keeps it alive."""
-    return Region(
+    region = Region(
         host.address, host.nbytes, host.fd, host.inode, host.device, host.reason, keepalive=host
     )
+    send_as_shared_memory(region)
+    return region
 
 
 def tensor_nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
