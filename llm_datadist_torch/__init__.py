@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlocksCacheKey",
+    "BlocksKey",
     "Cache",
     "CacheDesc",
     "CacheKey",
@@ -44,6 +45,8 @@ __all__ = [
     "LLMRole",
     "LLMStatusCode",
     "LLMTimeoutError",
+    "LayerPull",
+    "LayerPush",
     "LayerSynchronizer",
     "LinkEvent",
     "LinkInfo",
@@ -51,24 +54,34 @@ __all__ = [
     "LlmConfig",
     "MemInfo",
     "Memtype",
+    "Node",
+    "Peer",
     "Placement",
+    "PrefixKey",
+    "PreparedTransfer",
     "RegisterMemStatus",
+    "RequestKey",
+    "RowKey",
     "Status",
     "TransferConfig",
     "TransferWithCacheKeyConfig",
 ]
 
 
+# Public as well, but left alone by `import *`: Python's own is meant where nothing is said.
+_NOT_STARRED = ("open",)
+
+
 def __getattr__(name: str) -> object:
     """Loads all public names when the first is used."""
     if name == "ops":
         return importlib.import_module("llm_datadist_torch.ops")
-    if name not in __all__:
+    if name not in __all__ and name not in _NOT_STARRED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     public = importlib.import_module("llm_datadist_torch.public")
-    globals().update({each: getattr(public, each) for each in __all__})
+    globals().update({each: getattr(public, each) for each in (*__all__, *_NOT_STARRED)})
     return globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NOT_STARRED})

@@ -65,6 +65,7 @@ class Cache:
         self._device = self._tensors[0].device
         self._dims = list(cache_desc.dims)  # the desc's shape is the caller's, who may change it
         self._ended_by = ""
+        self._tensors_per_layer = 2
 
     # -- what the reference has -------------------------------------------------------------------
 
@@ -157,12 +158,41 @@ class Cache:
             )
         return tensors
 
-    def layer(self, index: int, tensor_num_per_layer: int = 2) -> tuple[torch.Tensor, ...]:
+    @property
+    def tensors_per_layer(self) -> int:
+        """How many tensors make a layer: what :meth:`layer` and the front door go by.
+
+        2, K and V, unless ``Node.allocate`` or ``Node.register`` was told otherwise. The methods of
+        ``CacheManager`` go by their own argument.
+        """
+        return self._tensors_per_layer
+
+    def group_layers(self, tensors_per_layer: int) -> None:
+        """Set :attr:`tensors_per_layer`.
+
+        Args:
+            tensors_per_layer: Tensors of a layer; ``num_tensors`` must be a multiple of it.
+
+        Raises:
+            TypeError: It is no int.
+            LLMParamError: It is less than 1, or ``num_tensors`` is no multiple of it.
+        """
+        count = operator.index(tensors_per_layer)
+        if count < 1 or self._cache_desc.num_tensors % count:
+            raise param_error(
+                f"tensors_per_layer={count} does not divide the {self._cache_desc.num_tensors}"
+                f" tensors of cache {self._cache_id}"
+            )
+        self._tensors_per_layer = count
+
+    def layer(
+        self, index: int, tensor_num_per_layer: int | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """The tensors of one layer, K and V by default.
 
         Args:
             index: Layer, from 0.
-            tensor_num_per_layer: Tensors of a layer, at least 1.
+            tensor_num_per_layer: Tensors of a layer, at least 1. None: :attr:`tensors_per_layer`.
 
         Raises:
             IndexError: No such layer.
@@ -170,6 +200,8 @@ class Cache:
             LLMCacheNotFoundError: The cache has ended.
         """
         tensors = self.tensors
+        if tensor_num_per_layer is None:
+            tensor_num_per_layer = self._tensors_per_layer
         index, tensor_num_per_layer = operator.index(index), operator.index(tensor_num_per_layer)
         if tensor_num_per_layer < 1:
             raise param_error(f"tensor_num_per_layer={tensor_num_per_layer} must be at least 1")

@@ -24,6 +24,7 @@ from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Self
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -155,6 +156,20 @@ class LLMDataDist(LinkCalls):
         if self._manager is None:
             self._not_inited()
         return self._manager
+
+    @property
+    def initialised(self) -> bool:
+        """Whether it is between ``init`` and ``finalize`` (not in the reference)."""
+        return self._instance is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where ``Placement.DEVICE`` caches are: an NPU, or the CPU (not in the reference).
+
+        Raises:
+            RuntimeError: Not initialised.
+        """
+        return self._check_is_inited().device.device
 
     @property
     def listen_address(self) -> tuple[str, int] | None:

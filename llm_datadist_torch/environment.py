@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Environment variables. Tools read and set them: `cli` and `compat`.
 
-The library itself reads three: where the members of a communicator meet (`link`), which file has
-the link secret (`init`), and whether the Ascend runtime is simulated.
+The library itself reads where the members of a communicator meet (`link`), which file has the link
+secret (`init`), whether the Ascend runtime is simulated, and the options of `open`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from contextlib import contextmanager
 def environment_text(name: str) -> str:
     """Returns an environment variable, "" if it isn't set."""
     return os.environ.get(name, "")
+
+
+def environment_texts(prefix: str) -> dict[str, str]:
+    """Returns the environment variables whose names begin so."""
+    return {name: text for name, text in os.environ.items() if name.startswith(prefix)}
 
 
 def set_environment(values: Mapping[str, str | None]) -> None:

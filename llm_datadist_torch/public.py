@@ -1,6 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names. The package itself loads them on first use, so that importing it is free."""
 
+from llm_datadist_torch.api.keys import BlocksKey as BlocksKey
+from llm_datadist_torch.api.keys import PrefixKey as PrefixKey
+from llm_datadist_torch.api.keys import RequestKey as RequestKey
+from llm_datadist_torch.api.keys import RowKey as RowKey
+from llm_datadist_torch.api.layers import LayerPull as LayerPull
+from llm_datadist_torch.api.layers import LayerPush as LayerPush
+from llm_datadist_torch.api.node import Node as Node
+from llm_datadist_torch.api.opening import open as open  # noqa: A004
+from llm_datadist_torch.api.peer import Peer as Peer
+from llm_datadist_torch.api.transfer import PreparedTransfer as PreparedTransfer
 from llm_datadist_torch.cache import Cache as Cache
 from llm_datadist_torch.cache_manager import CacheManager as CacheManager
 from llm_datadist_torch.config import LLMConfig as LLMConfig

@@ -36,12 +36,12 @@ class Peer:
     def pid(self) -> int:
         return self.process.pid
 
-    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the service; its failure is ours, with its traceback."""
         self.begin(name, *args, **kwargs)
         return self.answer()
 
-    def begin(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def begin(self, name: str, /, *args: Any, **kwargs: Any) -> None:
         """Call without waiting; ``answer`` returns what came of it."""
         self._connection.send((name, args, kwargs))
         self._owed += 1
@@ -99,7 +99,7 @@ class NearPeer:
         self.service = Service() if service is None else service
         self.pid = os.getpid()
 
-    def ask(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.service, name)(*args, **kwargs)
 
     def close(self) -> None:

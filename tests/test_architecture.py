@@ -29,6 +29,7 @@ LAYERS: list[list[set[str]]] = [
     [{"manager"}],
     [{"cache_manager"}],
     [{"datadist", "datadist_links"}],
+    [{"api"}],
     [{"public"}, {"compat"}],
     [{""}],  # __init__.py
     [{"cli"}, {"vllm"}],

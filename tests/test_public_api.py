@@ -23,7 +23,7 @@ def test_it_says_the_signatures_and_defaults():
     for wanted in (
         "class CacheManager",
         "    unregister_cache(self, cache_id: int, *, timeout: int | None = None) -> None",
-        "    layer(self, index: int, tensor_num_per_layer: int = 2) -> tuple[torch.Tensor, ...]",
+        "    block(self, index: int) -> tuple[torch.Tensor, ...]",
         "    LLM_SUCCESS = 0",
         "    tensor_addrs: list[int]",
         "    link_retry_count = 1 (settable)",

@@ -27,9 +27,12 @@ def test_the_example_runs(name):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_example_comes_early():
+def test_the_example_is_short_and_comes_early():
     lines = text_of("README.md").splitlines()
-    assert lines.index("```python") < 40
+    start = lines.index("```python")
+    assert start < 40
+    code = [line for line in lines[start + 1 : lines.index("```", start)] if line.strip()]
+    assert len(code) <= 10
 
 
 def test_both_languages_show_the_same_code():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, overload
 
 from llm_datadist_torch.values.checks import (
@@ -218,6 +219,21 @@ class CacheKeyByIdAndIndex:
             f"CacheKeyByIdAndIndex(cluster_id={self._cluster_id}, cache_id={self._cache_id}, "
             f"batch_index={self._batch_index})"
         )
+
+
+def _show_parameters(key_class: type, names: dict[str, object]) -> None:
+    """Give ``help()`` and completion the parameters that ``*args, **kwargs`` hide."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    shown = [inspect.Parameter(n, kind, default=d, annotation=int) for n, d in names.items()]
+    key_class.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+
+
+_REQUIRED = inspect.Parameter.empty
+_show_parameters(BlocksCacheKey, {"cluster_id": _REQUIRED, "model_id": 0})
+_show_parameters(
+    CacheKey,
+    {"cluster_id": _REQUIRED, "req_id": _REQUIRED, "model_id": 0, "prefix_id": INVALID_ID},
+)
 
 
 def check_cache_key(key: CacheKey, name: str = "cache_key") -> CacheKey:
