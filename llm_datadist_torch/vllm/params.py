@@ -12,8 +12,34 @@ import msgspec
 
 from llm_datadist_torch.values.checks import param_error
 
-Peer = tuple[int, str, int]
-"""Cluster id, host and port of one worker."""
+BlockIds = tuple[tuple[int, ...], ...]
+"""A request's blocks: per KV cache group, in order from the first token on."""
+
+NULL_BLOCK = 0
+"""vLLM's block that belongs to nobody: it stands where a group needs no block."""
+
+
+class Peer(msgspec.Struct, frozen=True, array_like=True):
+    """One worker, as a JSON array.
+
+    Attributes:
+        cluster_id: Its cluster id; users may have typed it, so it identifies nobody.
+        host: Address or name at which peers reach it.
+        port: The port there.
+        life: Random text that a worker chooses when it starts, so that two workers, or two lives of
+            one, never have the same. Empty where it is not known: with "push" the proxy names
+            consumers by their address.
+    """
+
+    cluster_id: int
+    host: str
+    port: int
+    life: str = ""
+
+    def __str__(self) -> str:
+        """Its id and address, for messages."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"worker {self.cluster_id} at {host}:{self.port}"
 
 
 class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,22 +48,30 @@ class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         remote_engine_id: The engine that has them.
         remote_request_id: Its request.
-        remote_lease: Number under which it keeps them; see :class:`~.leases.Leases`.
-        remote_peers: Its workers, in order of their tensor-parallel rank.
-        remote_block_ids: The request's blocks in order, from the first token on.
+        remote_lease: Number of the lease under which it keeps them, counted in one life of the
+            engine; see :class:`~.worker.leases.Leases`.
+        remote_lease_s: Seconds that a claim keeps the lease.
+        remote_peers: Its workers, by pipeline rank and then by tensor-parallel rank.
+        remote_tp_size: Its tensor-parallel size.
+        remote_block_ids: The request's blocks.
         remote_num_tokens: Tokens that are in them.
         prompt: Digest of the prompt, see :func:`prompt_digest`.
-        digest: Digest of what must be equal to move whole blocks; see :mod:`.fingerprint`.
     """
 
     remote_engine_id: str
     remote_request_id: str
     remote_lease: int
+    remote_lease_s: float
     remote_peers: tuple[Peer, ...]
-    remote_block_ids: tuple[int, ...]
+    remote_tp_size: int
+    remote_block_ids: BlockIds
     remote_num_tokens: int
     prompt: str
-    digest: str
+
+    @property
+    def name(self) -> tuple[str, int]:
+        """The same for all requests that name the same blocks, and for no others."""
+        return self.remote_peers[0].life, self.remote_lease
 
     def to_params(self) -> dict[str, Any]:
         """The JSON object for the consumer's request."""
@@ -58,10 +92,16 @@ class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
                 f"kv_transfer_params: {error}",
                 remedy="pass on what the producer answered, unchanged.",
             ) from None
-        if not found.remote_peers or found.remote_num_tokens < 0:
+        peers, size = len(found.remote_peers), found.remote_tp_size
+        if not peers or size < 1 or peers % size or found.remote_num_tokens < 0:
             raise param_error(
-                f"kv_transfer_params: {len(found.remote_peers)} peers,"
+                f"kv_transfer_params: {peers} peers, tensor parallel size {size},"
                 f" {found.remote_num_tokens} tokens"
+            )
+        if not all(peer.life for peer in found.remote_peers):
+            raise param_error(
+                "kv_transfer_params: a peer has no life",
+                remedy="pass on what the producer answered, unchanged.",
             )
         return found
 
@@ -98,7 +138,7 @@ def prompt_digest(token_ids: Sequence[int], further: Sequence[str] = ()) -> str:
 
     Args:
         token_ids: The prompt.
-        further: Whatever else counts: names of adapters, hashes of images.
+        further: Whatever else counts: adapters, hashes of images.
     """
     digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=12)
     for each in further:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llm_datadist_torch.vllm.params import Peer, RemoteBlocks
+from llm_datadist_torch.vllm.params import BlockIds, Peer, RemoteBlocks
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,7 @@ class Pull:
     Attributes:
         request_id: The consumer's request.
         remote: Where the blocks are.
-        local_blocks: The request's blocks, from the first token on; empty if there is nothing to
-            fetch.
+        local_blocks: The request's blocks; empty if there is nothing to fetch.
         first_token: Tokens that are there already: a whole number of blocks.
         num_tokens: Tokens that shall be there afterwards.
         awaited: Whether the engine waits for this.
@@ -24,19 +23,27 @@ class Pull:
 
     request_id: str
     remote: RemoteBlocks
-    local_blocks: tuple[int, ...] = ()
+    local_blocks: BlockIds = ()
     first_token: int = 0
     num_tokens: int = 0
     awaited: bool = True
 
 
 @dataclass(frozen=True)
+class Hold:
+    """Keep a producer's lease for a request that is queued, until it is pulled or dropped."""
+
+    request_id: str
+    remote: RemoteBlocks
+
+
+@dataclass(frozen=True)
 class Grant:
-    """Keep blocks for a consumer; see :class:`~.leases.Leases`."""
+    """Keep blocks for a consumer; see :class:`~.worker.leases.Leases`."""
 
     number: int
     request_id: str
-    blocks: tuple[int, ...]
+    blocks: BlockIds
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class Expect:
     Attributes:
         request_id: The consumer's request.
         transfer_id: What both requests call it.
-        blocks: The request's blocks, from the first token on; empty if nothing is wanted any more,
-            and the engine does not wait.
+        blocks: The request's blocks; empty if nothing is wanted any more, and the engine does not
+            wait.
         first_token: Tokens that are there already: a whole number of blocks.
         num_tokens: Tokens that shall be there afterwards.
         prompt: Digest of the prompt.
@@ -55,7 +62,7 @@ class Expect:
 
     request_id: str
     transfer_id: str
-    blocks: tuple[int, ...]
+    blocks: BlockIds
     first_token: int
     num_tokens: int
     prompt: str
@@ -63,23 +70,26 @@ class Expect:
 
 @dataclass(frozen=True)
 class Push:
-    """With "push": blocks that this step completes, to be sent layer by layer.
+    """With "push": tokens that this step computes, to be sent layer by layer.
 
     Attributes:
         request_id: The producer's request.
         transfer_id: What both requests call it.
         peers: The consumer's workers.
-        blocks: The blocks of the prompt that are complete after this step, from the first token on.
-        first_block: How many of them have been sent in steps before.
+        blocks: The request's blocks.
+        first_token: Tokens of which whole blocks have been sent in steps before.
+        num_tokens: Tokens of the prompt that are there after this step.
         prompt: Digest of the prompt.
-        last: Whether the prompt is complete after this step.
+        last: Whether the prompt is complete after this step. If not, blocks that are not full are
+            not sent yet.
     """
 
     request_id: str
     transfer_id: str
     peers: tuple[Peer, ...]
-    blocks: tuple[int, ...]
-    first_block: int
+    blocks: BlockIds
+    first_token: int
+    num_tokens: int
     prompt: str
     last: bool
 
@@ -107,14 +117,20 @@ class Step:
 
     Attributes:
         pulls: What to fetch.
+        holds: Leases to keep for requests that are queued.
+        drops: Requests whose leases need not be kept any more.
         grants: What to keep.
         expects: What to let others write.
         pushes: What to write.
         push_ends: Requests that have ended, and were to be sent.
+        reset: Whether what was granted before is not kept any more.
     """
 
     pulls: list[Pull] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
+    drops: list[str] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)
     pushes: list[Push] = field(default_factory=list)
     push_ends: list[PushEnd] = field(default_factory=list)
+    reset: bool = False

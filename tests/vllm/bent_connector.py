@@ -6,45 +6,46 @@ It waits in the middle of a pull, or before or in the middle of a push, or loads
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm_datadist_torch.vllm.connector import LLMDataDistConnector
+from llm_datadist_torch.vllm.mapping import Move
 from llm_datadist_torch.vllm.params import Peer
-from llm_datadist_torch.vllm.protocol import Place
-from llm_datadist_torch.vllm.pulling import Puller
-from llm_datadist_torch.vllm.pushing import Sender
-from llm_datadist_torch.vllm.steps import Push
+from llm_datadist_torch.vllm.worker.pulling import Puller
+from llm_datadist_torch.vllm.worker.pushing import Sender
+from llm_datadist_torch.vllm.worker.service import TimeLimit
 
 DIRECTORY = "BENT_CONNECTOR"
 _fetch_rows = Puller.fetch_rows
 
 
-def _bent(
-    self: Puller, peer: int, group: int, src: torch.Tensor, dst: torch.Tensor, deadline: Any
-) -> None:
+def _part(move: Move, rows: slice) -> Move:
+    return dataclasses.replace(move, src_rows=move.src_rows[rows], dst_rows=move.dst_rows[rows])
+
+
+def _bent(self: Puller, peer: int, move: Move, limit: TimeLimit) -> None:
     bends = Path(os.environ[DIRECTORY])
-    half = len(src) // 2
-    _fetch_rows(self, peer, group, src[half:], dst[half:], deadline)
+    half = len(move.src_rows) // 2
+    _fetch_rows(self, peer, _part(move, slice(half, None)), limit)
     if (bends / "hold").exists():
         (bends / "held").touch()
         while (bends / "hold").exists():
             time.sleep(0.01)
     if half:
-        _fetch_rows(self, peer, group, src[:half], dst[:half], deadline)
+        _fetch_rows(self, peer, _part(move, slice(half)), limit)
     if (bends / "zero").exists():
-        for tensor in self._service.caches[group].tensors:
-            tensor[dst] = 0
+        for layer in move.dst_layers:
+            self._service.caches[move.dst_cache].tensors[layer][move.dst_rows] = 0
 
 
 Puller.fetch_rows = _bent  # type: ignore[method-assign]
 
 
-_send, _send_layer = Sender._send, Sender._send_layer
+_find_target, _send_layer = Sender._find_target, Sender._send_layer
 
 
 def _wait_while(bends: Path, wish: str, transfer_id: str) -> None:
@@ -55,18 +56,18 @@ def _wait_while(bends: Path, wish: str, transfer_id: str) -> None:
             time.sleep(0.01)
 
 
-def _bent_send(self: Sender, sending: Any, first: Push) -> None:
-    _wait_while(Path(os.environ[DIRECTORY]), "before", first.transfer_id)
-    _send(self, sending, first)
+def _bent_find_target(self: Sender, sending: Any, peer: Peer) -> bool:
+    _wait_while(Path(os.environ[DIRECTORY]), "before", sending.push.transfer_id)
+    return _find_target(self, sending, peer)
 
 
-def _bent_send_layer(self: Sender, peer: Peer, place: Place, given: Any, sums: Any) -> None:
-    if given.layer == 2:
-        _wait_while(Path(os.environ[DIRECTORY]), "middle", given.push.transfer_id)
-    _send_layer(self, peer, place, given, sums)
+def _bent_send_layer(self: Sender, sending: Any, peer: Peer, layer: Any) -> None:
+    if ".2." in layer.name:
+        _wait_while(Path(os.environ[DIRECTORY]), "middle", sending.push.transfer_id)
+    _send_layer(self, sending, peer, layer)
 
 
-Sender._send = _bent_send  # type: ignore[method-assign]
+Sender._find_target = _bent_find_target  # type: ignore[method-assign]
 Sender._send_layer = _bent_send_layer  # type: ignore[method-assign]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llm_datadist_torch.vllm.layouts import KVLayout, describe
+from llm_datadist_torch.vllm.layouts import GroupLayout, GroupSpec, KVLayout, describe, heads_of
+from llm_datadist_torch.vllm.layouts import Kind as GroupKind
 
 LAYERS = ("model.layers.0", "model.layers.1")
 
@@ -57,12 +58,18 @@ class Worker:
         self.layout: KVLayout
         self.layout, self.views = describe(
             given,
-            block_size=block_size,
+            [
+                GroupSpec(
+                    GroupLayout(GroupKind.ATTENTION, block_size),
+                    LAYERS,
+                    dict.fromkeys(LAYERS, kind.heads),
+                )
+            ],
             tp_rank=tp_rank,
             tp_size=tp_size,
-            total_kv_heads=kind.heads,
             arrangement=kind.arrangement,
         )
+        self.heads = heads_of(kind.heads, tp_rank, tp_size)
 
     def vector(self, layer: int, part: int, slot: tuple[int, int], head: int) -> torch.Tensor:
         """What (block, token in it) has of a local head; to read and to write."""
@@ -81,7 +88,7 @@ class Worker:
         """Fill a slot with numbers that say which layer, part, head and token it is."""
         for layer in range(len(LAYERS)):
             for part in range(len(self.kind.widths)):
-                for at, head in enumerate(self.layout.heads):
+                for at, head in enumerate(self.heads):
                     self._put(layer, part, slot, at, content(self.kind, layer, part, head, token))
 
     def _put(
@@ -105,7 +112,7 @@ class Worker:
             )
             for layer in range(len(LAYERS))
             for part in range(len(self.kind.widths))
-            for at, head in enumerate(self.layout.heads)
+            for at, head in enumerate(self.heads)
         )
 
     def is_untouched(self, slot: tuple[int, int]) -> bool:
@@ -113,7 +120,7 @@ class Worker:
             not self.vector(layer, part, slot, at).any()
             for layer in range(len(LAYERS))
             for part in range(len(self.kind.widths))
-            for at in range(len(self.layout.heads))
+            for at in range(len(self.heads))
         )
 
 

@@ -7,19 +7,22 @@ import pytest
 import torch
 
 from llm_datadist_torch import LLMParamError
-from llm_datadist_torch.vllm.layouts import WHOLE_PAGE, Cut, describe
+from llm_datadist_torch.vllm.layouts import (
+    WHOLE_PAGE,
+    Cut,
+    GroupLayout,
+    GroupSpec,
+    Kind,
+    describe,
+    heads_of,
+)
 from tests.vllm_layouts.layout_cases import ASCEND, CPU, CPU_AMX, MLA, SPARSE_MLA, Worker
 
 
 def described(kv_caches, arrangement="cpu/vec", block_size=32, heads=2, **options):
-    options = {"tp_rank": 0, "tp_size": 1} | options
-    return describe(
-        kv_caches,
-        block_size=block_size,
-        total_kv_heads=heads,
-        arrangement=arrangement,
-        **options,
-    )
+    layers = tuple(kv_caches)
+    group = GroupSpec(GroupLayout(Kind.ATTENTION, block_size), layers, dict.fromkeys(layers, heads))
+    return describe(kv_caches, [group], arrangement=arrangement, **options)
 
 
 @pytest.mark.parametrize(
@@ -30,34 +33,37 @@ def described(kv_caches, arrangement="cpu/vec", block_size=32, heads=2, **option
         (
             ASCEND,
             [Cut.TOKEN_MAJOR] * 2,
-            {(0, 0): 1, (1, 0): 1, (0, 16): 2, (1, 16): 2, (0, 32): 1, (1, 32): 1},
+            {(p, 0): 1 for p in range(2)}
+            | {(p, t): n for p in range(2) for t, n in ((1, 128), (16, 2), (32, 1))},
         ),
         (
             MLA,
             [Cut.HEAD_MAJOR] * 2,
-            {(0, 0): 1, (1, 0): 1, (0, 16): 2, (1, 16): 2, (0, 32): 1, (1, 32): 1},
+            {(p, 0): 1 for p in range(2)}
+            | {(p, t): n for p in range(2) for t, n in ((1, 32), (16, 2), (32, 1))},
         ),
         (
             SPARSE_MLA,
             [Cut.HEAD_MAJOR] * 3,
-            {(p, t): n for t, n in ((0, 1), (16, 2), (32, 1)) for p in range(3)},
+            {(p, 0): 1 for p in range(3)}
+            | {(p, t): n for p in range(3) for t, n in ((1, 32), (16, 2), (32, 1))},
         ),
     ],
     ids=["cpu", "cpu amx", "ascend", "mla", "sparse mla"],
 )
-def test_groups(kind, cuts, units):
+def test_caches(kind, cuts, units):
     worker = Worker(kind, 3, 32)
     layout = worker.layout
     assert [part.cut for part in layout.parts] == cuts
-    assert [(g.part, g.tokens, g.units_per_block) for g in layout.groups] == [
+    assert [(c.part, c.tokens, c.units_per_page) for c in layout.caches] == [
         (*key, count) for key, count in units.items()
     ]
-    for group, views in zip(layout.groups, worker.views, strict=True):
+    for cache, views in zip(layout.caches, worker.views, strict=True):
         assert len(views) == len(worker.tensors)
         for view, tensors in zip(views, worker.tensors, strict=True):
-            tensor = tensors[group.part]
+            tensor = tensors[cache.part]
             assert view.data_ptr() == tensor.data_ptr()
-            assert list(view.shape) == [3 * group.units_per_block, group.unit_bytes]
+            assert list(view.shape) == [3 * cache.units_per_page, cache.unit_bytes]
             assert view.numel() == tensor.numel() * tensor.itemsize
 
 
@@ -72,14 +78,14 @@ def test_layers_that_are_views_into_one_storage():
 def test_blocks_that_lie_apart_are_served_as_whole_pages():
     storage = torch.zeros(3, 2, 2, 32, 8)  # the layers of a block side by side
     layout, groups = described({"a": storage[:, 0], "b": storage[:, 1]})
-    assert [group.tokens for group in layout.groups] == [WHOLE_PAGE]
+    assert [cache.tokens for cache in layout.caches] == [WHOLE_PAGE]
     assert "lie apart" in layout.why_whole
     assert groups[0][1].stride() == (2 * 2 * 32 * 8 * 4, 1)
 
 
 def test_quantised_kv_is_served_as_whole_pages():
     layout, _ = described({"a": torch.zeros(3, 2, 32, 8, dtype=torch.uint8)})
-    assert "torch.uint8 inside a page is not known" in layout.why_whole
+    assert "arranges torch.uint8 [3, 2, 32, 8] inside a page is not known" in layout.why_whole
 
 
 @pytest.mark.parametrize(
@@ -87,10 +93,7 @@ def test_quantised_kv_is_served_as_whole_pages():
     [(4, 1, [(0, 4)]), (4, 2, [(0, 2), (2, 4)]), (2, 4, [(0, 1), (0, 1), (1, 2), (1, 2)])],
 )
 def test_heads_of_ranks(total, tp_size, heads):
-    layout, _ = described(
-        {"a": torch.zeros(3, max(1, total // tp_size), 32, 8)}, heads=total, tp_size=tp_size
-    )
-    ranges = [layout.heads_of(rank, tp_size) for rank in range(tp_size)]
+    ranges = [heads_of(total, rank, tp_size) for rank in range(tp_size)]
     assert [(r.start, r.stop) for r in ranges] == heads
 
 
@@ -101,20 +104,55 @@ PAIR = (torch.zeros(3, 32, 2, 4), torch.zeros(3, 32, 2, 4))
     ("kv_caches", "options", "reason"),
     [
         ({}, {}, "no KV caches"),
-        ({"a": torch.zeros(3, 2, 32, 8)}, {"arrangement": "ROCM"}, "'ROCM' is none of which"),
-        ({"a": torch.zeros(2, 3, 2, 32, 8)}, {}, "'a' can't be served: shape .* not 4 dimensions"),
-        ({"a": torch.zeros(3, 2, 64, 8)}, {}, "is not \\[num_blocks, 2 heads, 32 tokens"),
-        ({"a": torch.zeros(3, 32, 2, 8)}, {}, "is not \\[num_blocks, 2 heads, 32 tokens"),
-        ({"a": PAIR}, {"block_size": 16}, "is not \\[num_blocks, 16 tokens, 2 heads"),
-        ({"a": PAIR * 2}, {}, "it has 4 caches"),
-        ({"a": ()}, {}, "it has 0 caches"),
-        ({"a": (PAIR[0], PAIR[1][:2])}, {}, "different numbers of blocks"),
-        ({"a": PAIR, "b": PAIR[:1]}, {}, "'b' .* not like the other layers"),
-        ({"a": PAIR, "b": (PAIR[0], PAIR[1].half())}, {}, "'b' .* not like the other layers"),
-        ({"a": torch.zeros(3, 32, 2, 8).transpose(1, 2)}, {}, "a page lies in pieces"),
+        ({"a": PAIR + PAIR + PAIR[:1]}, {}, "it has 5 tensors"),
+        ({"a": ()}, {}, "it has 0 tensors"),
+        ({"a": (PAIR[0], PAIR[1][:2])}, {}, "dimension 0 is not 3 blocks"),
+        ({"a": torch.zeros(3, 5, 2, 32, 8)}, {}, "neither K and V, nor blocks"),
+        ({"a": PAIR}, {"num_blocks": 2}, "dimension 0 is not 2 blocks"),
+        ({"a": torch.zeros(9, 2, 32, 8)}, {"num_blocks": 3}, "32 tokens can't be shared by 3"),
+        ({"a": torch.zeros(3, 64, 2, 8)[:, :32, :, ::2]}, {}, "a page lies in pieces"),
         ({"a": torch.zeros(3, 1, 32, 8)}, {"heads": 3, "tp_size": 2}, "3 KV heads .* 2 workers"),
     ],
 )
 def test_refused(kv_caches, options, reason):
     with pytest.raises(LLMParamError, match=reason):
         described(kv_caches, **options)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "arrangement"),
+    [
+        (torch.zeros(3, 2, 32, 8), "ROCM"),
+        (torch.zeros(3, 2, 64, 8), "cpu/vec"),
+        (torch.zeros(3, 5, 7), "ascend"),
+    ],
+)
+def test_pages_that_are_not_known_inside_are_whole(tensor, arrangement):
+    layout, _ = described({"a": tensor}, arrangement=arrangement)
+    assert [part.cut for part in layout.parts] == [Cut.OPAQUE]
+    assert "is not known" in layout.why_whole
+
+
+def test_layers_that_share_a_tensor_are_served_once():
+    first, other = torch.zeros(3, 2, 32, 8), torch.zeros(3, 2, 32, 8)
+    layout, caches = described({"a": first, "b": other, "c": first, "d": other})
+    assert layout.parts[0].layers == ("a", "b")
+    assert [view.data_ptr() for view in caches[0]] == [first.data_ptr(), other.data_ptr()]
+
+
+def test_layers_that_differ_are_parts_of_their_own():
+    index = torch.zeros(3, 32, 5)
+    kv_caches = {"a": PAIR, "a.index": index, "b": PAIR[:1], "c": (PAIR[0].half(), PAIR[1])}
+    kv_caches = {
+        name: tuple(each.clone() for each in row) if isinstance(row, tuple) else row
+        for name, row in kv_caches.items()
+    }
+    layout, caches = described(kv_caches, arrangement="ascend", heads=2)
+    found = [(part.role, part.layers, part.dtype) for part in layout.parts]
+    assert found == [
+        (0, ("a", "b"), "torch.float32"),
+        (1, ("a", "c"), "torch.float32"),
+        (0, ("a.index",), "torch.float32"),
+        (0, ("c",), "torch.float16"),
+    ]
+    assert [len(each) for each in caches[:4]] == [2, 2, 1, 1]

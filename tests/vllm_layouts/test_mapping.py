@@ -33,15 +33,28 @@ from tests.vllm_layouts.layout_cases import (
     slots,
 )
 
-BLOCKS = 6
+BLOCKS = 7
 
 
-def copy_rows(dst: Worker, src: Worker, pulls: dict[int, mapping.Rows]) -> None:
+def moves(
+    local: KVLayout,
+    remote: KVLayout,
+    local_blocks: list[int],
+    remote_blocks: list[int],
+    first: int,
+    stop: int,
+) -> list[mapping.Move]:
+    blocks = ((tuple(each),) for each in (local_blocks, remote_blocks))
+    return mapping.moves(local, remote, *blocks, mapping.Tokens(first, stop))
+
+
+def copy_rows(dst: Worker, src: Worker, found: list[mapping.Move]) -> None:
     """What pull_blocks does, row by row."""
-    for group, (src_rows, dst_rows) in pulls.items():
-        assert len(set(dst_rows.tolist())) == len(dst_rows), "no row is written twice"
-        for source, target in zip(src.views[group], dst.views[group], strict=True):
-            target[dst_rows] = source[src_rows]
+    for move in found:
+        assert len(set(move.dst_rows.tolist())) == len(move.dst_rows), "no row is written twice"
+        for source, target in zip(move.src_layers, move.dst_layers, strict=True):
+            rows = src.views[move.src_cache][source][move.src_rows]
+            dst.views[move.dst_cache][target][move.dst_rows] = rows
 
 
 def check_holds(worker: Worker, blocks: list[int], first: int, num_tokens: int) -> None:
@@ -57,14 +70,11 @@ def check_holds(worker: Worker, blocks: list[int], first: int, num_tokens: int) 
 def requests(draw):
     kind = KINDS[draw(st.sampled_from(sorted(KINDS)))]
     sizes = [draw(st.sampled_from([16, 32, 48, 64])) for _ in range(2)]
-    # With heads side by side only equal sizes, and more workers than heads, can be served.
     tp_sizes = [draw(st.sampled_from([1, 2, 4, 8])) for _ in range(2)]
-    if kind is ASCEND:
-        tp_sizes[1] = tp_sizes[0]
     num_tokens = draw(st.integers(1, 3 * min(sizes)))
     first = draw(st.integers(0, num_tokens // sizes[1])) * sizes[1]
     lists = [
-        draw(st.permutations(range(BLOCKS))).copy()[: -(-num_tokens // size)] for size in sizes
+        draw(st.permutations(range(1, BLOCKS))).copy()[: -(-num_tokens // size)] for size in sizes
     ]
     return kind, sizes, tp_sizes, num_tokens, first, lists
 
@@ -88,7 +98,7 @@ def test_every_worker_gets_its_heads_of_every_token(case):
         for rank in ranks:
             assert mapping.refusal(worker.layout, theirs[rank].layout) is None
             args = worker.layout, theirs[rank].layout, dst_blocks, src_blocks
-            copy_rows(worker, theirs[rank], mapping.rows(*args, first, num_tokens))
+            copy_rows(worker, theirs[rank], moves(*args, first, num_tokens))
         check_holds(worker, dst_blocks, first, num_tokens)
     for rank in range(tp_sizes[0]):
         assert mapping.readers(ours[0].layout, tp_sizes[0], rank) == asked.count(rank) >= 1
@@ -103,6 +113,8 @@ def test_every_worker_gets_its_heads_of_every_token(case):
         (CPU, (32, 1), (64, 2)),
         (CPU, (64, 4), (32, 8)),
         (ASCEND, (32, 2), (64, 2)),
+        (ASCEND, (32, 1), (64, 2)),
+        (ASCEND, (32, 4), (32, 2)),
         (MLA, (32, 4), (32, 1)),
         (SPARSE_MLA, (64, 1), (32, 2)),
     ],
@@ -113,8 +125,8 @@ def test_real_bytes_between_instances(instance_factory, kind, src, dst):
     num_tokens, (size, tp) = 150, src
     theirs = [Worker(kind, BLOCKS, size, rank, tp) for rank in range(tp)]
     ours = [Worker(kind, BLOCKS, dst[0], rank, dst[1]) for rank in range(dst[1])]
-    src_blocks = [5, 0, 3, 4, 2][: -(-num_tokens // size)]
-    dst_blocks = [1, 4, 0, 5, 3][: -(-num_tokens // dst[0])]
+    src_blocks = [5, 6, 3, 4, 2][: -(-num_tokens // size)]
+    dst_blocks = [1, 4, 6, 5, 3][: -(-num_tokens // dst[0])]
     for worker in theirs:
         for token, slot in zip(
             range(num_tokens), slots(src_blocks, size, range(num_tokens)), strict=True
@@ -132,10 +144,16 @@ def test_real_bytes_between_instances(instance_factory, kind, src, dst):
             told = msgspec.msgpack.encode(theirs[rank].layout)
             layout = msgspec.msgpack.decode(told, type=KVLayout)
             assert layout == theirs[rank].layout
-            pulls = mapping.rows(worker.layout, layout, dst_blocks, src_blocks, 0, num_tokens)
-            for group, (src_rows, dst_rows) in pulls.items():
-                key = BlocksCacheKey(owners[rank].cluster_id, group)
-                puller.cache_manager.pull_blocks(key, caches[group], src_rows, dst_rows)
+            for move in moves(worker.layout, layout, dst_blocks, src_blocks, 0, num_tokens):
+                puller.cache_manager.pull_blocks(
+                    BlocksCacheKey(owners[rank].cluster_id, move.src_cache),
+                    caches[move.dst_cache],
+                    move.src_rows,
+                    move.dst_rows,
+                    src_layer_range=move.src_layers,
+                    dst_layer_range=move.dst_layers,
+                    tensor_num_per_layer=1,
+                )
         check_holds(worker, dst_blocks, 0, num_tokens)
 
 
@@ -169,41 +187,39 @@ def changed(kind: Kind, **fields: object) -> Kind:
         ((CPU, 32, 1), (changed(CPU, arrangement="cpu/amx"), 32, 1), "arrangement is 'cpu/vec'"),
         ((CPU_AMX, 32, 1), (CPU_AMX, 64, 1), "how cpu/amx arranges torch.float32 .* is not known"),
         ((CPU_AMX, 32, 1), (CPU_AMX, 32, 2), "tensor parallel size 1 here and 2 there"),
-        ((ASCEND, 32, 1), (ASCEND, 32, 2), "each token has them side by side"),
-        ((ASCEND, 32, 4), (ASCEND, 32, 2), "each token has them side by side"),
         ((CPU, 32, 1), (CPU, 40, 1), "multiples of 16 tokens"),
         ((CPU, 32, 1), (changed(CPU, heads=2), 32, 1), "total_kv_heads is 4 here and 2 there"),
         ((CPU, 32, 1), (changed(CPU, widths=(6,)), 32, 1), "other widths"),
-        ((MLA, 32, 1), (SPARSE_MLA, 32, 1), "other widths"),
+        ((MLA, 32, 1), (SPARSE_MLA, 32, 1), "'model.layers.0' is there and not here"),
     ],
 )
 def test_refused_with_the_reason(mine, theirs, reason):
     local, remote = (Worker(kind, BLOCKS, size, 0, tp) for kind, size, tp in (mine, theirs))
     with pytest.raises(LLMParamError, match=reason):
-        mapping.rows(local.layout, remote.layout, [0], [0], 0, 1)
+        moves(local.layout, remote.layout, [1], [1], 0, 1)
 
 
 def test_whole_pages_of_what_is_not_known_inside():
     src, dst = Worker(CPU_AMX, BLOCKS, 32), Worker(CPU_AMX, BLOCKS, 32)
     for tensors in src.tensors:
         tensors[0].random_(1, 100)
-    pulls = mapping.rows(dst.layout, src.layout, [3, 1], [0, 5], 0, 40)
-    assert list(pulls) == [0]
-    copy_rows(dst, src, pulls)
+    found = moves(dst.layout, src.layout, [3, 1], [6, 5], 0, 40)
+    assert [move.dst_cache for move in found] == [0]
+    copy_rows(dst, src, found)
     for mine, theirs in zip(dst.tensors, src.tensors, strict=True):
-        assert torch.equal(mine[0][[3, 1]], theirs[0][[0, 5]])
+        assert torch.equal(mine[0][[3, 1]], theirs[0][[6, 5]])
 
 
 def test_lists_that_do_not_fit():
     local, remote = Worker(CPU, BLOCKS, 32).layout, Worker(CPU, BLOCKS, 64).layout
     for args, reason in (
-        (([0], [0], 0, 33), "1 local_blocks of 32 tokens can't hold 33"),
-        (([0, 1, 2], [0], 0, 65), "1 remote_blocks of 64 tokens can't hold 65"),
-        (([0, 1], [0], 16, 33), "first_token=16 is no multiple"),
+        (([1], [1], 0, 33), "1 blocks of 32 tokens can't hold 33"),
+        (([3, 1, 2], [1], 0, 65), "1 blocks of 64 tokens can't hold 65"),
+        (([2, 1], [1], 16, 33), "first_token=16 is no multiple"),
     ):
         with pytest.raises(LLMParamError, match=reason):
-            mapping.rows(local, remote, *args)
-    assert mapping.rows(local, remote, [0, 1], [0], 64, 64) == {}
+            moves(local, remote, *args)
+    assert not moves(local, remote, [2, 1], [1], 64, 64)
 
 
 def test_workers_spread_over_those_that_have_the_same():

@@ -5,32 +5,27 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from msgspec.msgpack import decode
 
-from llm_datadist_torch.vllm import receiving
-from llm_datadist_torch.vllm.protocol import Place, Pushed, Where, encode
-from llm_datadist_torch.vllm.pushing import Sender
+from llm_datadist_torch.vllm.protocol import Asked, Place, Pushed, Where, encode
 from llm_datadist_torch.vllm.steps import Expect, Push, PushEnd, Step
+from llm_datadist_torch.vllm.worker import receiving
+from llm_datadist_torch.vllm.worker.processes import this_process
+from llm_datadist_torch.vllm.worker.pushing import Sender
+from llm_datadist_torch.vllm.worker.service import TimeLimit
 from tests.service import settle
-from tests.vllm_parts.test_worker import Worker, snapshot
+from tests.vllm_parts.workers import BLOCK, Worker, snapshot
 
 
 @pytest.fixture
-def worker() -> Iterator[Callable[..., Worker]]:
-    made: list[Worker] = []
-
-    def make(*args: Any, **kwargs: Any) -> Worker:
-        made.append(Worker(*args, **{"mode": "push"} | kwargs))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.half.close()
+def worker(worker: Callable[..., Worker]) -> Callable[..., Worker]:
+    return partial(worker, mode="push")
 
 
 @pytest.fixture
@@ -40,15 +35,18 @@ def pair(worker: Callable[..., Worker]) -> tuple[Worker, Worker]:
 
 
 def expect(d: Worker, blocks: tuple[int, ...], first: int, tokens: int, prompt: str = "x") -> None:
-    d.half.step(Step(expects=[Expect("d", "t", blocks, first, tokens, prompt)]))
+    groups = (blocks,) if blocks else ()
+    d.half.step(Step(expects=[Expect("d", "t", groups, first, tokens, prompt)]))
 
 
 def compute(p: Worker, d: Worker, blocks: tuple[int, ...], first: int, *, last: bool) -> None:
     """One step of the producer: all layers are there at once."""
-    push = Push("p", "t", (d.half.address,), blocks, first, "x", last)
+    tokens = len(blocks) * BLOCK
+    push = Push("p", "t", (d.half.address,), (blocks,), first * BLOCK, tokens, "x", last)
     p.half.before_compute(Step(pushes=[push]))
-    for name, tensor in p.kv.items():
-        p.half.layer_done(name, tensor)
+    for name in p.kv:
+        p.half.layer_done(name)
+    p.half.step_done()
 
 
 def end(p: Worker) -> bool:
@@ -78,7 +76,7 @@ def test_in_several_steps(pair: tuple[Worker, Worker]) -> None:
     expect(d, (1, 2, 3), 0, 70)
     compute(p, d, (4,), 0, last=False)
     compute(p, d, (4, 6), 1, last=False)
-    assert d.half.take_done()[1] == set()
+    assert not d.half.take_done().received
     compute(p, d, (4, 6, 7), 2, last=True)
     assert not d.wait()
     for name, tensor in d.kv.items():
@@ -130,7 +128,7 @@ def test_the_producer_ends_before_its_first_layer(
         assert settle(lambda: "t" in receiver._refused)
         expect(d, (1, 2), 32, 64)
     assert d.wait() == {2}
-    assert p.freed("p") if kept else not p.half.take_done()[0]
+    assert p.freed("p") if kept else not p.half.take_done().sent
 
 
 def test_the_consumer_gives_up(worker: Callable[..., Worker]) -> None:
@@ -150,13 +148,13 @@ def test_what_was_given_up_is_forgotten_after_a_while(
 ) -> None:
     monkeypatch.setattr(receiving, "MAX_REFUSED", 2)
     p, d = worker(8, 1), worker(8, 2, lease_s=1.0)
-    p.half._service.link(d.half.address, 20_000)
+    p.half._service.link(d.half.address, TimeLimit(20))
     receiver = d.half._receiver
     assert receiver is not None
     for name in "abc":
-        p.half._service.datadist.ask(d.half.address[0], encode(Pushed(name, False)))
+        ask(p, d, Pushed("", name, "x", False))
     assert list(receiver._refused) == ["a", "b"]
-    assert settle(lambda: not d.half.take_done()[0] and not receiver._refused)
+    assert settle(lambda: not d.half.take_done().sent and not receiver._refused)
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -169,15 +167,14 @@ def test_checksums_of_what_was_pushed(
 ) -> None:
     """The consumer's setting counts; a prefix is there already, and a preempted part comes anew."""
     p, d = worker(8, 1), worker(20, 2, verify=True)
-    layers_to = Sender._layers_to
+    notify = Sender._notify
 
-    def spoil(*args: Any) -> bool:
-        complete = layers_to(*args)
+    def spoil(*args: Any) -> None:
         if spoilt:
             d.kv["b"].view(torch.uint8)[19, 1, 3, 5] ^= 1
-        return complete
+        notify(*args)
 
-    monkeypatch.setattr(Sender, "_layers_to", spoil)
+    monkeypatch.setattr(Sender, "_notify", spoil)
     expect(d, (11, 3, 19), 32, 90)
     compute(p, d, (5, 2), 0, last=False)
     compute(p, d, (6, 4, 7), 0, last=True)
@@ -188,14 +185,22 @@ def test_checksums_of_what_was_pushed(
     assert end(p)
 
 
+def where(p: Worker, d: Worker, transfer_id: str = "t") -> Place:
+    """Where a producer may write."""
+    question = Where(transfer_id, p.half.address, this_process())
+    return decode(ask(p, d, question), type=Place)
+
+
+def ask(p: Worker, d: Worker, question: Asked) -> bytes:
+    return p.half._service.datadist.ask(d.half.address.cluster_id, encode(question))
+
+
 def test_checksums_that_are_missing(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(8, 2, verify=True)
     expect(d, (1, 2), 0, 64)
-    p.half._service.link(d.half.address, 20_000)
-    ask = p.half._service.datadist.ask
-    peer = d.half.address[0]
-    assert settle(lambda: decode(ask(peer, encode(Where("t"))), type=Place).model_ids != ())
-    ask(peer, encode(Pushed("t", True)))
+    p.half._service.link(d.half.address, TimeLimit(20))
+    assert settle(lambda: where(p, d).model_ids)
+    ask(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
     assert d.wait() == {1, 2}
 
 
@@ -215,40 +220,27 @@ def test_nobody_pushes_and_late_bytes_find_nothing(
 def test_given_up_while_layers_come(
     worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    p, d = worker(8, 1), worker(8, 2, lease_s=2.0)
-    go_on = threading.Event()
+    """The engine gets its blocks back when the producer has said that it stopped, not before."""
+    p, d = worker(8, 1), worker(8, 2, lease_s=1.0, timeout_s=2.0)
+    reached, go_on = threading.Event(), threading.Event()
     send_layer = Sender._send_layer
 
     def late(*args: Any) -> None:
+        reached.set()
         assert go_on.wait(60)
         send_layer(*args)
 
     monkeypatch.setattr(Sender, "_send_layer", late)
     expect(d, (1, 2), 0, 64)
     compute(p, d, (4, 6), 0, last=True)
+    assert reached.wait(60)
+    done, _ = d.collect({"d"}, 2.5)
+    assert not done.received
+    go_on.set()
     assert d.wait() == {1, 2}
     right = snapshot(d)
-    go_on.set()
     assert end(p)
     assert all(torch.equal(d.kv[name], tensor) for name, tensor in right.items())
-
-
-def test_the_producer_is_gone(pair: tuple[Worker, Worker], monkeypatch: pytest.MonkeyPatch) -> None:
-    p, d = pair
-    reached, go_on = threading.Event(), threading.Event()
-
-    def stuck(*args: Any) -> None:
-        reached.set()
-        assert go_on.wait(60)
-
-    monkeypatch.setattr(Sender, "_send_layer", stuck)
-    expect(d, (1, 2), 0, 64)
-    compute(p, d, (4, 6), 0, last=True)
-    assert reached.wait(60)
-    # As if its process had died.
-    p.half._service.close()
-    assert d.wait() == {1, 2}
-    go_on.set()
 
 
 def test_another_prompt(pair: tuple[Worker, Worker], caplog: pytest.LogCaptureFixture) -> None:
@@ -274,16 +266,14 @@ def test_other_kv(worker: Callable[..., Worker], caplog: pytest.LogCaptureFixtur
 def test_a_peer_that_was_not_told_where(pair: tuple[Worker, Worker]) -> None:
     p, d = pair
     expect(d, (1, 2), 0, 64)
-    peer = d.half.address
-    p.half._service.link(peer, 20_000)
-    ask = p.half._service.datadist.ask
-    ask(peer[0], encode(Pushed("t", True)))
+    p.half._service.link(d.half.address, TimeLimit(20))
+    ask(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
     assert d.wait() == {1, 2}, "it can't have written"
-    ask(peer[0], encode(Where("unknown")))
+    assert not where(p, d, "unknown").known
 
 
 def test_an_engine_that_takes_no_pushes(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(8, 2, mode="pull")
-    p.half._service.link(d.half.address, 20_000)
+    p.half._service.link(d.half.address, TimeLimit(20))
     with pytest.raises(ValueError, match="takes no pushes"):
-        p.half._service.datadist.ask(d.half.address[0], encode(Where("t")))
+        where(p, d)

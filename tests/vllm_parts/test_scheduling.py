@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from llm_datadist_torch.vllm.leases import Leases, lease_number_now
-from llm_datadist_torch.vllm.scheduling import PullScheduler
-from llm_datadist_torch.vllm.siblings import MAX_KEPT, Siblings, Turn
+from llm_datadist_torch.vllm.params import Peer
+from llm_datadist_torch.vllm.scheduler.loads import MAX_KEPT, Decision, LoadDeduplicator
+from llm_datadist_torch.vllm.scheduler.prompts import Prompts
+from llm_datadist_torch.vllm.scheduler.pull import PullScheduler
 from llm_datadist_torch.vllm.steps import Grant, Pull
 
-PEERS = [(5, "127.0.0.1", 7000)]
+PEERS = [Peer(5, "127.0.0.1", 7000, "life")]
 
 
 @dataclass
@@ -30,15 +31,16 @@ class Request:
 
 
 def scheduler(**roles: bool) -> PullScheduler:
-    made = PullScheduler("engine", **({"serves": True, "pulls": True} | roles))
-    made.set_workers(PEERS, "digest")
+    roles = {"serves": True, "pulls": True} | roles
+    made = PullScheduler("engine", 60.0, Prompts(), **roles)
+    made.set_workers(PEERS, 1)
     return made
 
 
 def handed_over(prompt: list[int], blocks: list[int], **further: Any) -> dict[str, Any]:
     """What a producer tells of a prompt, after a way through JSON."""
     request = Request("p", prompt, {"do_remote_decode": True}, len(prompt), **further)
-    kept, params = scheduler().finished(request, blocks, completed=True)
+    kept, params = scheduler().finished(request, (tuple(blocks),), completed=True)
     assert kept
     return json.loads(json.dumps(params))
 
@@ -50,17 +52,16 @@ def test_what_is_handed_over_is_pulled() -> None:
     request = Request("d", prompt, params)
     assert consumer.num_matched(request, 0) == 300
     assert consumer.num_matched(request, 128) == 172, "it may be asked several times"
-    consumer.allocated(request, [1, 7, 8], 172)
+    consumer.allocated(request, ((1, 7, 8),), 172)
     (pull,) = consumer.take_step().pulls
-    assert pull == Pull("d", pull.remote, (1, 7, 8), 128, 300)
-    assert pull.remote.remote_peers == ((5, "127.0.0.1", 7000),)
-    assert pull.remote.remote_block_ids == (4, 9, 2)
-    assert pull.remote.digest == "digest"
+    assert pull == Pull("d", pull.remote, ((1, 7, 8),), 128, 300)
+    assert pull.remote.remote_peers == tuple(PEERS)
+    assert pull.remote.remote_block_ids == ((4, 9, 2),)
     assert not consumer.take_step().pulls
     # The second call, a preemption, a failed load: computed here.
-    consumer.allocated(request, [1, 7, 8], 0)
+    consumer.allocated(request, ((1, 7, 8),), 0)
     assert consumer.num_matched(request, 0) == 0
-    assert consumer.finished(request, [1, 7, 8], completed=True) == (False, None)
+    assert consumer.finished(request, ((1, 7, 8),), completed=True) == (False, None)
     assert not consumer.take_step().pulls
 
 
@@ -68,17 +69,13 @@ def test_leases_have_rising_numbers() -> None:
     producer = scheduler()
     for name in ("a", "b"):
         request = Request(name, [1, 2], {"do_remote_decode": True}, 2)
-        producer.finished(request, [3], completed=True)
+        producer.finished(request, ((3,),), completed=True)
     first, second = producer.take_step().grants
     assert (first, second) == (
-        Grant(first.number, "a", (3,)),
-        Grant(second.number, "b", (3,)),
+        Grant(first.number, "a", ((3,),)),
+        Grant(second.number, "b", ((3,),)),
     )
     assert second.number > first.number
-    # Above all of its worker's life before, and a number that JSON's readers keep.
-    assert Leases(10.0, after=first.number - 1).claim(first.number, 5, 1)
-    assert not Leases(10.0, after=lease_number_now()).claim(second.number, 5, 1)
-    assert second.number < 2**53
 
 
 def test_all_of_it_is_there_already() -> None:
@@ -86,7 +83,7 @@ def test_all_of_it_is_there_already() -> None:
     consumer = scheduler()
     request = Request("d", [1, 2, 3], params)
     assert consumer.num_matched(request, 3) == 0
-    consumer.allocated(request, [1], 0)
+    consumer.allocated(request, ((1,),), 0)
     (pull,) = consumer.take_step().pulls
     assert not pull.awaited, "only a release"
     assert not pull.local_blocks
@@ -97,15 +94,15 @@ def test_only_the_first_of_several_pulls_and_the_others_wait_for_it() -> None:
     first, second, late = (Request(name, [1, 2, 3], dict(params)) for name in "abc")
     assert consumer.num_matched(first, 0) == 3
     assert consumer.num_matched(second, 0) is None
-    consumer.allocated(first, [1], 3)
+    consumer.allocated(first, ((1,),), 3)
     assert consumer.num_matched(second, 0) is None, "it is still being loaded"
     (pull,) = consumer.take_step().pulls
     assert pull.request_id == "a"
     consumer.loaded(["other", "a"])
     for sibling in (second, late):
         assert consumer.num_matched(sibling, 0) == 0
-        consumer.allocated(sibling, [7], 0)
-        assert consumer.finished(sibling, [7], completed=True) == (False, None)
+        consumer.allocated(sibling, ((7,),), 0)
+        assert consumer.finished(sibling, ((7,),), completed=True) == (False, None)
     assert not consumer.take_step().pulls, "it has been released by the first"
 
 
@@ -116,9 +113,9 @@ def test_nobody_waits_for_a_first_that_pulls_nothing(how: str) -> None:
     consumer.num_matched(first, 0)
     assert consumer.num_matched(second, 0) is None
     if how == "aborted":
-        consumer.finished(first, [], completed=False)
+        consumer.finished(first, ((),), completed=False)
     else:
-        consumer.allocated(first, [1], 0)
+        consumer.allocated(first, ((1,),), 0)
     assert consumer.num_matched(second, 0) == 0
     (pull,) = consumer.take_step().pulls
     assert (pull.request_id, pull.awaited) == ("a", False)
@@ -129,19 +126,19 @@ def test_a_sibling_that_is_aborted_releases_nothing() -> None:
     first, second = (Request(name, [1, 2, 3], dict(params)) for name in "ab")
     consumer.num_matched(first, 0)
     consumer.num_matched(second, 0)
-    assert consumer.finished(second, [], completed=False) == (False, None)
+    assert consumer.finished(second, ((),), completed=False) == (False, None)
     assert not consumer.take_step().pulls, "the first is about to read"
 
 
 def test_what_has_been_loaded_is_forgotten_in_the_end() -> None:
-    siblings = Siblings()
-    assert siblings.turn(-1, "loading") is Turn.LOADS
+    loads = LoadDeduplicator()
+    assert loads.decide(-1, "loading") is Decision.LOADS
     for number in range(MAX_KEPT + 1):
-        assert siblings.turn(number, str(number)) is Turn.LOADS
-        siblings.loaded([str(number)])
-    assert siblings.turn(0, "again") is Turn.LOADS
-    assert siblings.turn(1, "late") is Turn.COMPUTES
-    assert siblings.turn(-1, "late") is Turn.WAITS
+        assert loads.decide(number, str(number)) is Decision.LOADS
+        loads.loaded([str(number)])
+    assert loads.decide(0, "again") is Decision.LOADS
+    assert loads.decide(1, "late") is Decision.COMPUTES
+    assert loads.decide(-1, "late") is Decision.WAITS
 
 
 def test_aborted_before_it_had_blocks() -> None:
@@ -149,7 +146,7 @@ def test_aborted_before_it_had_blocks() -> None:
     params = handed_over([1, 2, 3], [4])
     lease = params["remote_lease"]
     request = Request("d", [1, 2, 3], params)
-    assert consumer.finished(request, [], completed=False) == (False, None)
+    assert consumer.finished(request, ((),), completed=False) == (False, None)
     (pull,) = consumer.take_step().pulls
     assert not pull.awaited
     assert pull.remote.remote_lease == lease
@@ -184,6 +181,8 @@ def test_the_kv_of_another_prompt(
         {"remote_lease": "one"},
         {"remote_peers": []},
         {"remote_peers": [[5, "127.0.0.1"]]},
+        {"remote_peers": [[5, "127.0.0.1", 7000]]},
+        {"remote_tp_size": 2},
         {"remote_block_ids": None},
         {"remote_num_tokens": -1},
         {"prompt": 7},
@@ -214,7 +213,7 @@ def test_what_is_not_kept(
 ) -> None:
     producer = scheduler(**roles)
     request = Request("p", [1, 2], params, 2)
-    assert producer.finished(request, blocks, completed=completed) == (False, None)
+    assert producer.finished(request, (tuple(blocks),), completed=completed) == (False, None)
     assert not producer.take_step().grants
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's half of the connector with "push": which blocks are complete, and for whom."""
+"""The scheduler's half with "push": which blocks are complete, and for whom."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llm_datadist_torch.values.status import LLMParamError
-from llm_datadist_torch.vllm.params import Peer, PushTarget
-from llm_datadist_torch.vllm.scheduling import KEPT, WANTED, EngineRequest, digest_of_prompt
-from llm_datadist_torch.vllm.siblings import Siblings, Turn
+from llm_datadist_torch.vllm.foreign import VllmObject
+from llm_datadist_torch.vllm.params import BlockIds, Peer, PushTarget
+from llm_datadist_torch.vllm.scheduler.loads import Decision, LoadDeduplicator
+from llm_datadist_torch.vllm.scheduler.prompts import KEPT, WANTED, EngineRequest, Prompts
 from llm_datadist_torch.vllm.steps import Expect, Push, PushEnd, Step
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -49,7 +50,7 @@ class _Sent:
     target: PushTarget
     prompt: str
     num_tokens: int
-    blocks: list[int]
+    blocks: list[list[int]]
     num_sent: int = 0
 
 
@@ -59,23 +60,29 @@ class PushScheduler:
     Thread safety: none; all methods are called by the engine's loop, and don't block.
 
     Args:
-        block_size: Tokens of a block.
+        prompts: What is known of requests.
         sends: Whether it sends blocks to others.
         receives: Whether it expects blocks.
     """
 
-    def __init__(self, block_size: int, *, sends: bool, receives: bool) -> None:
-        self._block_size = block_size
+    def __init__(self, prompts: Prompts, *, sends: bool, receives: bool) -> None:
+        self._prompts = prompts
         self._sends = sends
         self._receives = receives
         self._wanted: dict[str, PushTarget] = {}
         self._sent: dict[str, _Sent] = {}
         self._expecting: dict[str, str] = {}
-        self._siblings = Siblings()
+        self._loads = LoadDeduplicator()
         self._step = Step()
 
-    def set_workers(self, peers: Sequence[Peer], digest: str) -> None:
+    def set_workers(self, peers: Sequence[Peer], tp_size: int) -> None:
         """Nothing: the clients know where consumers are."""
+
+    def arrived(self, request: EngineRequest) -> None:
+        """Nothing: a producer waits until the request has its turn."""
+
+    def lost(self, request_ids: Collection[str]) -> None:
+        """Nothing: there are no leases."""
 
     # -- the consumer -----------------------------------------------------------------------------
 
@@ -85,15 +92,15 @@ class PushScheduler:
         None: they come for another request of the same transfer; ask again.
         """
         target = self._target(request, WANTED) if self._receives else None
-        if target is None or digest_of_prompt(request) is None:
+        if target is None or self._prompts.digest(request) is None:
             return 0
-        turn = self._siblings.turn(target.transfer_id, request.request_id)
-        if turn is not Turn.LOADS:
-            return None if turn is Turn.WAITS else 0
+        decision = self._loads.decide(target.transfer_id, request.request_id)
+        if decision is not Decision.LOADS:
+            return None if decision is Decision.WAITS else 0
         self._wanted[request.request_id] = target
-        return max(0, len(request.prompt_token_ids or ()) - num_computed)
+        return max(0, self._prompts.num_tokens(request) - num_computed)
 
-    def allocated(self, request: EngineRequest, blocks: Sequence[int], num_external: int) -> None:
+    def allocated(self, request: EngineRequest, blocks: BlockIds, num_external: int) -> None:
         """The request has got its blocks."""
         params = request.kv_transfer_params
         if params is not None and params.get(KEPT) and self._sends:
@@ -104,24 +111,24 @@ class PushScheduler:
         # Once per request: after a failed transfer, or a preemption, it is computed here.
         params[WANTED] = False
         if not num_external:
-            self._siblings.loaded([request.request_id])
+            self._loads.loaded([request.request_id])
         else:
             self._expecting[request.request_id] = target.transfer_id
-        num_tokens = len(request.prompt_token_ids or ())
+        num_tokens = self._prompts.num_tokens(request)
         self._step.expects.append(
             Expect(
                 request.request_id,
                 target.transfer_id,
-                tuple(blocks) if num_external else (),
+                blocks if num_external else (),
                 num_tokens - num_external,
                 num_tokens,
-                digest_of_prompt(request) or "",
+                self._prompts.digest(request) or "",
             )
         )
 
     def loaded(self, request_ids: Collection[str]) -> None:
         """The blocks of these requests have been written, or will not be."""
-        self._siblings.loaded(request_ids)
+        self._loads.loaded(request_ids)
         for request_id in request_ids:
             self._expecting.pop(request_id, None)
 
@@ -129,43 +136,42 @@ class PushScheduler:
 
     def _track(self, request: EngineRequest) -> None:
         """It has got blocks, also anew after a preemption: then all of it is sent again."""
-        target, prompt = self._target(request, KEPT), digest_of_prompt(request)
+        target, prompt = self._target(request, KEPT), self._prompts.digest(request)
         if target is not None and target.remote_peers and prompt is not None:
             num_tokens = len(request.prompt_token_ids or ())
             self._sent[request.request_id] = _Sent(target, prompt, num_tokens, [])
 
     def _advance(self, request_id: str, num_computed: int) -> None:
         sent = self._sent.get(request_id)
-        if sent is None or sent.num_sent * self._block_size >= sent.num_tokens:
+        if sent is None or sent.num_sent >= sent.num_tokens:
             return
-        last = num_computed >= sent.num_tokens
-        # A block that is not full will be written again, unless it is the prompt's last.
-        full = -(-sent.num_tokens // self._block_size) if last else num_computed // self._block_size
-        if full <= sent.num_sent:
-            return
+        num_tokens = min(num_computed, sent.num_tokens)
         self._step.pushes.append(
             Push(
                 request_id,
                 sent.target.transfer_id,
                 sent.target.remote_peers,
-                tuple(sent.blocks[:full]),
+                tuple(tuple(blocks) for blocks in sent.blocks),
                 sent.num_sent,
+                num_tokens,
                 sent.prompt,
-                last,
+                # A block that is not full will be written again, unless it is the prompt's last.
+                last=num_tokens == sent.num_tokens,
             )
         )
-        sent.num_sent = full
+        sent.num_sent = num_tokens
 
     def finished(
         self,
         request: EngineRequest,
-        blocks: Sequence[int],  # noqa: ARG002
+        blocks: BlockIds,  # noqa: ARG002
         *,
         completed: bool,  # noqa: ARG002
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended; whether its blocks are kept, and what the client is told."""
+        self._prompts.forget(request.request_id)
         target = self._wanted.pop(request.request_id, None)
-        self._siblings.loaded([request.request_id])
+        self._loads.loaded([request.request_id])
         given_up = self._expecting.pop(request.request_id, None)
         if given_up is not None:
             # Aborted while the blocks come: the engine frees them when nobody writes any more.
@@ -190,14 +196,22 @@ class PushScheduler:
             )
         return sent is not None, None
 
+    def shorten(self, request: VllmObject, count: int) -> None:
+        """See :meth:`Prompts.shorten`."""
+        self._prompts.shorten(request, count)
+
     # -- both -------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Nothing is kept for others any more."""
+        self._step.reset = True
 
     def take_step(self, output: SchedulerOutput) -> Step:
         """What the workers are to be told in this step."""
         scheduled = output.num_scheduled_tokens
         for new in output.scheduled_new_reqs:
             if new.req_id in self._sent:
-                self._sent[new.req_id].blocks = list(new.block_ids[0])
+                self._sent[new.req_id].blocks = [list(group) for group in new.block_ids]
                 self._advance(new.req_id, new.num_computed_tokens + scheduled[new.req_id])
         cached = output.scheduled_cached_reqs
         for request_id, blocks, num_computed in zip(
@@ -207,8 +221,9 @@ class PushScheduler:
             if sent is None:
                 continue
             if blocks is not None:
-                kept = [] if request_id in cached.resumed_req_ids else sent.blocks
-                sent.blocks = kept + blocks[0]
+                resumed = request_id in cached.resumed_req_ids
+                before = [[] for _ in blocks] if resumed or not sent.blocks else sent.blocks
+                sent.blocks = [old + list(new) for old, new in zip(before, blocks, strict=True)]
             self._advance(request_id, num_computed + scheduled[request_id])
         step, self._step = self._step, Step()
         return step

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Iterable
 from enum import Enum
 
 MAX_KEPT = 4096
-"""Blocks that have been loaded, and whose siblings may still come."""
+"""Blocks that have been loaded, and that other requests may still name."""
 
 
-class Turn(Enum):
+class Decision(Enum):
     """What a request does about blocks that several name."""
 
     LOADS = "loads"
@@ -19,8 +19,8 @@ class Turn(Enum):
     COMPUTES = "computes"
 
 
-class Siblings:
-    """Who of several requests loads the blocks that all of them name.
+class LoadDeduplicator:
+    """Decides which of several requests loads the blocks that all of them name.
 
     A producer keeps blocks for one reader. So the first request loads them, the others wait for it,
     and are then computed here: what is full of their blocks is in the prefix cache by then.
@@ -32,8 +32,8 @@ class Siblings:
         self._loads: OrderedDict[Hashable, str] = OrderedDict()
         self._loading: dict[str, Hashable] = {}
 
-    def turn(self, blocks: Hashable, request_id: str) -> Turn:
-        """Whose turn it is. To be called again for as long as the answer is ``WAITS``.
+    def decide(self, blocks: Hashable, request_id: str) -> Decision:
+        """What a request does. To be called again for as long as the answer is ``WAITS``.
 
         Args:
             blocks: What all of them call the blocks.
@@ -41,9 +41,9 @@ class Siblings:
         """
         first = self._loads.setdefault(blocks, request_id)
         if first != request_id:
-            return Turn.WAITS if first in self._loading else Turn.COMPUTES
+            return Decision.WAITS if first in self._loading else Decision.COMPUTES
         self._loading[request_id] = blocks
-        return Turn.LOADS
+        return Decision.LOADS
 
     def is_first(self, blocks: Hashable, request_id: str) -> bool:
         """Whether no other request loads these blocks, or has."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's half of the connector: it moves blocks, and answers peers."""
