@@ -16,23 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-import msgspec
-
 from benchmarks import common
 from benchmarks.schedstat import queued_s
-from llm_datadist_torch.vllm.leases import lease_number_now
 from llm_datadist_torch.vllm.params import RemoteBlocks
 from llm_datadist_torch.vllm.steps import Pull, Step
-from tests.vllm_parts.test_worker import Worker
+from tests.vllm_parts.workers import Worker
 
 TOKENS, BLOCK = 900, 32
 BLOCKS = tuple(range(1, -(-TOKENS // BLOCK) + 1))
 
 
-def serve() -> None:
-    """The producer: its address, then until stdin ends."""
-    worker = Worker(len(BLOCKS) + 1, 1)
-    print(json.dumps([worker.half.address, worker.half.digest]), flush=True)
+def serve(pulls: int) -> None:
+    """The producer: what it has for each pull, then until stdin ends."""
+    worker = Worker(len(BLOCKS) + 1, 1, claim_s=3600.0, lease_s=3600.0)
+    told = [worker.grant(list(BLOCKS), TOKENS) for _ in range(pulls)]
+    print(json.dumps([remote.to_params() for remote in told]), flush=True)
     sys.stdin.read()
     worker.half.close()
 
@@ -49,7 +47,7 @@ def longest(worker: Worker, remote: RemoteBlocks | None) -> float:
     """Longest time, in seconds, that this thread waited for the GIL during one pull, or 20 ms."""
     most, end = 0.0, time.perf_counter() + 0.02
     if remote is not None:
-        worker.half.step(Step(pulls=[Pull("d", remote, BLOCKS, 0, TOKENS)]))
+        worker.half.step(Step(pulls=[Pull("d", remote, (BLOCKS,), 0, TOKENS)]))
     queued, last = moment()
     while True:
         now_queued, now = moment()
@@ -59,10 +57,10 @@ def longest(worker: Worker, remote: RemoteBlocks | None) -> float:
             if now > end:
                 return most
             continue
-        _, received, failed = worker.half.take_done()
-        if failed:
+        done = worker.half.take_done()
+        if done.failed:
             raise SystemExit("a pull failed")
-        if received:
+        if done.received:
             return most
 
 
@@ -73,39 +71,27 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.serve:
-        serve()
+        serve(args.pulls)
         return
     common.print_environment()
     command = [sys.executable, "-m", "benchmarks.bench_vllm_gil", "--serve"]
+    command += ["--pulls", str(args.pulls)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as producer:
         assert producer.stdin is not None
         assert producer.stdout is not None
-        peer, digest = json.loads(producer.stdout.readline())
+        told = [RemoteBlocks.of(each) for each in json.loads(producer.stdout.readline())]
         worker = Worker(len(BLOCKS) + 1, 2)
-        remote = RemoteBlocks(
-            remote_engine_id="engine",
-            remote_request_id="p",
-            remote_lease=0,
-            remote_peers=(tuple(peer),),
-            remote_block_ids=BLOCKS,
-            remote_num_tokens=TOKENS,
-            prompt="",
-            digest=digest,
-        )
         rows: dict[str, tuple[float, float, float]] = {}
         waits: dict[str, list[float]] = {"first pull": [], "pulls": [], "no pulls": []}
-        # Numbers above all that were granted count as leases that the engine will grant.
-        first = lease_number_now() + 10**9
-        for at in range(args.pulls):
-            of_pull = msgspec.structs.replace(remote, remote_lease=first + at)
-            waits["pulls" if at else "first pull"].append(longest(worker, of_pull))
+        for at, remote in enumerate(told):
+            waits["pulls" if at else "first pull"].append(longest(worker, remote))
             waits["no pulls"].append(longest(worker, None))
         for name, values in waits.items():
             rows[name] = common.quantiles_ms(values)
-            told = " / ".join(f"{ms:.2f}" for ms in rows[name])
-            print(f"{name} ({len(values)}): longest wait for the GIL, p50 / p99 / most: {told} ms")
+            shown = " / ".join(f"{ms:.2f}" for ms in rows[name])
+            print(f"{name} ({len(values)}): longest wait for the GIL, p50 / p99 / most: {shown} ms")
         worker.half.close()
         producer.stdin.close()
     common.save(args.json, rows)
