@@ -22,7 +22,7 @@ from benchmarks import common
 from llm_datadist_torch import CacheKey
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName
 from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.geometry import layout_of
+from llm_datadist_torch.values.layout import layout_of
 
 ROWS, TENSORS, ROW_BYTES = 100, 80, 1 << 14
 NBYTES = ROWS * TENSORS * ROW_BYTES

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.memory.adopt import adopt, check_given
 from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement
+from llm_datadist_torch.values.layout import Layout, layout_of
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class Cache:
 
     @property
     def layout(self) -> Layout:
-        """Rows, stride and pitch: the geometry that copies and transfers use."""
+        """Rows and their distances: the geometry that copies and transfers use."""
         return self._layout
 
     @property

@@ -35,7 +35,7 @@ from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_
 from llm_datadist_torch.workers import WorkerPool
 
 MAX_TRANSFERS = 8
-"""Background pulls and pushes that run at a time; those on one link take turns."""
+"""Background pulls and pushes that run at a time; in no order."""
 
 MAX_LAYERWISE = 32
 """Layer by layer transfers that run at a time; most of the time they wait for a layer."""

@@ -13,62 +13,16 @@ memory is copied asynchronously, other host memory before the return.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
-from numbers import Integral
-from typing import TypeAlias
 
 import torch
 
 from llm_datadist_torch import _C as _C  # registers torch.ops.llm_datadist_torch
 from llm_datadist_torch import streams
-
-Ids: TypeAlias = "Sequence[int] | torch.Tensor"
+from llm_datadist_torch.values.checks import Ids
+from llm_datadist_torch.values.checks import as_ids as as_ids
 
 _ops = torch.ops.llm_datadist_torch
-_NO_IDS = torch.empty(0, dtype=torch.int64)
-
-
-def as_ids(ids: Ids, name: str = "ids") -> torch.Tensor:
-    """Block ids as a tensor, converted once.
-
-    Args:
-        ids: A sequence of ints (NumPy's too), or a 1-D integer tensor on any device.
-        name: What the caller calls them, for messages.
-
-    Returns:
-        int64 CPU tensor of shape [n], always a copy.
-
-    Raises:
-        TypeError: Not ints, or a tensor of another kind (bool and floating point are refused, not
-            rounded).
-        ValueError: A tensor that is not 1-D, or an id that does not fit in 64 bits.
-    """
-    if isinstance(ids, torch.Tensor):
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, got a tensor of {ids.dtype}")
-        if ids.dim() != 1:
-            raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(ids.shape)}")
-        # A copy, so that nobody can change ids between their check and their use.
-        return ids.to(device="cpu", dtype=torch.int64, copy=True)
-    if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
-        raise TypeError(f"{name} must be a sequence of ints or a tensor, got {type(ids).__name__}")
-    # torch.tensor would round floats and take bools; a set of types costs little and catches both.
-    wrong = {kind for kind in set(map(type, ids)) if not _is_id_type(kind)}
-    if wrong:
-        at = next(i for i, value in enumerate(ids) if type(value) in wrong)
-        raise TypeError(f"{name}[{at}]={ids[at]!r} is a {type(ids[at]).__name__}, expected int")
-    try:
-        # An array converts a list three times as fast as torch.tensor does.
-        values = array("q", ids)
-    except OverflowError as error:
-        at = next(i for i, value in enumerate(ids) if not -(2**63) <= value < 2**63)
-        raise ValueError(f"{name}[{at}]={ids[at]} does not fit in 64 bits") from error
-    return torch.frombuffer(values, dtype=torch.int64) if values else _NO_IDS.clone()
-
-
-def _is_id_type(kind: type) -> bool:
-    return kind is int or (kind is not bool and issubclass(kind, Integral))
 
 
 def copy_blocks(

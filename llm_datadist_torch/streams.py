@@ -95,6 +95,12 @@ def keep_until_done(device: torch.device, release: Callable[[], None]) -> None:
         in_flight.add(_module(device).current_stream(device).record_event(), release)
 
 
+def wait_until_done(device: torch.device) -> None:
+    """Block until all that is on the current stream of ``device`` now is done."""
+    if device.type != HOST:
+        _module(device).current_stream(device).synchronize()
+
+
 def keep_host_tensors(tensors: Sequence[torch.Tensor]) -> None:
     """Keep those in host memory until the device that the others are on is done with them.
 

@@ -49,7 +49,10 @@ class Work:
         self.layers_done = 0
         self._job = job
         self._release = release
-        self._changed = threading.Condition()
+        # Taken as a lock, not as the condition: Ctrl-C must not come between taking it and the
+        # block that releases it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._results: list[LLMStatusCode | None] = [None] * num_results
         self._errors: list[LLMException | None] = [None] * num_results
         self._started = [False] * num_results
@@ -69,7 +72,7 @@ class Work:
         Returns:
             Whether the thread is still its owner's: ``replace`` has not been called.
         """
-        with self._changed:
+        with self._lock:
             if self._sealed:
                 return True
             self._replace = replace
@@ -79,7 +82,7 @@ class Work:
             pass
         except BaseException as error:  # noqa: BLE001  a thread that dies would leave its task undone
             self._break(error)
-        with self._changed:
+        with self._lock:
             mine, self._replace = self._replace is not None, None
         self._seal()
         return mine
@@ -100,24 +103,24 @@ class Work:
         Raises:
             StopWorkError: The work has been cancelled.
         """
-        with self._changed:
+        with self._lock:
             self.check()
             self._moving = self._started[index] = True
         try:
             yield
         finally:
-            with self._changed:
+            with self._lock:
                 self._moving = False
 
     def succeed(self, index: int) -> None:
         """All of result ``index`` has been done. A result that stands is not changed."""
-        with self._changed:
+        with self._lock:
             if not self._sealed and self._results[index] is None:
                 self._results[index] = LLMStatusCode.LLM_SUCCESS
 
     def fail(self, index: int, error: LLMException) -> None:
         """Result ``index`` is this error. A result that stands is not changed."""
-        with self._changed:
+        with self._lock:
             if self._sealed or self._results[index] is not None:
                 return
             status = error.status_code
@@ -141,7 +144,7 @@ class Work:
 
     def cancel(self) -> bool:
         """Start nothing more; see :meth:`CacheTask.cancel`."""
-        with self._changed:
+        with self._lock:
             if self._sealed:
                 return False
             self._cancelled = True
@@ -155,7 +158,7 @@ class Work:
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until it is done; whether it is."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._done, timeout_s)
 
     @property
@@ -184,14 +187,14 @@ class Work:
 
     def when_done(self, callback: Callable[[], None]) -> None:
         """Call this when done: in the thread that ends the work, or now."""
-        with self._changed:
+        with self._lock:
             if not self._done:
                 self._callbacks.append(callback)
                 return
         callback()
 
     def _seal(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._sealed:
                 return
             self._cut_short = self._cancelled and None in self._results
@@ -203,7 +206,7 @@ class Work:
             self._release()
         except Exception:
             logger.exception("giving back what a transfer held failed")
-        with self._changed:
+        with self._lock:
             self._done = True
             callbacks, self._callbacks = self._callbacks, []
             # What the job refers to may be large, and the task may be kept for long.

@@ -47,7 +47,10 @@ class WorkerPool:
         self._name = name
         self._limit = limit
         self._on_start = on_start
-        self._changed = threading.Condition()
+        # Taken as a lock, not as the condition: Ctrl-C must not come between taking it and the
+        # block that releases it.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._queue: deque[Work] = deque()
         self._running: set[Work] = set()
         self._threads: set[threading.Thread] = set()
@@ -55,7 +58,7 @@ class WorkerPool:
         self._closed = False
         self._numbers = itertools.count()
         self._keep = keep
-        with self._changed:
+        with self._lock:
             for _ in range(keep):
                 self._grow()
 
@@ -66,7 +69,7 @@ class WorkerPool:
             LLMException: LLM_FAILED: the pool is closed, or the interpreter exits and starts no
                 threads. The work has been cancelled.
         """
-        with self._changed:
+        with self._lock:
             refused = self._closed or not self._enqueue(work)
         if refused:
             work.cancel()
@@ -81,7 +84,7 @@ class WorkerPool:
 
         Work that waits for a synchronizer is not waited for. Idempotent.
         """
-        with self._changed:
+        with self._lock:
             self._closed = True
             work = [*self._queue, *self._running]
             self._queue.clear()
@@ -92,7 +95,7 @@ class WorkerPool:
             each.wait(deadline.remaining_s())
         # Only threads that are about to end are left; a user's callback may still keep one.
         joined = Deadline.after_ms(_JOIN_MS)
-        with self._changed:
+        with self._lock:
             threads = list(self._threads)
         for thread in threads:
             if thread is not threading.current_thread():
@@ -136,15 +139,15 @@ class WorkerPool:
             mine = True
             while mine and (work := self._next()) is not None:
                 mine = work.run(lambda: self._replace(thread))
-                with self._changed:
+                with self._lock:
                     self._running.discard(work)
         finally:
             # Also when a callback ends the thread, by SystemExit.
-            with self._changed:
+            with self._lock:
                 self._threads.discard(thread)
 
     def _next(self) -> Work | None:
-        with self._changed:
+        with self._lock:
             self._idle += 1
             while not self._changed.wait_for(lambda: self._queue or self._closed, IDLE_S):
                 if len(self._threads) > self._keep:
@@ -160,7 +163,7 @@ class WorkerPool:
 
     def _replace(self, thread: threading.Thread) -> None:
         """This thread's work was cancelled where it hangs."""
-        with self._changed:
+        with self._lock:
             self._threads.discard(thread)
             if self._queue and not self._closed:
                 self._grow()

@@ -165,7 +165,7 @@ class Caches:
     ) -> None:
         layout = cache.layout
         starts = tuple(addr - address for addr in cache.tensor_addrs)
-        span = Span(starts, layout.rows, layout.row_bytes, layout.pitch)
+        span = Span(starts, layout.rows, layout.row_bytes, layout.row_stride_bytes)
         self.held[name] = Held(cache, address, nbytes, keepalive, span)
 
     def drop(self, name: str) -> None:

@@ -203,12 +203,13 @@ class Service(Caches):
         return self.pool_stats()[3]
 
     def only_relay(self, peer: int) -> None:
-        """Close every other way of the link."""
-        channels = self.instance.links.find(peer).channel._channels
-        for name in channels.keys() - {"local"}:
-            channels.pop(name).close()
-        channel = channels["local"]
-        channel._ways[:] = [way for way in channel._ways if way.name == "relay"]
+        """Close every other path of the link."""
+        link = self.instance.links.find(peer).channel
+        for name in link._channels.keys() - {"local"}:
+            link._channels.pop(name).close()
+        channel = link._channels["local"]
+        channel._paths = tuple(path for path in channel._paths if path.name == "relay")
+        link._bind()
 
     def set_environment(self, values: dict[str, str]) -> None:
         """Variables of this process, for libraries that it loads from now on."""

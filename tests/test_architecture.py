@@ -21,12 +21,12 @@ LAYERS: list[list[set[str]]] = [
     [{"deadline"}],
     [{"in_flight", "streams"}],
     [{"ops"}, {"config", "secret_file"}, {"work", "workers"}],
-    [{"memory", "geometry", "catalog", "cache_entry", "cache"}],
+    [{"memory", "catalog", "cache_entry", "cache"}],
     [{"transports.base", "transports.choice", "transports.movement"}],
     [{"transports"}, {"links"}],
     [{"instance"}],
+    [{"movement"}],
     [{"operations"}],
-    [{"manager"}],
     [{"cache_manager"}],
     [{"datadist", "datadist_links"}],
     [{"api"}],
@@ -138,7 +138,7 @@ def test_devices_are_named_in_memory_only(module):
             pytest.fail(f"{MODULES[module]}:{node.lineno} names a device")
 
 
-@pytest.mark.parametrize("module", ["operations", "manager", "cache_manager"])
+@pytest.mark.parametrize("module", ["movement", "operations", "cache_manager"])
 def test_operations_name_no_transport(module):
     for name, path in MODULES.items():
         if name.split(".")[0] == module:

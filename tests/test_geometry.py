@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_datadist_torch import LLMParamError, geometry
-from llm_datadist_torch.geometry import Layout
+from llm_datadist_torch import LLMParamError
+from llm_datadist_torch.movement import geometry
+from llm_datadist_torch.values.layout import Layout
 
 
 def moved(runs: torch.Tensor) -> list[tuple[int, int]]:
@@ -42,7 +43,7 @@ def test_blocks_to_blocks_moves_every_byte_of_every_pair(case):
     dst, src, dst_ids, src_ids = case
     runs = geometry.blocks_to_blocks(dst, src, ids(*dst_ids), ids(*src_ids))
     expected = [
-        (d * dst.pitch + at, s * src.pitch + at)
+        (d * dst.row_stride_bytes + at, s * src.row_stride_bytes + at)
         for d, s in zip(dst_ids, src_ids, strict=True)
         for at in range(dst.row_bytes)
     ]
@@ -70,7 +71,7 @@ def test_row_to_blocks_cuts_the_row_and_nothing_else(block, row, gap, src_row, d
             geometry.row_to_blocks(dst, src, ids(*listed), src_row)
         return
     expected = [
-        (d * block + at, src_row * src.pitch + k * block + at)
+        (d * block + at, src_row * src.row_stride_bytes + k * block + at)
         for k, d in enumerate(listed)
         for at in range(min(block, row - k * block))
     ]
@@ -78,19 +79,22 @@ def test_row_to_blocks_cuts_the_row_and_nothing_else(block, row, gap, src_row, d
 
 
 @pytest.mark.parametrize(
-    ("dst_ids", "src_ids", "text"),
+    ("checked", "unique", "text"),
     [
-        ([8], [0], r"dst_blocks\[0\]=8 is out of range \[0, 8\)"),
-        ([0, -1], [0, 0], r"dst_blocks\[1\]=-1"),
-        ([0, 1], [0, 8], r"src_blocks\[1\]=8"),
-        ([3, 1, 3], [0, 1, 2], r"dst_blocks\[2\]=3 repeats dst_blocks\[0\]"),
-        ([0], [0, 1], "2 src_blocks for 1 dst_blocks"),
+        ([8], False, r"blocks\[0\]=8 is out of range \[0, 8\)"),
+        ([0, -1], False, r"blocks\[1\]=-1"),
+        ([3, 1, 3], True, r"blocks\[2\]=3 repeats blocks\[0\]"),
     ],
 )
-def test_bad_ids_are_named_by_position(dst_ids, src_ids, text):
-    layout = Layout(1, 8, 4, 4, True)
+def test_bad_ids_are_named_by_position(checked, unique, text):
     with pytest.raises(LLMParamError, match=text):
-        geometry.blocks_to_blocks(layout, layout, ids(*dst_ids), ids(*src_ids))
+        geometry.check_rows("blocks", ids(*checked), Layout(1, 8, 4, 4, True), unique=unique)
+
+
+def test_block_lists_must_be_equally_long():
+    layout = Layout(1, 8, 4, 4, True)
+    with pytest.raises(LLMParamError, match="2 src_blocks for 1 dst_blocks"):
+        geometry.blocks_to_blocks(layout, layout, ids(0), ids(0, 1))
 
 
 def test_block_sizes_must_be_equal():

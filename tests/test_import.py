@@ -217,7 +217,15 @@ def own_nodes(function: ast.AST) -> list[ast.AST]:
     return nodes
 
 
-PUBLIC_API = ("cache.Cache.", "datadist.", "manager.", "values.", "memory.", "config.", "ops.")
+PUBLIC_API = (
+    "cache.Cache.",
+    "datadist.",
+    "cache_manager.",
+    "values.",
+    "memory.",
+    "config.",
+    "ops.",
+)
 RAISING = [(name, node) for name, node in raising_functions() if name.startswith(PUBLIC_API)]
 
 

@@ -3,71 +3,31 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
-from typing import NamedTuple, TypeAlias
-
-from llm_datadist_torch.links.messages import CacheView, Resolve
+from typing import Any, TypeAlias
 
 MAX_KNOWN = 1024
-"""Keys remembered per link, about 1 KiB each; beyond that those used longest ago are forgotten.
+"""Keys remembered per link, about 1 KiB each; then those asked for longest ago are forgotten.
 
 Not more: with request keys, of which each is pulled once, every link comes to hold as many.
 """
 
-Question: TypeAlias = tuple[str, int, int, bool | None]
+Query: TypeAlias = tuple[str, int, int, bool | None]
+"""What identifies a request for a cache: its kind, value, index and the kind of cache wanted."""
 
 
-class Known(NamedTuple):
-    """What the peer once said of a cache.
+class KnownCaches(OrderedDict[Query, Any]):
+    """The peer's caches as it described them (a ``RemoteCache`` of ``movement``), by query.
 
-    Attributes:
-        view: Its answer.
-        asks_owner: Whether the bytes went through the peer: it looks itself whether this holds.
-    """
-
-    view: CacheView
-    asks_owner: bool
-
-
-def _question(ask: Resolve) -> Question:
-    return ask.kind, ask.value, ask.index, ask.paged
-
-
-class KnownCaches:
-    """The peer's answers, by question.
-
-    An answer holds as long as the peer's counters (``CacheView.words``) say so, which the user of
-    this table has to check, or as the peer takes a claim on it.
+    A description holds as long as the peer's counters (``CacheView.version``) say so, which the
+    movement checks, or as the peer takes a claim on it.
 
     Thread safety: all methods may be called from any thread.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._known: OrderedDict[Question, Known] = OrderedDict()
-
-    def get(self, ask: Resolve) -> Known | None:
-        """The peer's last answer to this question."""
-        with self._lock:
-            known = self._known.get(_question(ask))
-            if known is not None:
-                self._known.move_to_end(_question(ask))
-            return known
-
-    def put(self, ask: Resolve, known: Known) -> None:
-        """Remember an answer."""
-        with self._lock:
-            self._known[_question(ask)] = known
-            self._known.move_to_end(_question(ask))
-            if len(self._known) > MAX_KNOWN:
-                self._known.popitem(last=False)
-
-    def forget(self, ask: Resolve) -> None:
-        """The answer is out of date."""
-        with self._lock:
-            self._known.pop(_question(ask), None)
-
-    def __len__(self) -> int:
-        """Answers remembered."""
-        return len(self._known)
+    def remember(self, query: Query, cache: object) -> None:
+        """Remember what the peer answered just now."""
+        self.pop(query, None)
+        self[query] = cache
+        while len(self) > MAX_KNOWN:
+            self.popitem(last=False)

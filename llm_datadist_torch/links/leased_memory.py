@@ -121,7 +121,7 @@ def check_inside(
     """
     layout = entry.layout
     total = _C.bytes_inside(
-        starts, sizes, entry.addrs, layout.extent, layout.pitch, layout.row_bytes
+        starts, sizes, entry.addrs, layout.extent, layout.row_stride_bytes, layout.row_bytes
     )
     if total < 0 or (limit is not None and total > limit):
         raise param_error(

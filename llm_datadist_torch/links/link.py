@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -35,7 +34,8 @@ from llm_datadist_torch.links.messages import (
     WriteBytes,
 )
 from llm_datadist_torch.links.routes import Route
-from llm_datadist_torch.transports.base import Neighbour
+from llm_datadist_torch.links.transfers import LinkTransfers
+from llm_datadist_torch.transports.base import SameProcessPeer
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
 from llm_datadist_torch.values.status import (
@@ -116,9 +116,9 @@ class RelinkState:
 class Link:
     """The live relation to one peer.
 
-    Thread safety: ``request`` and ``post`` may be called from any thread. ``transfer()`` lets one
-    transfer run at a time. ``grants`` and the state change only in the endpoint's thread or under
-    ``transfer()``.
+    Thread safety: ``request`` and ``post`` may be called from any thread, and transfers run side by
+    side. ``grants`` and the state change only in the endpoint's thread or while transfers are
+    stopped.
 
     Attributes:
         peer: The peer's cluster id.
@@ -137,6 +137,7 @@ class Link:
         unlinking: This side is asking the peer to unlink.
         leaving: This side is about to end it: the peer gets no leases any more.
         known: What the peer has said of its caches, in remote-accessible mode.
+        transfers: The transfers that this side runs on it.
         begun: Keys that the peer has begun to pull and not consumed, and their caches.
         heard_at: When the peer last said something, on the monotonic clock.
         pinged_at: When it was last asked whether it is there.
@@ -161,16 +162,15 @@ class Link:
     unlinking: bool = False
     leaving: bool = False
     known: KnownCaches = field(default_factory=KnownCaches)
+    transfers: LinkTransfers = field(default_factory=LinkTransfers)
     begun: dict[KeyName, CacheEntry] = field(default_factory=dict)
     heard_at: float = field(default_factory=time.monotonic)
     pinged_at: float = 0.0
     relink: RelinkState = field(default_factory=RelinkState)
     presence: object = None
-    neighbour: Neighbour | None = None
+    neighbour: SameProcessPeer | None = None
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _transfer: threading.Lock = field(default_factory=threading.Lock)
-    _hangs_up: bool = False
     _pending: dict[int, Pending] = field(default_factory=dict)
     _held: HeldLeases = field(default_factory=HeldLeases)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -302,36 +302,20 @@ class Link:
 
     # -- transfers --------------------------------------------------------------------------------
 
-    @contextmanager
-    def transfer(self, deadline: Deadline) -> Iterator[None]:
-        """The right to move bytes on this link; one transfer at a time (reference API, 12).
+    def stop_transfers(self, ticket: threading.Lock, deadline: Deadline) -> None:
+        """Let no transfer of this side start while ``ticket``, which the caller holds, is locked.
+
+        Blocks until those that run have ended; see :class:`LinkTransfers`.
 
         Raises:
-            LLMTimeoutError: Other transfers took until the deadline.
+            LLMTimeoutError: They did not end until the deadline.
         """
-        if not self._transfer.acquire(timeout=deadline.remaining_s()):
+        if not self.transfers.stop(ticket, deadline):
             raise error_for(
                 LLMStatusCode.LLM_TIMEOUT,
-                f"other transfers with cluster {self.peer} took all of {deadline.budget_ms} ms",
+                f"transfers with cluster {self.peer} took all of {deadline.budget_ms} ms",
                 peer=self.peer,
             )
-        try:
-            yield
-        finally:
-            self.end_transfer()
-
-    def try_transfer(self) -> bool:
-        """Take the right of :meth:`transfer` without waiting.
-
-        To be given back by :meth:`end_transfer`.
-        """
-        return self._transfer.acquire(blocking=False)
-
-    def end_transfer(self) -> None:
-        """Give back what :meth:`try_transfer` took."""
-        self._transfer.release()
-        if self._hangs_up:
-            self.endpoint.drop(self.route)
 
     def hang_up(self) -> None:
         """Close the connection of a link that has ended, once no transfer of ours runs any more.
@@ -339,9 +323,14 @@ class Link:
         To the peer the end of the connection says that we don't touch its memory any more. Does not
         block.
         """
-        self._hangs_up = True
-        if self.try_transfer():
-            self.end_transfer()
+        if self.transfers.idle:
+            self.endpoint.drop(self.route)
+        else:
+            threading.Thread(target=self._hang_up_later, name="llmdd-hang-up", daemon=True).start()
+
+    def _hang_up_later(self) -> None:
+        self.transfers.wait_until_idle()
+        self.endpoint.drop(self.route)
 
     def wait_for_leases(self, deadline: Deadline) -> bool:
         """Wait until the peer has given back its leases; whether it has."""
@@ -357,7 +346,7 @@ class LinkRelay:
         self._link = link
 
     @property
-    def neighbour(self) -> Neighbour | None:
+    def neighbour(self) -> SameProcessPeer | None:
         """The peer, where it is in this process."""
         return self._link.neighbour
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from llm_datadist_torch.transports.base import RegionView
+from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
 PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 8 << 20
@@ -101,29 +101,13 @@ class Resolve(Message):
     write: bool
 
 
-class Words(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Two counters of a cache that its owner publishes, and their values when it answered.
-
-    Attributes:
-        region: The region they lie in.
-        offset: Of the first in the region, in bytes; the second follows.
-        binding: Changes with the keys of the cache and with its end.
-        memory: Changes when the memory of the cache may be somebody else's.
-    """
-
-    region: RegionView
-    offset: int
-    binding: int
-    memory: int
-
-
 class CacheView(Message):
     """A cache as a peer sees it, with a lease on it.
 
     Attributes:
         lease_id: To be given back by :class:`Release`.
         cache_id: Its id at the owner.
-        num_tensors: See :class:`~llm_datadist_torch.geometry.Layout`; so are the next four.
+        num_tensors: See :class:`~llm_datadist_torch.values.layout.Layout`; so are the next four.
         rows: Rows or blocks.
         row_bytes: Bytes of one.
         pitch: Bytes between the starts of two.
@@ -133,9 +117,9 @@ class CacheView(Message):
         region: Region that all tensors lie in, or None for memory its user registered.
         foreign: Registered by bare addresses.
         device: Where it lies in the owner's process: "cpu", or such as "npu:0".
-        words: By which the asker can see whether this still holds; None where it must ask.
-        owner_validates: Its memory is its user's, who may move it without changing the words: only
-            the owner can tell where it is, each time.
+        version: By which the asker can see whether this still holds; None where it must ask.
+        owner_validates: Its memory is its user's, who may move it without changing the version:
+            only the owner can tell where it is, each time.
     """
 
     lease_id: int
@@ -150,7 +134,7 @@ class CacheView(Message):
     region: RegionView | None
     foreign: bool
     device: str
-    words: Words | None
+    version: CacheVersion | None
     owner_validates: bool
 
 

@@ -86,7 +86,7 @@ class Neighbour:
 
     @contextmanager
     def using(self, movement: Movement) -> Iterator[bool]:
-        """See ``transports.base.Neighbour``."""
+        """See ``transports.base.SameProcessPeer``."""
         with self._hold(movement) as entry:
             _check(movement, entry)
             yield entry.foreign
@@ -122,12 +122,12 @@ def _no_lease(movement: Movement) -> LLMException:
 def _check(movement: Movement, entry: CacheEntry) -> None:
     """Raise unless a movement stays inside the rows of its cache."""
     layout = entry.layout
-    if layout.pitch != layout.row_bytes:
-        _, remote, sizes = movement.spelled_out()
+    if layout.row_stride_bytes != layout.row_bytes:
+        _, remote, sizes = movement.expanded()
         check_inside(remote, sizes, entry, limit=None)
         inside = True
     else:
         inside = set(movement.remote_addrs.tolist()) <= set(entry.addrs.tolist())
-        inside = inside and movement.measures[2] <= layout.extent
+        inside = inside and movement.remote_extent <= layout.extent
     if not inside or movement.remote_device != str(entry.device):
         raise param_error(f"the movement leaves the peer's cache {entry.cache_id}")

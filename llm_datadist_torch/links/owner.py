@@ -36,13 +36,12 @@ from llm_datadist_torch.links.messages import (
     RegionFreed,
     Release,
     Resolve,
-    Words,
     WriteBytes,
 )
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.spans import gather, scatter
-from llm_datadist_torch.transports.base import RegionView
+from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.llm_config import DROP, KEEP
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
@@ -151,6 +150,8 @@ class Owner:
         found = self._find_for_peer(ask)
         entry, layout = found.entry, found.entry.layout
         consumes = found.consumes if self._consume_keys and not ask.write else None
+        if consumes is not None:
+            _check_not_being_pulled(link, consumes)
         lease_id = self._lease(link, entry, consumes, write=ask.write)
         if consumes is not None:
             link.begun[consumes] = entry
@@ -162,14 +163,14 @@ class Owner:
             num_tensors=layout.num_tensors,
             rows=layout.rows,
             row_bytes=layout.row_bytes,
-            pitch=layout.pitch,
+            pitch=layout.row_stride_bytes,
             paged=layout.paged,
             row=found.row,
             addrs=entry.addrs.numpy().tobytes(),
             region=None if entry.region is None else view_of(entry.region),
             foreign=entry.foreign,
             device=str(entry.device),
-            words=_words(found),
+            version=_version(found),
             owner_validates=not entry.owned,
         )
 
@@ -296,6 +297,16 @@ class Owner:
         return spans, grant.entry
 
 
+def _check_not_being_pulled(link: Link, name: KeyName) -> None:
+    """Pulls of one key on one link take turns, so that a key that is consumed serves one of them.
+
+    Raises:
+        LLMException: LLM_LINK_BUSY: another pull of it is under way. The asker tries again.
+    """
+    if any(grant.consumes == name for grant in link.grants.values()):
+        raise error_for(LLMStatusCode.LLM_LINK_BUSY, f"another pull of {name} is under way")
+
+
 def _granted(link: Link, lease_id: int) -> Grant:
     grant = link.grants.get(lease_id)
     if grant is None:
@@ -316,14 +327,14 @@ def refused(error: LLMException) -> Refused:
     return Refused(int(error.status_code), str(error.args[0]) if error.args else str(error))
 
 
-def _words(found: Resolved) -> Words | None:
+def _version(found: Resolved) -> CacheVersion | None:
     generation = found.entry.generation
     if generation is None or not generation.region.shareable:
         return None
     # The binding is the one that the key was looked up under. The memory counter can't change
     # before the lease on the cache ends.
     region = view_of(generation.region)
-    return Words(region, generation.offset, found.binding, generation.memory)
+    return CacheVersion(region, generation.offset, found.binding, generation.memory)
 
 
 def view_of(region: Region) -> RegionView:

@@ -40,6 +40,7 @@ class LinkRegistry:
 
     Attributes:
         events: Who is told of links.
+        by_peer: All links, lost ones too, for others to look at.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class LinkRegistry:
         self._endpoint = endpoint
         self.events = LinkEvents()
         self._lock = threading.Lock()
-        self._links: dict[int, Link] = {}
+        self.by_peer: dict[int, Link] = {}
         self._by_route: dict[Route, Link] = {}
         self._draining: dict[Route, Link] = {}
         self._holds = {CLUSTERS}
@@ -60,11 +61,11 @@ class LinkRegistry:
 
     def get(self, peer: int) -> Link | None:
         """The link to a peer, a lost one too."""
-        return self._links.get(peer)
+        return self.by_peer.get(peer)
 
     def linked(self, peer: int) -> Link | None:
         """The link to a peer if it is up."""
-        link = self._links.get(peer)
+        link = self.by_peer.get(peer)
         return link if link is not None and link.state is LinkState.LINKED else None
 
     def at(self, route: Route) -> Link | None:
@@ -74,7 +75,7 @@ class LinkRegistry:
     def all(self) -> list[Link]:
         """All links, lost ones too."""
         with self._lock:
-            return list(self._links.values())
+            return list(self.by_peer.values())
 
     # -- beginning and ending ---------------------------------------------------------------------
 
@@ -128,11 +129,11 @@ class LinkRegistry:
         channel = self._transports.connect(offers, LinkRelay(link))
         link.open_channel(channel)
         with self._lock:
-            before = self._links.get(peer)
+            before = self.by_peer.get(peer)
             held = hold in self._holds and replaces in (None, before)
             if held:
                 link.holds.add(hold)
-                self._links[peer] = self._by_route[route] = link
+                self.by_peer[peer] = self._by_route[route] = link
                 self._remember_less()
         if not held:
             link.end(LinkState.UNLINKED, "nobody wants it any more")
@@ -145,10 +146,10 @@ class LinkRegistry:
 
     def _remember_less(self) -> None:
         """Peers with ever new ids must not fill the memory with links that are lost."""
-        if len(self._links) > 2 * MAX_LINKS:
-            for peer, link in list(self._links.items()):
+        if len(self.by_peer) > 2 * MAX_LINKS:
+            for peer, link in list(self.by_peer.items()):
                 if link.state is LinkState.LOST and link.address is None:
-                    del self._links[peer]
+                    del self.by_peer[peer]
                     return
 
     def end(self, link: Link, state: LinkState, reason: str, *, keep_route: bool = False) -> None:
@@ -163,13 +164,13 @@ class LinkRegistry:
         ended = link.end(state, reason)
         with self._lock:
             self._by_route.pop(link.route, None)
-            listed = self._links.get(link.peer) is link
+            listed = self.by_peer.get(link.peer) is link
             # A lost link stays listed with its holds, so that its use says what happened, or
             # links anew.
             if state is LinkState.UNLINKED:
                 link.holds.clear()
                 if listed:
-                    del self._links[link.peer]
+                    del self.by_peer[link.peer]
         if state is LinkState.LOST and ended:
             self._owner.end_orphans(link)
             self.events.put(link.peer, "lost", reason)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -106,6 +107,9 @@ class LinkTable:
 
     def use(self, peer: int, deadline: Deadline) -> Link:
         """See :meth:`Relinker.use`."""
+        link = self.registry.by_peer.get(peer)
+        if link is not None and link.state is LinkState.LINKED:
+            return link
         return self._relinker.use(peer, deadline)
 
     def identify(self, host: str, port: int, deadline: Deadline) -> int:
@@ -164,7 +168,9 @@ class LinkTable:
         link = self.registry.get(peer)
         if link is None or not self.registry.let_go(link, CLUSTERS):
             return
-        with link.transfer(deadline):
+        ticket = threading.Lock()
+        with ticket:
+            link.stop_transfers(ticket, deadline)
             link.unlinking = True
             try:
                 if link.epoch != self.identity.epoch:
@@ -199,7 +205,9 @@ class LinkTable:
         link = self.registry.get(peer)
         if link is None or not self.registry.let_go(link, hold):
             return
-        with link.transfer(deadline):
+        ticket = threading.Lock()
+        with ticket:
+            link.stop_transfers(ticket, deadline)
             if link.state is not LinkState.LINKED:
                 self.registry.end(link, LinkState.UNLINKED, "unlinked")
                 linked_again = self.registry.linked(peer) is not None
@@ -244,7 +252,9 @@ class LinkTable:
             link.leaving = True
         for link in linked:
             # What is still under way then is cut off.
-            with suppress(LLMException), link.transfer(deadline):
+            ticket = threading.Lock()
+            with ticket, suppress(LLMException):
+                link.stop_transfers(ticket, deadline)
                 link.wait_for_leases(deadline)
             link.post(Unlink())
         self.endpoint.close()
@@ -360,17 +370,16 @@ class LinkTable:
                 link, LinkState.UNLINKED, f"cluster {link.peer} ended it", keep_route=True
             )
             return Done()
-        if not link.try_transfer():
-            raise error_for(
-                LLMStatusCode.LLM_LINK_BUSY,
-                f"cluster {self.identity.cluster_id} is moving bytes on the link",
-            )
-        try:
+        ticket = threading.Lock()
+        with ticket:
+            if not link.transfers.try_stop(ticket):
+                raise error_for(
+                    LLMStatusCode.LLM_LINK_BUSY,
+                    f"cluster {self.identity.cluster_id} is moving bytes on the link",
+                )
             self.registry.end(
                 link, LinkState.UNLINKED, f"cluster {link.peer} unlinked", keep_route=True
             )
-        finally:
-            link.end_transfer()
         return Done()
 
     def on_lost(self, route: Route, reason: str) -> None:

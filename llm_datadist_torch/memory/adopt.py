@@ -18,8 +18,8 @@ from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.data_type import DataType, itemsize, to_torch_dtype
 
 if TYPE_CHECKING:
-    from llm_datadist_torch.geometry import Layout
     from llm_datadist_torch.values.cache_desc import CacheDesc
+    from llm_datadist_torch.values.layout import Layout
 
 UINT64_END = 2**64
 
@@ -118,7 +118,7 @@ def adopt(
     else:
         items = tuple(item for item in given if isinstance(item, torch.Tensor))
         addrs, pitch = describe_tensors(items, shape, dtype, device)
-        tensors, layout = _in_shape(items, shape), replace(layout, pitch=pitch)
+        tensors, layout = _in_shape(items, shape), replace(layout, row_stride_bytes=pitch)
         watched = (*tensors, *items)
     if device == HOST:
         pinned.warn_of_pageable(tensors)

@@ -6,8 +6,7 @@ from __future__ import annotations
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.messages import Answer, Question
 from llm_datadist_torch.links.questions import check_payload
-from llm_datadist_torch.operations import transfers
-from llm_datadist_torch.values.checks import check_uint64
+from llm_datadist_torch.values.checks import check_timeout_ms, check_uint64
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 
@@ -15,7 +14,7 @@ def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> b
     """Ask a peer, and wait for its answer; see ``LLMDataDist.ask``."""
     check_uint64("remote_cluster_id", peer)
     check_payload("payload", payload)
-    deadline = instance.deadline(transfers.check_timeout(timeout))
+    deadline = instance.deadline(None if timeout is None else check_timeout_ms(timeout))
     link = instance.links.use(peer, deadline)
     reply, _ = link.request(Question(payload), deadline)
     if not isinstance(reply, Answer):

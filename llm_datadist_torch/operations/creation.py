@@ -11,7 +11,6 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry, name_of
-from llm_datadist_torch.geometry import Layout, layout_of
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.adopt import Adopted, Given, adopt, check_given, storage_form
 from llm_datadist_torch.memory.arena import ArenaMemory
@@ -25,6 +24,7 @@ from llm_datadist_torch.values.checks import (
 )
 from llm_datadist_torch.values.enums import Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
+from llm_datadist_torch.values.layout import Layout, layout_of
 from llm_datadist_torch.values.status import LLMException
 
 logger = logging.getLogger("llm_datadist_torch")

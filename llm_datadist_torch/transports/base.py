@@ -13,10 +13,13 @@ import torch
 
 from llm_datadist_torch.transports.movement import (
     HOST_DEVICE,
+    CacheVersion,
     Direction,
     MemoryKind,
     Movement,
+    PathUnavailable,
     RegionView,
+    StaleCacheError,
     timed_out,
 )
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HOST_DEVICE",
+    "CacheVersion",
     "Capabilities",
     "Channel",
     "Direction",
@@ -35,16 +39,18 @@ __all__ = [
     "MemoryKind",
     "MemorySpan",
     "Movement",
-    "Neighbour",
+    "PathUnavailable",
     "RegionView",
     "Relay",
+    "SameProcessPeer",
+    "StaleCacheError",
     "Transport",
     "joined_spans",
     "timed_out",
 ]
 
 
-class Neighbour(Protocol):
+class SameProcessPeer(Protocol):
     """A peer that is proven to be in this process."""
 
     def using(self, movement: Movement) -> AbstractContextManager[bool]:
@@ -70,7 +76,7 @@ class Relay(Protocol):
     """
 
     @property
-    def neighbour(self) -> Neighbour | None:
+    def neighbour(self) -> SameProcessPeer | None:
         """See above."""
 
     def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes:
@@ -145,18 +151,24 @@ class Channel(ABC):
     """The way to one peer.
 
     Life cycle: 1. :meth:`Transport.connect` makes it when a link is set up. 2. :meth:`move` is
-    called any number of times, from any thread, one call at a time per link. 3. :meth:`forget` when
-    the peer has freed a region. 4. :meth:`close` when the link ends; idempotent, a move that is
-    under way finishes or fails with a typed error.
+    called any number of times, from any thread, also while other calls of it are under way.
+    3. :meth:`forget` when the peer has freed a region. 4. :meth:`close` when the link ends;
+    idempotent, a move that is under way finishes or fails with a typed error.
+    """
+
+    validates_reads: ClassVar[bool] = False
+    """Whether :meth:`move` itself sees to it that a READ gets bytes of the cache it names.
+
+    By reading ``movement.version`` before and after the bytes, or because the peer takes part in
+    each movement and checks the lease or the claim. Of other channels the link does the former.
     """
 
     @abstractmethod
     def fit(self, kind: MemoryKind) -> Fit:
-        """How well it can serve ``kind`` with this peer, as far as is known now. Does not block."""
+        """How well it can serve ``kind`` with this peer, as far as is known now. Does not block.
 
-    def takes(self, movement: Movement) -> bool:  # noqa: ARG002
-        """Whether it would move just this, of a kind that fits; else another channel is asked."""
-        return True
+        Asked when the link is made, and again when :meth:`move` raises :class:`PathUnavailable`.
+        """
 
     @abstractmethod
     def move(self, movement: Movement, deadline: Deadline) -> str:
@@ -168,12 +180,15 @@ class Channel(ABC):
             How it went, in one word, for logs and metrics.
 
         Raises:
+            PathUnavailable: It can't serve this movement, or not as well as :meth:`fit` said;
+                nothing has been moved. The link asks for fits again, and tries the best one.
+            StaleCacheError: The peer's cache is not what the movement's version says.
             LLMTimeoutError: The deadline passed. Some of the bytes may have been written.
             LLMException: Anything else, typed.
         """
 
-    def read_words(self, region: RegionView, offset: int) -> tuple[int, int] | None:  # noqa: ARG002
-        """Two neighbouring 64-bit counters in a region of the peer, without asking it.
+    def read_version(self, version: CacheVersion) -> tuple[int, int] | None:  # noqa: ARG002
+        """The counters of a version as they are now (lookup, memory), without asking the peer.
 
         They are read after the bytes of every movement that has returned, and before those of one
         that begins later.
@@ -182,13 +197,6 @@ class Channel(ABC):
             Their values; None where that is impossible or would take more than a message.
         """
         return None
-
-    def asks_owner(self, way: str) -> bool:  # noqa: ARG002
-        """Whether moves that go the way ``way`` (as :meth:`move` names it) go through the relay.
-
-        They need a lease or a claim; see :class:`Movement`.
-        """
-        return False
 
     def serve(
         self,

@@ -4,25 +4,32 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
+    HOST_DEVICE,
+    CacheVersion,
     Channel,
-    Fit,
+    Direction,
     LeasedCache,
     MemoryKind,
     MemorySpan,
     Movement,
-    RegionView,
+    PathUnavailable,
     Relay,
+    StaleCacheError,
     Transport,
 )
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")
+
+_Mover: TypeAlias = Callable[[Movement, Deadline], str]
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,12 @@ class Choice:
         return f"{self.memory} memory by {self.transport or 'nothing'} ({self.reason})"
 
 
-class LinkChannel(Channel):
-    """The way of one link: for each movement, the best of the channels that both ends have.
+class LinkChannel:
+    """What moves the bytes of one link: for each kind of memory the best channel of both ends.
 
-    Asked anew for each movement, because a channel learns with use what the machine forbids.
+    It is chosen when the link is made, and anew when a channel says that it can't serve.
+
+    Thread safety: all methods may be called from any thread.
 
     Args:
         channels: By name of their transport, preferred ones first.
@@ -55,24 +64,79 @@ class LinkChannel(Channel):
 
     def __init__(self, channels: Mapping[str, Channel]) -> None:
         self._channels = dict(channels)
+        self._movers = {name: _mover_of(self, channel) for name, channel in channels.items()}
+        self._host_mover = self._bound(MemoryKind.HOST)
+        self._device_mover = self._bound(MemoryKind.DEVICE)
 
-    def _best(self, kind: MemoryKind, movement: Movement | None = None) -> tuple[str, Fit]:
-        channels = self._channels
-        if movement is not None:
-            takers = {name: each for name, each in channels.items() if each.takes(movement)}
-            # Where none takes it, the best one says why.
-            channels = takers or channels
-        fits = {name: channel.fit(kind) for name, channel in channels.items()}
-        # max() takes the first of equals, the preferred one.
-        name = max(fits, key=lambda name: fits[name].level)
-        if fits[name].level:
-            return name, fits[name]
-        return name, Fit.none("; ".join(f"{name}: {fit.reason}" for name, fit in fits.items()))
+    def move(self, movement: Movement, deadline: Deadline) -> str:
+        """See :meth:`Channel.move`.
+
+        Raises:
+            LLMFeatureNotEnabledError: No transport of this link can move this movement.
+        """
+        host = movement.local_device.type == movement.remote_device == HOST_DEVICE.type
+        mover = self._host_mover if host else self._device_mover
+        if mover is not None:
+            try:
+                return mover(movement, deadline)
+            except PathUnavailable as reason:
+                logger.debug("choosing a transport anew: %s", reason)
+        return self._move_otherwise(movement, deadline)
+
+    def _move_otherwise(self, movement: Movement, deadline: Deadline) -> str:
+        """Try the channels from the best to the worst, as they say now that they fit."""
+        reasons: dict[str, str] = {}
+        refused: dict[str, int] = {}
+        while (name := self._best(movement.kind, refused)) is not None:
+            level = self._channels[name].fit(movement.kind).level
+            try:
+                path = self._movers[name](movement, deadline)
+            except PathUnavailable as reason:
+                # If it says now that it fits less well, it gets another try, after better ones.
+                refused[name] = level
+                reasons[name] = str(reason)
+            else:
+                self._bind()
+                return path
+        for name, channel in self._channels.items():
+            reasons.setdefault(name, channel.fit(movement.kind).reason)
+        raise error_for(
+            LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+            f"no transport of this link moves bytes between {movement.local_device} and the"
+            f" peer's {movement.remote_device}: "
+            + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()),
+            remedy="LLMDataDist.links() shows what a link can do, `python -m"
+            " llm_datadist_torch doctor` what this machine can.",
+        )
+
+    def _best(self, kind: MemoryKind, refused: Mapping[str, int]) -> str | None:
+        """The channel that fits best, the preferred one of equals; None if none does.
+
+        ``refused``: Channels that have refused, and the level that they had then.
+        """
+        best, best_level = None, 0
+        for name, channel in self._channels.items():
+            level = channel.fit(kind).level
+            if best_level < level < refused.get(name, level + 1):
+                best, best_level = name, level
+        return best
+
+    def _bind(self) -> None:
+        self._host_mover = self._bound(MemoryKind.HOST)
+        self._device_mover = self._bound(MemoryKind.DEVICE)
+
+    def _bound(self, kind: MemoryKind) -> _Mover | None:
+        name = self._best(kind, {})
+        return None if name is None else self._movers[name]
 
     def choice(self, kind: MemoryKind) -> Choice:
         """Who would serve ``kind`` now."""
-        name, fit = self._best(kind)
-        return Choice(kind.value, name if fit.level else None, fit.reason)
+        name = self._best(kind, {})
+        if name is not None:
+            return Choice(kind.value, name, self._channels[name].fit(kind).reason)
+        fits = {name: channel.fit(kind) for name, channel in self._channels.items()}
+        reasons = "; ".join(f"{name}: {fit.reason}" for name, fit in fits.items())
+        return Choice(kind.value, None, reasons)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -84,35 +148,31 @@ class LinkChannel(Channel):
         """The choices in words, for a log line."""
         return "; ".join(map(str, self.choices))
 
-    def fit(self, kind: MemoryKind) -> Fit:
-        """See :meth:`Channel.fit`."""
-        return self._best(kind)[1]
+    def read_version(self, version: CacheVersion) -> tuple[int, int] | None:
+        """See :meth:`Channel.read_version`; of the first channel that can."""
+        answers = (channel.read_version(version) for channel in self._channels.values())
+        return next((counters for counters in answers if counters is not None), None)
 
-    def move(self, movement: Movement, deadline: Deadline) -> str:
-        """See :meth:`Channel.move`.
+    def move_validated(
+        self, move: Callable[[Movement, Deadline], str], movement: Movement, deadline: Deadline
+    ) -> str:
+        """Move bytes by a channel that does not check versions itself, between two looks at them.
 
         Raises:
-            LLMFeatureNotEnabledError: No transport of this link can move this kind of memory.
+            StaleCacheError: The peer's cache is not what the movement's version says.
         """
-        name, fit = self._best(movement.kind, movement)
-        if not fit.level:
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                f"no transport of this link moves bytes between {movement.local_device} and the"
-                f" peer's {movement.remote_device}: {fit.reason}",
-                remedy="LLMDataDist.links() shows what a link can do, `python -m"
-                " llm_datadist_torch doctor` what this machine can.",
-            )
-        return self._channels[name].move(movement, deadline)
-
-    def read_words(self, region: RegionView, offset: int) -> tuple[int, int] | None:
-        """See :meth:`Channel.read_words`; the first channel that can."""
-        answers = (channel.read_words(region, offset) for channel in self._channels.values())
-        return next((words for words in answers if words is not None), None)
-
-    def asks_owner(self, way: str) -> bool:
-        """See :meth:`Channel.asks_owner`."""
-        return any(channel.asks_owner(way) for channel in self._channels.values())
+        version = movement.version
+        if movement.direction is Direction.WRITE:
+            return move(movement, deadline)
+        leased = movement.lease_id != 0
+        before = None if version is None or leased else self.read_version(version)
+        if not leased and (version is None or before is None or before[0] != version.lookup):
+            raise StaleCacheError
+        path = move(movement, deadline)
+        after = None if version is None else self.read_version(version)
+        if version is not None and after is not None and after[1] != version.memory:
+            raise StaleCacheError
+        return path
 
     def serve_by(
         self,
@@ -146,14 +206,20 @@ class LinkChannel(Channel):
         return channel
 
     def forget(self, region_id: int) -> None:
-        """See :meth:`Channel.forget`."""
+        """The peer has freed this region; see :meth:`Channel.forget`."""
         for channel in self._channels.values():
             channel.forget(region_id)
 
     def close(self) -> None:
-        """See :meth:`Channel.close`."""
+        """Let go of everything; see :meth:`Channel.close`."""
         for channel in self._channels.values():
             channel.close()
+
+
+def _mover_of(link: LinkChannel, channel: Channel) -> _Mover:
+    if channel.validates_reads:
+        return channel.move
+    return functools.partial(link.move_validated, channel.move)
 
 
 class TransportSet:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -56,8 +55,40 @@ class RegionView(msgspec.Struct, frozen=True, array_like=True):
     device: int
 
 
-@dataclass(frozen=True)
-class Movement:
+class CacheVersion(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Two counters of a cache that its owner publishes, and their values when it answered.
+
+    A reader that compares them around the bytes it reads (a seqlock) needs no lease.
+
+    Attributes:
+        region: The region of the owner that they lie in.
+        offset: Of the first in the region, in bytes; the second follows.
+        lookup: Changes with the keys of the cache and with its end.
+        memory: Changes when the memory of the cache may be somebody else's.
+    """
+
+    region: RegionView
+    offset: int
+    lookup: int
+    memory: int
+
+
+class StaleCacheError(Exception):
+    """The peer's cache is not what the movement's version says; bytes read mean nothing."""
+
+
+class PathUnavailable(Exception):  # noqa: N818  the name says what it is
+    """This way can't serve this movement; nothing has been moved.
+
+    ``lasting``: nor any other on this link.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
+
+
+class Movement(msgspec.Struct, frozen=True, dict=True, eq=False):
     """Bytes to move: the same runs between each local tensor and its partner at the peer.
 
     Attributes:
@@ -74,6 +105,8 @@ class Movement:
         local_device: Where the local memory is.
         remote_device: Where the peer says that its memory is: "cpu", or such as "npu:0".
         cache_id: The peer's number of its cache.
+        version: What a READ must find of the peer's cache; None where that can't be seen from here.
+            With a lease only its ``memory`` after the bytes counts.
         claim: By what requests to the peer are given a lease for as long as they take, where there
             is none. For the relay; transports don't look at it.
     """
@@ -89,6 +122,7 @@ class Movement:
     local_device: torch.device = HOST_DEVICE
     remote_device: str = HOST_DEVICE.type
     cache_id: int = 0
+    version: CacheVersion | None = None
     claim: object = None
 
     @property
@@ -102,16 +136,25 @@ class Movement:
         return MemoryKind.HOST if self.in_host_memory else MemoryKind.DEVICE
 
     @cached_property
-    def measures(self) -> tuple[int, int, int]:
-        """Of one tensor pair: bytes moved, end of the last local byte, of the last remote one."""
+    def _measures(self) -> tuple[int, int, int]:
         return _C.measure_runs(self.runs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all runs in all tensors."""
-        return self.measures[0] * len(self.local_addrs)
+        return self._measures[0] * len(self.local_addrs)
 
-    def spelled_out(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    @property
+    def local_extent(self) -> int:
+        """Bytes from the start of a local tensor to the end of the last run in it."""
+        return self._measures[1]
+
+    @property
+    def remote_extent(self) -> int:
+        """Bytes from the start of a tensor of the peer's to the end of the last run in it."""
+        return self._measures[2]
+
+    def expanded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Every run of every tensor: local addresses, remote addresses and bytes, int64 [n]."""
         local = (self.local_addrs[:, None] + self.runs[None, :, 0]).flatten()
         remote = (self.remote_addrs[:, None] + self.runs[None, :, 1]).flatten()

@@ -171,7 +171,7 @@ def test_geometry(instance_factory, description, size, row_bytes, rows, paged):
     make = manager.allocate_blocks_cache if paged else manager.allocate_cache
     cache = make(description)
     layout = cache.layout
-    assert (layout.row_bytes, layout.pitch, layout.rows) == (row_bytes, row_bytes, rows)
+    assert (layout.row_bytes, layout.row_stride_bytes, layout.rows) == (row_bytes, row_bytes, rows)
     assert (layout.num_tensors, layout.paged) == (description.num_tensors, paged)
     assert cache.is_blocks_cache is paged
     assert {t.nbytes for t in cache.tensors} == {size}

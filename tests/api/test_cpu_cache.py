@@ -251,7 +251,7 @@ def test_contiguous_tensors_of_another_shape_are_taken_in_the_shape_of_the_desc(
 def test_strided_views():
     base = torch.zeros(4, 2, 8, dtype=torch.int32)
     cache = Cache.create_cpu_cache(X, [base[:, 0], base[:, 1]])
-    assert (cache.layout.row_bytes, cache.layout.pitch) == (32, 64)
+    assert (cache.layout.row_bytes, cache.layout.row_stride_bytes) == (32, 64)
     assert cache.nbytes == 2 * NBYTES
     cache.block(2)[1].fill_(6)
     assert bool((base[2, 1] == 6).all())

@@ -178,7 +178,11 @@ def test_strided_views(instance_factory):
     manager = instance_factory().cache_manager
     kv = zeros(4, 2, 8)
     cache = manager.register_blocks_cache(D, [kv[:, 0], kv[:, 1]])
-    assert (cache.layout.row_bytes, cache.layout.pitch, cache.layout.extent) == (32, 64, 224)
+    assert (cache.layout.row_bytes, cache.layout.row_stride_bytes, cache.layout.extent) == (
+        32,
+        64,
+        224,
+    )
     kv[0, 0].fill_(3)
     kv[0, 1].fill_(4)
     manager.copy_blocks(cache, {0: [2]})
@@ -203,7 +207,7 @@ def test_rows_are_checked(instance_factory, make):
 def test_one_row_may_have_any_stride(instance_factory):
     wide = zeros(1, 64)[:, :8]
     cache = instance_factory().cache_manager.register_cache(desc(1, (1, 8)), [wide])
-    assert cache.layout.pitch == 32
+    assert cache.layout.row_stride_bytes == 32
 
 
 @pytest.mark.host_memory_only

@@ -170,7 +170,7 @@ def test_strided_source(pair: Pair) -> None:
 
 
 def test_relay_in_many_messages(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm_datadist_torch.transports.local.ways.RELAY_CHUNK", 100)
+    monkeypatch.setattr("llm_datadist_torch.transports.local.relayed.RELAY_CHUNK", 100)
     pair.make("src", 3, 5, 64, paged=True, keys=BlocksCacheKey(PEER))
     pair.here.allocate("dst", 3, 5, 64, paged=True)
     src, dst = Side(pair.there, "src", 1), local_side(pair, "dst", 2)

@@ -9,19 +9,22 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
-from llm_datadist_torch import BlocksCacheKey
+import llm_datadist_torch
+from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.links import held_leases
 from llm_datadist_torch.links.held_leases import HeldLeases
 from llm_datadist_torch.links.link import Link, Pending
-from llm_datadist_torch.operations import transfers
+from llm_datadist_torch.movement.transfer import Transfer
 from tests.peers import Peer, Ref, Service, settle
 
 KEY = BlocksCacheKey(2)
+PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
 
 
 @pytest.fixture
@@ -91,20 +94,21 @@ def test_in_the_moment_in_which_the_answer_comes(
 
 
 class Bomb:
-    """Ctrl-C at the n-th place of some functions in which the interpreter looks for signals.
+    """Ctrl-C at the n-th place (of all of ours, or of some) where the interpreter handles signals.
 
     That is after calls, at the beginning of a function, and where it jumps back: between leaving a
     ``with`` and giving back its lock, for example, it does not look.
     """
 
-    def __init__(self, functions: list[Callable[..., Any]], at: int) -> None:
-        self.codes = {inspect.unwrap(function).__code__ for function in functions}
+    def __init__(self, at: int, functions: list[Callable[..., Any]] | None = None) -> None:
+        self.codes = functions and {inspect.unwrap(function).__code__ for function in functions}
         self.left = at
         self.gone_off = ""
         self.before: dict[FrameType, int] = {}
 
     def trace(self, frame: FrameType, event: str, _: object) -> Any:
-        if frame.f_code not in self.codes:
+        code = frame.f_code
+        if code not in self.codes if self.codes else not code.co_filename.startswith(PACKAGE):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode" and not self.gone_off:
@@ -124,10 +128,10 @@ def test_between_any_two_steps(here: Service, peer: Peer, monkeypatch: pytest.Mo
     """Wherever it comes, the lease goes back, and the next pull works."""
     monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
     link = here.instance.links.registry.get(2)
-    functions = [transfers._leased, Link.request, Link.give_back, HeldLeases.give_back]
+    functions = [Transfer._move_leased, Link.request, Link.give_back, HeldLeases.give_back]
     places: set[str] = set()
     for at in range(2000):
-        bomb = Bomb(functions, at)
+        bomb = Bomb(at, functions)
         before, interrupted = sys.gettrace(), False
         sys.settrace(bomb.trace)
         try:
@@ -165,3 +169,90 @@ def test_a_second_time_while_the_lease_goes_back(
             here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
     assert nothing_is_left(here, peer)
     assert kept.tb is not None
+
+
+def exploded(bomb: Bomb, call: Callable[[], object]) -> bool:
+    """Whether the bomb has gone off in the call."""
+    before = sys.gettrace()
+    sys.settrace(bomb.trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    assert not bomb.gone_off
+    return False
+
+
+def everywhere(call: Callable[[], object], check: Callable[[str], None]) -> int:
+    """Interrupt a call at each place of our frames; how many there are."""
+    for at in range(5000):
+        bomb = Bomb(at)
+        if not exploded(bomb, call):
+            return at
+        check(bomb.gone_off)
+    pytest.fail("there is no end to it")
+
+
+COPIES: dict[str, Callable[[Service], object]] = {
+    "copy_blocks": lambda here: here.run("copy_blocks", Ref("mine"), {0: [1]}),
+    "copy_cache": lambda here: here.run("copy_cache", Ref("rows"), Ref("rows"), 1, 0),
+    "copies that do not block": lambda here: here.run(
+        "copy_blocks", Ref("mine"), {0: [1]}, non_blocking=True
+    ),
+}
+
+
+@pytest.mark.parametrize("what", COPIES)
+def test_copies_at_every_place(here: Service, what: str) -> None:
+    here.start(1)
+    for name, paged in (("mine", True), ("rows", False)):
+        here.allocate(name, 2, 8, 4096, paged=paged)
+        here.paint(name, 1)
+
+    def check(place: str) -> None:
+        assert here.counters()["leases"] == 0, place
+
+    assert everywhere(lambda: COPIES[what](here), check) > 20
+    COPIES[what](here)
+
+
+PULLS: dict[str, tuple[str, Any]] = {
+    "pull_blocks": ("pull_blocks", (KEY, Ref("mine"), [0], [0])),
+    "pull_cache": ("pull_cache", (CacheKeyByIdAndIndex(2, 2), Ref("row"))),
+    "push_blocks": ("push_blocks", (KEY, Ref("mine"), [0], [0])),
+}
+
+
+@pytest.mark.parametrize("remote", [True, False], ids=["known", "two-sided"])
+@pytest.mark.parametrize("what", PULLS)
+def test_transfers_at_every_place(
+    here: Service,
+    peers: Callable[[], Peer],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    remote: bool,
+) -> None:
+    """No lease, here or at the peer, is lost, and no right to transfer; then the link can end."""
+    monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
+    here.start(1, remote=remote)
+    peer = peers()
+    assert here.link(2, peer.ask("start", 2, remote=remote)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+    peer.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    peer.ask("allocate", "their row", 2, 1, 4096, paged=False)
+    here.allocate("mine", 2, 8, 4096, paged=True)
+    here.allocate("row", 2, 1, 4096, paged=False)
+    link = here.instance.links.registry.get(2)
+    operation, arguments = PULLS[what]
+    here.run(operation, *arguments)
+
+    def check(place: str) -> None:
+        assert here.counters()["leases"] == 0, place
+        assert link.transfers.idle, place
+        assert settle(lambda: not link._held._holders), place
+
+    assert everywhere(lambda: here.run(operation, *arguments), check) > 50
+    assert nothing_is_left(here, peer)
+    here.run(operation, *arguments)
+    assert here.unlink(2, force=True) == ("LLM_SUCCESS", ["LLM_SUCCESS"])

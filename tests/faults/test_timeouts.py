@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,7 +17,7 @@ from llm_datadist_torch import (
     LLMException,
 )
 from llm_datadist_torch import TransferWithCacheKeyConfig as Config
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.links.link import Link
 from tests.faults.helpers import OK, PEER, THEIRS, TIMEOUT, Peers, start_peer
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.tables import TABLE, WAIT_MS, members
@@ -94,6 +96,15 @@ def test_unregister(here: Service, peer: Peer) -> None:
     assert here.held["given"].cache.ended
 
 
+@contextmanager
+def transfer_on(link: Link) -> Iterator[None]:
+    """A transfer of this side that takes as long as the block does."""
+    ticket = threading.Lock()
+    with ticket:
+        link.transfers.running.add(ticket)
+        yield
+
+
 @pytest.fixture
 def patient() -> Iterator[Service]:
     """An instance of this process that waits for transfers longer than any test may take."""
@@ -107,7 +118,7 @@ def test_unlink_of_a_communicator(peer: Peer, patient: Service) -> None:
     peer.begin("link_by_table", "pair", members(PEER, 8), TABLE, WAIT_MS)
     comm_id = patient.link_by_table("pair", members(PEER, 8), TABLE, WAIT_MS)
     peer.answer()
-    with patient.instance.links.find(PEER).transfer(Deadline.after_ms(1000)):
+    with transfer_on(patient.instance.links.find(PEER)):
         with pytest.raises(LLMException) as caught:
             patient.dd.unlink(comm_id, timeout=50)
         assert caught.value.status_code.name == "LLM_UNLINK_FAILED"
@@ -123,10 +134,9 @@ def test_finalize(here: Service, peer: Peer, patient: Service) -> None:
         with pytest.raises((LLMException, TypeError)):
             patient.dd.finalize(timeout=wrong)
     assert patient.link_states() == {1: "linked"}
-    assert link.try_transfer()
-    # Who is moving bytes is not waited for any longer; it fails.
-    patient.dd.finalize(timeout=50)
-    link.end_transfer()
+    with transfer_on(link):
+        # Who is moving bytes is not waited for any longer; it fails.
+        patient.dd.finalize(timeout=50)
     assert link.state.value == "unlinked"
     assert settle(lambda: here.link_states() == {PEER: "linked"})
 

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 
 from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, Words, encode
-from llm_datadist_torch.transports.base import RegionView
+from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
 REGION = RegionView(1, 2**40, 4096, 5, 6, 7)
 CORPUS: list[messages.Message] = [
@@ -34,7 +34,7 @@ CORPUS: list[messages.Message] = [
     messages.Answer(b"so"),
 ]
 """One of each kind that a peer may send, to begin with."""
-WORDS = Words(REGION, 8, 1, 2)
+VERSION = CacheVersion(REGION, 8, 1, 2)
 
 _ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63 - 1, -(2**63), 2**64 - 1, 0.5, float("nan"), "", "id",

@@ -14,8 +14,8 @@ import torch
 from llm_datadist_torch import CacheKey, LLMCacheNotFoundError, LLMParamError
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName
 from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.geometry import layout_of
 from llm_datadist_torch.memory.address_index import AddressIndex
+from llm_datadist_torch.values.layout import layout_of
 
 ROWS, TENSORS, ROW_BYTES = 100, 2, 1 << 14
 APART = 1 << 22

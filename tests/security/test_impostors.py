@@ -70,7 +70,7 @@ class Liar:
         if isinstance(body, messages.Resolve):
             whole = CacheView(
                 1, 1, 1, ROWS, ROW_BYTES, ROW_BYTES, True, 0, WILD.to_bytes(8, "little"), None,
-                False, "cpu", None,
+                False, "cpu", None, False,
             )  # fmt: skip
             return [msgspec.structs.replace(whole, **self.view)]
         if isinstance(body, messages.ReadBytes):

@@ -87,8 +87,9 @@ def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
     here.allocate("row", 2, 1, 4096, paged=False)
     remote_peer.ask("allocate", "first", 2, 2, 4096, paged=False, keys=keys)
     remote_peer.ask("paint", "first", 4)
-    channel = here.instance.links.find(PEER).channel._channels["local"]
-    ways = list(channel._ways)
+    link = here.instance.links.find(PEER).channel
+    channel = link._channels["local"]
+    paths = channel._paths
     here.only_relay(PEER)
     assert here.attempt("pull_cache", keys[0], Ref("row")) is None
     assert here.colours("row") == [4]
@@ -96,7 +97,8 @@ def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
     remote_peer.ask("run", "remove_cache_key", keys[0])
     remote_peer.ask("allocate", "second", 2, 1, 4096, paged=False, keys=keys[:1])
     remote_peer.ask("paint", "second", 5)
-    channel._ways[:] = ways
+    channel._paths = paths
+    link._bind()
     assert here.attempt("pull_cache", keys[0], Ref("row")) is None
     assert here.colours("row") == [5]
 

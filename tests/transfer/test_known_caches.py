@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist_torch import _C, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.links import known_caches
 from llm_datadist_torch.links.known_caches import KnownCaches
-from llm_datadist_torch.links.messages import Resolve
-from llm_datadist_torch.transports.choice import LinkChannel
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.helpers import OK, Peers, Services
 from tests.transfer.remote import BLOCKS, ME, PEER, SIZE, THEIRS, messages, pull, status
@@ -33,16 +31,16 @@ def just_after_the_bytes(
     monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]
 ) -> Iterator[None]:
     """The first movement meanwhile is followed by ``action``, before anybody can check anything."""
-    move, left = LinkChannel.move, [action]
+    copy, left = _C.copy_runs, [action]
 
-    def moved(channel: LinkChannel, movement: Any, deadline: Any) -> str:
-        way = move(channel, movement, deadline)
+    def copied(*args: Any) -> int:
+        done = copy(*args)
         if left:
             left.pop()()
-        return way
+        return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(LinkChannel, "move", moved)
+        patch.setattr(_C, "copy_runs", copied)
         yield
     assert not left
 
@@ -213,18 +211,13 @@ def test_a_link_made_anew_knows_nothing(here: Service, peer: Peer) -> None:
     assert status(pull(here)) == "LLM_KV_CACHE_NOT_EXIST"
 
 
-def test_those_used_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_those_asked_for_longest_ago_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_caches, "MAX_KNOWN", 2)
     known = KnownCaches()
-    asks = [Resolve("request", number, 0, None, False) for number in range(3)]
-    views: list[Any] = [object(), object(), object()]
-    known.put(asks[0], views[0])
-    known.put(asks[1], views[1])
-    assert known.get(asks[0]) is views[0]
-    known.put(asks[2], views[2])
-    assert [known.get(ask) for ask in asks] == [views[0], None, views[2]]
-    known.forget(asks[0])
-    assert len(known) == 1
+    queries: list[Any] = [("request", number, 0, None) for number in range(3)]
+    for query in (*queries[:2], queries[0], queries[2]):
+        known.remember(query, query[1])
+    assert [known.get(query) for query in queries] == [0, None, 2]
 
 
 def test_memory_of_the_users_is_asked_for_each_time(

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
+from llm_datadist_torch.transports.choice import LinkChannel
 from tests.devices import on_npu
 from tests.peers import NearPeer, Peer, Ref, Service, settle
 
@@ -117,7 +119,7 @@ def test_both_directions_at_once(here: Service, peers: Callable[[], Peer]) -> No
 
 
 def test_one_key_is_consumed_once(here: Service, peers: Callable[[], Peer]) -> None:
-    """Threads that pull the same keys on one link take turns: each key serves exactly one."""
+    """Pulls of the same keys on one link: each key serves exactly one."""
     here.start(1)
     peer = peers()
     assert here.link(2, peer.ask("start", 2)) == OK
@@ -140,6 +142,37 @@ def test_one_key_is_consumed_once(here: Service, peers: Callable[[], Peer]) -> N
         won = [number for numbers in pool.map(work, range(4)) for number in numbers]
     assert sorted(won) == list(range(40))
     assert settle(lambda: peer.ask("counters")["keys"] == 0)
+
+
+def test_a_pull_does_not_wait_for_another_one_on_its_link(
+    here: Service, peers: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.start(1)
+    peer = peers()
+    assert here.link(2, peer.ask("start", 2)) == OK
+    peer.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=BlocksCacheKey(2))
+    peer.ask("paint", "theirs", 3)
+    for name in ("slow", "quick"):
+        here.allocate(name, 2, 8, 4096, paged=True)
+    move, first, moving, go_on = LinkChannel.move, [True], threading.Event(), threading.Event()
+
+    def held_up(*args: Any) -> str:
+        if first:
+            first.clear()
+            moving.set()
+            assert go_on.wait(30)
+        return move(*args)
+
+    monkeypatch.setattr(LinkChannel, "move", held_up)
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(here.run, "pull_blocks", BlocksCacheKey(2), Ref("slow"), [0], [0])
+        assert moving.wait(30)
+        here.run("pull_blocks", BlocksCacheKey(2), Ref("quick"), [0], [0], timeout=20_000)
+        assert not slow.done()
+        go_on.set()
+        slow.result()
+    for name in ("slow", "quick"):
+        assert here.held[name].cache.tensors[0][0].cpu().unique().tolist() == [3]
 
 
 @pytest.mark.parametrize("kind", ["allocated", "tensors"])

@@ -9,6 +9,7 @@ import torch
 from llm_datadist_torch import LLMException, LLMFeatureNotEnabledError, LLMLinkError
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
+    CacheVersion,
     Capabilities,
     Channel,
     Direction,
@@ -16,6 +17,9 @@ from llm_datadist_torch.transports.base import (
     MemoryKind,
     MemorySpan,
     Movement,
+    PathUnavailable,
+    RegionView,
+    StaleCacheError,
     Transport,
     joined_spans,
 )
@@ -31,15 +35,20 @@ class StubChannel(Channel):
         self.fits = {HOST: host, DEVICE: device}
         self.forgotten: list[int] = []
         self.closed = False
-        self.taking = True
-
-    def takes(self, movement):
-        return self.taking
+        self.refuses = ""
+        self.falls_to: Fit | None = None
+        self.asked = 0
 
     def fit(self, kind):
+        self.asked += 1
         return self.fits[kind]
 
     def move(self, movement, deadline):
+        if self.refuses:
+            raise PathUnavailable(self.refuses)
+        if self.falls_to is not None:
+            self.fits[movement.kind], self.falls_to = self.falls_to, None
+            raise PathUnavailable("it got worse")
         return self.name
 
     def forget(self, region_id):
@@ -117,17 +126,67 @@ def test_a_channel_that_gets_worse_is_left():
     first, second = StubChannel("a", GOOD, NO), StubChannel("b", GOOD, NO)
     channel = LinkChannel({"a": first, "b": second})
     assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
-    first.fits[HOST] = LAST
+    first.falls_to = LAST
     assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
+    asked = first.asked
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
+    assert first.asked == asked  # the choice stands until a channel says that it can't serve
+
+
+def test_a_channel_that_gets_worse_and_is_still_the_best():
+    first, second = StubChannel("a", GOOD, NO), StubChannel("b", NO, NO)
+    channel = LinkChannel({"a": first, "b": second})
+    first.falls_to = LAST
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
 
 
 def test_a_channel_that_does_not_take_it_is_passed_over():
     first, second = StubChannel("a", GOOD, NO), StubChannel("b", LAST, NO)
     channel = LinkChannel({"a": first, "b": second})
-    first.taking = False
+    first.refuses = "not by addresses"
     assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
-    second.taking = False  # then the best one says why
-    assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
+    second.refuses = "never"
+    with pytest.raises(LLMFeatureNotEnabledError, match="a: not by addresses; b: never"):
+        channel.move(movement(), Deadline.after_ms(1000))
+
+
+VERSION = CacheVersion(RegionView(1, 4096, 64, 3, 4, 5), 0, lookup=7, memory=8)
+
+
+class Counters(StubChannel):
+    """Moves without looking at versions, and shows the counters one after the other."""
+
+    def __init__(self, *shown):
+        super().__init__("a", GOOD, GOOD)
+        self.shown = list(shown)
+
+    def read_version(self, version):
+        return self.shown.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("lease_id", "version", "shown", "right"),
+    [
+        (0, VERSION, [(7, 8), (7, 8)], True),
+        (0, VERSION, [(9, 8)], False),  # the key leads elsewhere
+        (0, VERSION, [(7, 8), (7, 9)], False),  # freed while it was read
+        (0, VERSION, [None], False),
+        (0, None, [], False),
+        (1, VERSION, [(7, 8)], True),
+        (1, VERSION, [(9, 9)], False),
+        (1, VERSION, [None], True),  # the lease is enough
+        (1, None, [], True),
+    ],
+)
+def test_the_link_checks_versions_for_channels_that_do_not(lease_id, version, shown, right):
+    channel = LinkChannel({"a": Counters(*shown)})
+    address, runs = torch.tensor([4096]), torch.tensor([[0, 0, 8]])
+    read = Movement(Direction.READ, address, address, runs, None, lease_id, version=version)
+    if right:
+        assert channel.move(read, Deadline.after_ms(1000)) == "a"
+    else:
+        with pytest.raises(StaleCacheError):
+            channel.move(read, Deadline.after_ms(1000))
 
 
 def test_none_serves():

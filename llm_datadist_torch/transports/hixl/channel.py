@@ -3,20 +3,32 @@
 
 from __future__ import annotations
 
+import threading
+
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.transports.base import Channel, Fit, MemoryKind, Movement, RegionView
+from llm_datadist_torch.transports.base import (
+    Channel,
+    Fit,
+    MemoryKind,
+    Movement,
+    RegionView,
+    timed_out,
+)
 from llm_datadist_torch.transports.hixl.connection import Connection
 from llm_datadist_torch.transports.hixl.engine import HixlEngine
 from llm_datadist_torch.transports.hixl.registrations import Registrations
 from llm_datadist_torch.transports.hixl.transfers import Requests
+from llm_datadist_torch.transports.turns import Turns
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMNotLinkedError, LLMPeerLostError, LLMStatusCode
 
-_WAY = "hixl"
+_PATH = "hixl"
 
 
 class HixlChannel(Channel):
     """Moves bytes by HIXL's asynchronous transfers, which never go through its staging buffers.
+
+    One movement at a time: ending one breaks the connection, and whatever else is under way on it.
 
     Args:
         engine: Ours.
@@ -29,6 +41,7 @@ class HixlChannel(Channel):
         self._memory = memory
         self._connection = connection
         self._closed = False
+        self._turns = Turns()
 
     def fit(self, kind: MemoryKind) -> Fit:  # noqa: ARG002
         """It moves every kind of registered memory."""
@@ -44,13 +57,17 @@ class HixlChannel(Channel):
             LLMParamError: Memory that is not registered.
         """
         self._check_ranges(movement)
-        try:
-            self._attempt(movement, deadline)
-        except LLMNotLinkedError:
-            # HIXL drops connections of its own accord (heartbeats): once more with a fresh one.
-            self._check_open()
-            self._attempt(movement, deadline)
-        return _WAY
+        ticket = threading.Lock()
+        with ticket:
+            if not self._turns.wait(ticket, deadline):
+                raise timed_out(deadline)
+            try:
+                self._attempt(movement, deadline)
+            except LLMNotLinkedError:
+                # HIXL drops connections of its own accord (heartbeats): once more with a fresh one.
+                self._check_open()
+                self._attempt(movement, deadline)
+        return _PATH
 
     def _attempt(self, movement: Movement, deadline: Deadline) -> None:
         self._check_open()
@@ -66,14 +83,13 @@ class HixlChannel(Channel):
 
     def _check_ranges(self, movement: Movement) -> None:
         """HIXL itself would take an address that it does not know for something else."""
-        _, local_end, remote_end = movement.measures
-        if not self._memory.cover(movement.local_addrs, local_end):
+        if not self._memory.cover(movement.local_addrs, movement.local_extent):
             raise param_error(
                 "the local memory is not registered with HIXL",
                 remedy="allocate the cache here, or register it with remote_accessible=True.",
             )
         region = movement.region
-        if region is not None and not _inside(movement, region, remote_end):
+        if region is not None and not _inside(movement, region, movement.remote_extent):
             raise param_error("the transfer leaves the peer's memory")
 
     def _check_open(self) -> None:

@@ -33,7 +33,7 @@ _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
 def descriptors(module: Any, movement: Movement) -> Iterator[list[object]]:  # noqa: ANN401
     """The movement in HIXL's terms, chunk by chunk, each made when it is asked for."""
     make = module.TransferOpDesc
-    columns = movement.spelled_out()
+    columns = movement.expanded()
     for at in range(0, len(columns[0]), CHUNK):
         chunk = (column[at : at + CHUNK].tolist() for column in columns)
         yield list(map(make, *chunk))

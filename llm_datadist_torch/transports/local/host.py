@@ -4,10 +4,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import select
 from pathlib import Path
 
 import msgspec
+
+logger = logging.getLogger("llm_datadist_torch")
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
@@ -65,6 +69,53 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         says so wants us to.
         """
         return os.access(f"/proc/self/task/{self.pid}", os.F_OK)
+
+
+class PeerProcess:
+    """A peer's process as the kernel knows it, so that a later one with its pid is told from it.
+
+    By a pidfd (Linux 5.3 and later, a descriptor), else by the time at which it started.
+
+    Attributes:
+        pid: Its pid.
+        pidfd: Can be polled for its end; -1 where there is none. Closed with this object.
+        start_time: When it started, in clock ticks after boot.
+
+    Raises:
+        ProcessLookupError: The pid is not the peer's, or not any more.
+    """
+
+    def __init__(self, peer: HostIdentity) -> None:
+        self.pid = peer.pid
+        self.start_time = peer.start_time
+        self.pidfd = -1
+        if peer.is_here:
+            raise ProcessLookupError("the peer says that it is this process, and is not")
+        try:
+            self.pidfd = os.pidfd_open(peer.pid)
+        except ProcessLookupError:
+            pass  # which the start time shows
+        except (AttributeError, OSError) as error:
+            logger.debug("no pidfd of process %d: %s", peer.pid, error)
+        # After opening it: if the pid is the peer's now, the pidfd is, too.
+        if not peer.alive:
+            raise ProcessLookupError(
+                f"process {peer.pid} is not the peer, whose pid it is said to be: it started at"
+                f" {start_time(peer.pid)} ticks after boot, not at {peer.start_time}"
+            )
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs, so that its pid can't be another's."""
+        if self.pidfd < 0:
+            return start_time(self.pid) == self.start_time
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return not ended.poll(0)
+
+    def __del__(self) -> None:
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
 
 
 def start_time(pid: int) -> int:

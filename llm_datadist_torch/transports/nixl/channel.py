@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 
 import msgspec
@@ -18,6 +19,7 @@ from llm_datadist_torch.transports.base import (
     MemoryKind,
     MemorySpan,
     Movement,
+    PathUnavailable,
     Relay,
     timed_out,
 )
@@ -25,6 +27,7 @@ from llm_datadist_torch.transports.nixl.messages import Asked, Expect, Fetch, St
 from llm_datadist_torch.transports.nixl.port import Port
 from llm_datadist_torch.transports.nixl.serving import Serving
 from llm_datadist_torch.transports.nixl.spans import Spans
+from llm_datadist_torch.transports.turns import Turns
 from llm_datadist_torch.values.status import (
     LLMCacheNotFoundError,
     LLMException,
@@ -32,7 +35,6 @@ from llm_datadist_torch.values.status import (
     LLMPeerLostError,
     LLMStatusCode,
     LLMTimeoutError,
-    error_for,
 )
 
 _NAME = "nixl"
@@ -46,8 +48,9 @@ _told = msgspec.msgpack.Decoder(Stop)
 class NixlChannel(Channel):
     """Moves bytes by NIXL's writes: a push is one of ours, for a pull we ask the owner for one.
 
-    Each side has an agent of its own for each direction, so that ending one to be rid of a
-    movement ends no other. The owner checks every stretch of a pull against the leased cache.
+    Each side has an agent of its own for each direction. A movement is ended by ending its agent,
+    so of each direction one moves at a time. The owner checks every stretch of a pull against the
+    leased cache.
 
     Args:
         memory: What is published here.
@@ -55,11 +58,15 @@ class NixlChannel(Channel):
         reason: For :meth:`fit`.
     """
 
+    # The owner takes part in every movement, and only for leased or claimed caches.
+    validates_reads = True
+
     def __init__(self, memory: Spans, relay: Relay, reason: str) -> None:
         self._memory = memory
         self._relay = relay
         self._reason = reason
         self._closed = False
+        self._turns = {direction: Turns() for direction in Direction}
         self._numbers = itertools.count(1)
         self._incoming = Port(receives=True)
         self._outgoing = Port(receives=False)
@@ -71,10 +78,6 @@ class NixlChannel(Channel):
             return Fit.none("it moves host memory only")
         return Fit.good(self._reason)
 
-    def takes(self, movement: Movement) -> bool:
-        """Memory that was registered by bare addresses may be gone, and is not registered here."""
-        return not (movement.local_foreign or movement.remote_foreign)
-
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`.
 
@@ -83,31 +86,29 @@ class NixlChannel(Channel):
 
         Raises:
             LLMParamError: Memory that is not registered.
-            LLMFeatureNotEnabledError: Memory that was registered by bare addresses.
+            PathUnavailable: Memory that was registered by bare addresses: it may be gone.
         """
-        if not self.takes(movement):
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+        if movement.local_foreign or movement.remote_foreign:
+            raise PathUnavailable(
                 "nixl does not move memory that was registered by addresses, which nothing keeps in"
-                " place",
-                remedy="register tensors.",
+                " place: register tensors"
             )
-        spans = self._memory.of(movement.local_addrs, movement.measures[1])
+        spans = self._memory.of(movement.local_addrs, movement.local_extent)
         move = self._pull if movement.direction is Direction.READ else self._push
-        try:
-            move(movement, spans, deadline)
-        except LLMNotLinkedError:
-            # UCX's connection broke: once more with fresh agents, unless the link is over.
-            self._check_open()
-            move(movement, spans, deadline)
+        ticket = threading.Lock()
+        with ticket:
+            if not self._turns[movement.direction].wait(ticket, deadline):
+                raise timed_out(deadline)
+            try:
+                move(movement, spans, deadline)
+            except LLMNotLinkedError:
+                # UCX's connection broke: once more with fresh agents, unless the link is over.
+                self._check_open()
+                move(movement, spans, deadline)
         return _NAME
 
-    def asks_owner(self, way: str) -> bool:
-        """The owner takes part in every movement, and only for leased caches."""
-        return way == _NAME
-
     def _pull(self, movement: Movement, spans: list[MemorySpan], deadline: Deadline) -> None:
-        local, remote, nbytes = movement.spelled_out()
+        local, remote, nbytes = movement.expanded()
         runs = torch.stack((remote, local, nbytes))
         number = next(self._numbers)
         try:
@@ -136,7 +137,7 @@ class NixlChannel(Channel):
             self._check(deadline)
             ticket = self._call(movement, Expect(number), deadline)
             self._outgoing.hold(spans)
-            runs = torch.stack(movement.spelled_out())
+            runs = torch.stack(movement.expanded())
             self._outgoing.write(ticket, runs, lambda: self._check(deadline))
             failed = False
         except LLMTimeoutError as error:

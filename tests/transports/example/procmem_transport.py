@@ -100,7 +100,7 @@ class ProcMemChannel(Channel):
         # preadv and pwritev give up the GIL while they work, and answer to an address that is not
         # mapped, on either side, with an error.
         call = os.preadv if movement.direction is Direction.READ else os.pwritev
-        runs = zip(*(column.tolist() for column in movement.spelled_out()), strict=True)
+        runs = zip(*(column.tolist() for column in movement.expanded()), strict=True)
         for local, remote, nbytes in runs:
             done = 0
             while done < nbytes:

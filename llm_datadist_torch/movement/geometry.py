@@ -8,79 +8,11 @@ movement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 
 from llm_datadist_torch import _C
 from llm_datadist_torch.values.checks import layer_count, param_error
-
-MAX_DIMS = 31
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the rows (or blocks) of a cache lie, the same in each of its tensors.
-
-    Attributes:
-        num_tensors: Tensors in the cache.
-        rows: Rows (batch) of a contiguous cache, blocks of a blocks cache: ``shape[0]``.
-        row_bytes: Bytes of one row or block, the *stride* (reference API, 8.1).
-        pitch: Bytes between the starts of two rows; larger than ``row_bytes`` where a registered
-            tensor is a strided view.
-        paged: Whether it is a blocks cache.
-    """
-
-    num_tensors: int
-    rows: int
-    row_bytes: int
-    pitch: int
-    paged: bool
-
-    @property
-    def extent(self) -> int:
-        """Bytes from the start of a tensor's first row to the end of its last."""
-        return (self.rows - 1) * self.pitch + self.row_bytes
-
-    def tensor_at(self, addrs: torch.Tensor, address: int) -> int | None:
-        """Index of the tensor that has the byte at ``address`` in one of its rows, or None.
-
-        Args:
-            addrs: Addresses of the tensors, int64 [num_tensors].
-            address: int64; an address above that range is given as a negative number, as there.
-        """
-        offsets = address - addrs
-        inside = (offsets >= 0) & (offsets < self.extent) & (offsets % self.pitch < self.row_bytes)
-        found = inside.nonzero()
-        return int(found[0]) if len(found) else None
-
-    @property
-    def unit(self) -> str:
-        """What this cache is cut into, for messages."""
-        return "block" if self.paged else "row"
-
-
-def layout_of(num_tensors: int, shape: Sequence[int], tensor_bytes: int, *, paged: bool) -> Layout:
-    """The layout of densely packed tensors of ``shape`` (reference API, 8.1.
-
-    Dimension 0 is the batch or the blocks).
-
-    Args:
-        num_tensors: Tensors in the cache, at least 1.
-        shape: Shape of one tensor.
-        tensor_bytes: Bytes of one tensor.
-        paged: Whether it is a blocks cache.
-
-    Raises:
-        LLMParamError: No tensors, or more than 31 dimensions.
-    """
-    if num_tensors < 1:
-        raise param_error(f"num_tensors={num_tensors}, but a cache needs at least 1 tensor")
-    if not 1 <= len(shape) <= MAX_DIMS:
-        raise param_error(f"shape has {len(shape)} dimensions, supported are 1 to {MAX_DIMS}")
-    row_bytes = tensor_bytes // shape[0]
-    return Layout(num_tensors, shape[0], row_bytes, row_bytes, paged)
+from llm_datadist_torch.values.layout import Layout
 
 
 def check_rows(name: str, ids: torch.Tensor, layout: Layout, *, unique: bool = False) -> None:
@@ -135,7 +67,10 @@ def row_to_row(dst: Layout, src: Layout, dst_row: int, src_row: int, nbytes: int
                 f"{nbytes} bytes do not fit a {name} row of {layout.row_bytes} bytes",
                 remedy="pass size= with the bytes that both rows have.",
             )
-    return torch.tensor([[dst_row * dst.pitch, src_row * src.pitch, nbytes]], dtype=torch.int64)
+    return torch.tensor(
+        [[dst_row * dst.row_stride_bytes, src_row * src.row_stride_bytes, nbytes]],
+        dtype=torch.int64,
+    )
 
 
 def blocks_to_blocks(
@@ -144,17 +79,16 @@ def blocks_to_blocks(
     """Runs that move block ``src_blocks[k]`` into block ``dst_blocks[k]``, adjacent pairs merged.
 
     Args:
-        dst: Destination layout; its ids are ``dst_blocks``, int64 [n].
-        src: Source layout; its ids are ``src_blocks``, int64 [n].
-        dst_blocks: Blocks written, each once.
-        src_blocks: Blocks read.
+        dst: Destination layout.
+        src: Source layout.
+        dst_blocks: Blocks written, int64 [n]; :func:`check_rows` has passed them.
+        src_blocks: Blocks read, int64 [n]; :func:`check_rows` has passed them.
 
     Returns:
         Runs, an int64 tensor of shape [at most n, 3].
 
     Raises:
-        LLMParamError: Different lengths or block sizes, an id out of range, a destination named
-            twice.
+        LLMParamError: Different lengths or block sizes.
     """
     if len(dst_blocks) != len(src_blocks):
         raise param_error(f"{len(src_blocks)} src_blocks for {len(dst_blocks)} dst_blocks")
@@ -162,9 +96,9 @@ def blocks_to_blocks(
         raise param_error(
             f"block sizes differ: source {src.row_bytes} bytes, destination {dst.row_bytes} bytes"
         )
-    check_rows("src_blocks", src_blocks, src)
-    check_rows("dst_blocks", dst_blocks, dst, unique=True)
-    return _C.block_runs(dst_blocks, src_blocks, dst.pitch, src.pitch, dst.row_bytes)
+    return _C.block_runs(
+        dst_blocks, src_blocks, dst.row_stride_bytes, src.row_stride_bytes, dst.row_bytes
+    )
 
 
 def row_to_blocks(dst: Layout, src: Layout, dst_blocks: torch.Tensor, src_row: int) -> torch.Tensor:
@@ -176,16 +110,16 @@ def row_to_blocks(dst: Layout, src: Layout, dst_blocks: torch.Tensor, src_row: i
     Args:
         dst: Layout of the blocks cache.
         src: Layout of the contiguous cache.
-        dst_blocks: Blocks written, int64 [n], each once: block ``dst_blocks[k]`` gets the k-th
-            piece.
+        dst_blocks: Blocks written, int64 [n]; :func:`check_rows` has passed them. Block
+            ``dst_blocks[k]`` gets the k-th piece.
         src_row: Row read.
 
     Returns:
         Runs, an int64 tensor of shape [at most n, 3].
 
     Raises:
-        LLMParamError: Row or id out of range, a block larger than the row, more blocks than the row
-            fills.
+        LLMParamError: The row is out of range, a block larger than the row, more blocks than the
+            row fills.
     """
     check_row("source row", src_row, src)
     if dst.row_bytes > src.row_bytes:
@@ -199,15 +133,19 @@ def row_to_blocks(dst: Layout, src: Layout, dst_blocks: torch.Tensor, src_row: i
             f" {fillable}"
             f" blocks of {dst.row_bytes} bytes"
         )
-    check_rows("dst_blocks", dst_blocks, dst, unique=True)
     pieces = torch.arange(len(dst_blocks), dtype=torch.int64)
     # Pieces are blocks of the row, one block apart; only then is the short tail cut and the row's
     # place added.
-    runs = _C.block_runs(dst_blocks, pieces, dst.pitch, dst.row_bytes, dst.row_bytes)
+    runs = _C.block_runs(dst_blocks, pieces, dst.row_stride_bytes, dst.row_bytes, dst.row_bytes)
     if len(runs):
         runs[-1, 2] -= max(0, len(dst_blocks) * dst.row_bytes - src.row_bytes)
-    runs[:, 1] += src_row * src.pitch
+    runs[:, 1] += src_row * src.row_stride_bytes
     return runs
+
+
+def local_first(runs: torch.Tensor) -> torch.Tensor:
+    """The runs of a write, whose destination comes first, as a movement has them."""
+    return runs[:, [1, 0, 2]].contiguous()
 
 
 def pulled_tensors(

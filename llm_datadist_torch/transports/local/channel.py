@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local channel to one peer, and its paths to the peer's memory, the fastest first."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TypeAlias
+
+import torch
+
+from llm_datadist_torch import _C, streams
+from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.memory.address import check_alive
+from llm_datadist_torch.transports.base import (
+    HOST_DEVICE,
+    CacheVersion,
+    Channel,
+    Direction,
+    Fit,
+    MemoryKind,
+    Movement,
+    PathUnavailable,
+    RegionView,
+    Relay,
+    SameProcessPeer,
+    StaleCacheError,
+    timed_out,
+)
+from llm_datadist_torch.transports.local.host import HostIdentity, PeerProcess, why_forbidden
+from llm_datadist_torch.transports.local.mappings import PeerMappings
+from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed
+from llm_datadist_torch.values.status import (
+    LLMException,
+    LLMPeerLostError,
+    LLMStatusCode,
+    error_for,
+)
+
+logger = logging.getLogger("llm_datadist_torch")
+
+_SWAPPED = torch.tensor([1, 0, 2])
+
+Side: TypeAlias = tuple[torch.Tensor, torch.device]
+"""Addresses, int64 [n], and where they are."""
+
+
+class LocalChannel(Channel):
+    """Tries the paths in order; one that the kernel forbids is reported once and then left out.
+
+    Thread safety: all methods may be called from any thread, also while movements are under way.
+    """
+
+    validates_reads = True
+
+    def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
+        neighbour = relay.neighbour
+        self._same_process = neighbour is not None
+        self._peer = peer = here if self._same_process else peer
+        self._reported: set[str] = set()
+        self._mappings = PeerMappings(peer, trusted=self._same_process)
+        self._unreachable = "" if self._same_process else peer.unreachable_from(here)
+        relayed = Relayed(relay)
+        # The other paths between processes reach what the host's processors can read.
+        self._device_paths: tuple[LocalPath, ...] = (relayed,)
+        self._paths: tuple[LocalPath, ...]
+        if neighbour is not None:
+            self._paths = self._device_paths = (SameProcess(neighbour, self._mappings),)
+        elif self._unreachable:
+            self._paths = (relayed,)
+        else:
+            mappings = self._mappings
+            self._paths = (
+                SharedMapping(mappings, peer),
+                ProcessMemory(mappings, peer),
+                relayed,
+            )
+
+    def fit(self, kind: MemoryKind) -> Fit:
+        """Well inside one process, and host memory between processes.
+
+        Where only the relay is left, as for device memory between processes, anything else is
+        better.
+        """
+        if kind is not MemoryKind.HOST and not self._same_process:
+            return Fit.last_resort("through the control connection, device memory")
+        if isinstance(self._paths[0], Relayed):
+            reason = self._unreachable or "the kernel forbids the other paths"
+            return Fit.last_resort(f"through the control connection, {reason}")
+        return Fit.good("same process" if self._same_process else "same host")
+
+    def move(self, movement: Movement, deadline: Deadline) -> str:
+        """See :meth:`Channel.move`; returns the name of the path that served."""
+        host = movement.local_device.type == movement.remote_device == HOST_DEVICE.type
+        for path in self._paths if host else self._device_paths:
+            try:
+                path.move(movement, deadline)
+            except PathUnavailable as reason:
+                self._leave(path, reason)
+            else:
+                if path.name == Relayed.name:
+                    self._report_relay(path, movement)
+                return path.name
+        raise error_for(
+            LLMStatusCode.LLM_FAILED, f"no path to the memory of process {self._peer.pid}"
+        )
+
+    def _leave(self, path: LocalPath, reason: PathUnavailable) -> None:
+        """Go on to the next path.
+
+        Raises:
+            PathUnavailable: Only the relay is left now: another transport may be better.
+        """
+        if not reason.lasting:
+            logger.debug("%s can't serve: %s", path.name, reason)
+            return
+        self._report(path, str(reason))
+        self._paths = tuple(other for other in self._paths if other is not path)
+        path.close()
+        if isinstance(self._paths[0], Relayed):
+            raise reason
+
+    def read_version(self, version: CacheVersion) -> tuple[int, int] | None:
+        """See :meth:`Channel.read_version`: out of a mapping, so in nanoseconds."""
+        return None if self._unreachable else self._mappings.read(version)
+
+    def _report_relay(self, path: LocalPath, movement: Movement) -> None:
+        if not movement.in_host_memory:
+            self._report(
+                path,
+                "device memory goes through the control connection, which is slow; HIXL moves it"
+                " faster, see LLMDataDist.links()",
+            )
+        if self._unreachable:
+            self._report(
+                path, f"{self._unreachable}: bytes go through the control connection, which is slow"
+            )
+
+    def _report(self, path: LocalPath, reason: str) -> None:
+        if reason not in self._reported:
+            self._reported.add(reason)
+            logger.warning(
+                "local transport, peer process %d, %s: %s", self._peer.pid, path.name, reason
+            )
+
+    def forget(self, region_id: int) -> None:
+        """Unmap a region."""
+        self._mappings.forget(region_id)
+
+    def close(self) -> None:
+        """Unmap everything."""
+        self._mappings.close()
+        for path in self._paths:
+            path.close()
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the peer's memory that are mapped here."""
+        return self._mappings.nbytes
+
+
+class SameProcess(LocalPath):
+    """The peer is another instance in this process: its addresses are ours."""
+
+    name = "same-process"
+
+    def __init__(self, peer: SameProcessPeer, mappings: PeerMappings) -> None:
+        self._peer = peer
+        self._mappings = mappings
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Copy in memory, of whatever device."""
+        _check_before(movement, self._mappings)
+        with self._peer.using(movement) as foreign:
+            if foreign:
+                device = torch.device(movement.remote_device)
+                try:
+                    check_alive(movement.remote_addrs, movement.remote_extent, device)
+                except LLMException as error:
+                    raise _unmapped() from error
+            _copy(movement, movement.remote_addrs, deadline)
+        _check_after(movement, self._mappings)
+
+
+class SharedMapping(LocalPath):
+    """The peer's caches are shareable memory.
+
+    A region is mapped once; then bytes are copied without a system call.
+    """
+
+    name = "shared-mapping"
+
+    def __init__(self, mappings: PeerMappings, peer: HostIdentity) -> None:
+        self._mappings = mappings
+        self._peer = peer
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Copy between local memory and the mapping."""
+        region = movement.region
+        if region is None or region.fd < 0:
+            raise PathUnavailable("the peer's cache is not in shareable memory")
+        # The local reference keeps the mapping in place while bytes move, even if the link ends
+        # meanwhile.
+        mapping = self._mappings.by_region.get(region.region_id) or self._map(region)
+        _check_before(movement, self._mappings)
+        try:
+            remote_addrs = _C.rebase(
+                movement.remote_addrs,
+                region.address,
+                mapping.address,
+                mapping.nbytes,
+                movement.remote_extent,
+            )
+        except IndexError as error:
+            raise error_for(LLMStatusCode.LLM_FAILED, f"the peer's cache: {error}") from error
+        _copy(movement, remote_addrs, deadline)
+        _check_after(movement, self._mappings)
+
+    def _map(self, region: RegionView) -> _C.PeerMapping:
+        try:
+            return self._mappings.get(region)
+        except OSError as error:
+            reason = why_forbidden(error.errno or 0, self._peer.pid)
+            raise PathUnavailable(f"mapping it failed: {error}; {reason}") from error
+
+
+class ProcessMemory(LocalPath):
+    """Any memory of a process that the kernel lets us read and write.
+
+    By process_vm_readv and process_vm_writev. They take a pid, which another process may have by
+    now: the peer's identity is checked before each of them, and after the last.
+    """
+
+    name = "process-memory"
+
+    def __init__(self, mappings: PeerMappings, peer: HostIdentity) -> None:
+        self._mappings = mappings
+        self._peer = peer
+        self._process: PeerProcess | None = None
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Let the kernel copy. A wild address on either side is an error here, never a crash."""
+        # The local reference keeps the pidfd open, even if the link ends meanwhile.
+        process = self._process or self._find()
+        if not process.alive:
+            raise self._error(movement, errno.ESRCH)
+        _check_before(movement, self._mappings)
+        call = _C.read_process if movement.direction is Direction.READ else _C.write_process
+        done, number = call(
+            process.pid,
+            movement.local_addrs,
+            movement.remote_addrs,
+            movement.runs,
+            deadline.at_ns,
+        )
+        if number == 0 and not process.alive:
+            # The pid may belong to somebody else by now, and the bytes with it.
+            number = errno.ESRCH
+        if number in (errno.EPERM, errno.ENOSYS, errno.EACCES) and done == 0:
+            raise PathUnavailable(why_forbidden(number, process.pid), lasting=True)
+        if number:
+            raise self._error(movement, number)
+        if done < movement.nbytes:
+            raise timed_out(deadline)
+        _check_after(movement, self._mappings)
+
+    def _find(self) -> PeerProcess:
+        try:
+            self._process = process = PeerProcess(self._peer)
+        except ProcessLookupError as error:
+            raise PathUnavailable(str(error), lasting=True) from error
+        return process
+
+    def _error(self, movement: Movement, number: int) -> LLMException:
+        if number == errno.ESRCH:
+            return LLMPeerLostError(
+                f"process {self._peer.pid} of the peer is gone",
+                status_code=LLMStatusCode.LLM_NOT_YET_LINK,
+            )
+        if number == errno.EFAULT:
+            check_alive(movement.local_addrs, movement.local_extent)
+            return _unmapped()
+        return error_for(
+            LLMStatusCode.LLM_FAILED, f"{why_forbidden(number, self._peer.pid)} (errno {number})"
+        )
+
+    def close(self) -> None:
+        """Let go of the pidfd; a movement under way keeps it."""
+        self._process = None
+
+
+def _check_before(movement: Movement, mappings: PeerMappings) -> None:
+    """Before a READ without a lease: the key must still lead to this cache.
+
+    Raises:
+        StaleCacheError: It does not, or that can't be seen.
+    """
+    if movement.direction is Direction.READ and movement.lease_id == 0:
+        version = movement.version
+        counters = None if version is None else mappings.read(version)
+        if version is None or counters is None or counters[0] != version.lookup:
+            raise StaleCacheError
+
+
+def _check_after(movement: Movement, mappings: PeerMappings) -> None:
+    """After a READ: the memory must have been the cache's until now, as far as that can be seen.
+
+    Raises:
+        StaleCacheError: It was not.
+    """
+    version = movement.version
+    if movement.direction is Direction.READ and version is not None:
+        counters = mappings.read(version)
+        if counters is not None and counters[1] != version.memory:
+            raise StaleCacheError
+
+
+def _unmapped() -> LLMException:
+    """The error for memory that the peer registered by addresses and then freed."""
+    return error_for(
+        LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
+        "the memory that the peer registered is no longer mapped there",
+        remedy=(
+            "the peer must unregister a cache before it frees its memory; register"
+            " tensors instead of addresses."
+        ),
+    )
+
+
+def _copy(movement: Movement, remote_addrs: torch.Tensor, deadline: Deadline) -> None:
+    if movement.local_foreign:
+        check_alive(movement.local_addrs, movement.local_extent, movement.local_device)
+    here = (movement.local_addrs, movement.local_device)
+    there = (remote_addrs, torch.device(movement.remote_device))
+    if movement.direction is Direction.READ:
+        done = _move(here, there, movement.runs, deadline)
+    else:
+        done = _move(there, here, movement.runs.index_select(1, _SWAPPED), deadline)
+    if done < movement.nbytes:
+        raise timed_out(deadline)
+
+
+def _move(dst: Side, src: Side, runs: torch.Tensor, deadline: Deadline) -> int:
+    """Copy runs between addresses of this process; returns the bytes, fewer if time was up."""
+    device = streams.device_of((dst[1], src[1]))
+    if device.type == streams.HOST:
+        return _C.copy_runs(dst[0], src[0], runs, deadline.at_ns)
+    with streams.own_stream(device):
+        return _C.copy_runs_on_device(dst[0], src[0], runs, dst[1], src[1], deadline.at_ns)
