@@ -21,7 +21,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import aiohttp
@@ -32,6 +32,8 @@ logger = logging.getLogger("proxy")
 # A server that can't be reached is not tried for so long, unless there is no other.
 REST_S = 5.0
 HEALTH_S = 2.0
+# How soon it is noticed that a client has gone.
+GONE_S = 0.25
 PATHS = ("/v1/completions", "/v1/chat/completions")
 # Of a request; the prefill server computes one token, and nobody sees it.
 NOT_FOR_PREFILL = ("stream_options", "min_tokens", "best_of")
@@ -125,6 +127,9 @@ class Proxy:
             if len(prompt) != 1:
                 return refused("send one prompt per request: each has KV of its own")
             body["prompt"] = prompt[0]
+        return await self._while_the_client_waits(request, self._answered(request, body))
+
+    async def _answered(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         if self._peers:
             return await self._pushed(request, body)
         answer, params = await self._prefilled(request.path, body)
@@ -133,6 +138,26 @@ class Proxy:
         if params is not None:
             body["kv_transfer_params"] = params
         return await self._decoded(request, body)
+
+    @staticmethod
+    async def _while_the_client_waits(
+        request: web.Request, answering: Coroutine[Any, Any, web.StreamResponse]
+    ) -> web.StreamResponse:
+        """The answer; when the client has gone, both servers' requests are cancelled."""
+        task = asyncio.ensure_future(answering)
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=GONE_S)
+                if request.transport is None or request.transport.is_closing():
+                    # vLLM aborts requests whose clients have gone.
+                    break
+            if not task.done():
+                logger.info("a client has gone before its answer was complete")
+                return web.Response(status=499)
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _prefilled(
         self, path: str, body: dict[str, Any]

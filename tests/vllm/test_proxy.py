@@ -126,6 +126,32 @@ def test_prefill_first_then_decode_with_its_params(path: str) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("peers", [(), [[(1, "h", 70)], [(2, "h", 80)]]], ids=["pull", "push"])
+@pytest.mark.parametrize("waits_for", ["prefill", "decode"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes(peers: Sequence[list[Peer]], waits_for: str, *, stream: bool) -> None:
+    """Nothing is computed for it any more, at either side."""
+
+    async def test(on: Setting) -> None:
+        waiting = on.prefill[0] if waits_for == "prefill" else on.decode[0]
+        waiting.answers.clear()
+        asking = asyncio.ensure_future(on.ask(prompt="x", stream=stream))
+        while not waiting.asked:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        while not waiting.cancelled:
+            await asyncio.sleep(0.01)
+        if not peers and waits_for == "prefill":
+            assert not on.decode[0].asked
+        waiting.answers.set()
+        # The server did nothing wrong, and is asked again in its turn.
+        assert (await on.ask(prompt="y"))[0] == 200
+        assert (await on.ask(prompt="y"))[0] == 200
+        assert len(on.decode[0].asked) + len(on.decode[1].asked) >= 2
+
+    run(test, peers)
+
+
 def test_servers_take_turns() -> None:
     async def test(on: Setting) -> None:
         told = [(await on.ask(prompt=[1, 2]))[1] for _ in range(4)]

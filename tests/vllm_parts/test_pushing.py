@@ -13,14 +13,24 @@ import pytest
 import torch
 from msgspec.msgpack import decode
 
-from llm_datadist_torch.vllm.protocol import Asked, Place, Pushed, Where, encode
+from llm_datadist_torch.vllm.layouts import Kind
+from llm_datadist_torch.vllm.protocol import (
+    NUMBERS_PER_MESSAGE,
+    Asked,
+    Place,
+    Pushed,
+    PushedSums,
+    Where,
+    encode,
+    packed,
+)
 from llm_datadist_torch.vllm.steps import Expect, Push, PushEnd, Step
-from llm_datadist_torch.vllm.worker import receiving
+from llm_datadist_torch.vllm.worker import pushing, receiving
 from llm_datadist_torch.vllm.worker.processes import this_process
 from llm_datadist_torch.vllm.worker.pushing import Sender
 from llm_datadist_torch.vllm.worker.service import TimeLimit
 from tests.service import settle
-from tests.vllm_parts.workers import BLOCK, Worker, snapshot
+from tests.vllm_parts.workers import BLOCK, Worker, group, snapshot
 
 
 @pytest.fixture
@@ -277,3 +287,96 @@ def test_an_engine_that_takes_no_pushes(worker: Callable[..., Worker]) -> None:
     p.half._service.link(d.half.address, TimeLimit(20))
     with pytest.raises(ValueError, match="takes no pushes"):
         where(p, d)
+
+
+def test_long_prompts_take_several_messages(
+    worker: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (receiving, pushing):
+        monkeypatch.setattr(module, "NUMBERS_PER_MESSAGE", 3)
+    p, d = worker(20, 1), worker(20, 2, verify=True)
+    blocks = tuple(range(1, 12))
+    expect(d, tuple(reversed(blocks)), 0, 11 * BLOCK)
+    compute(p, d, blocks, 0, last=True)
+    assert not d.wait()
+    for name, tensor in d.kv.items():
+        assert torch.equal(tensor[list(reversed(blocks))], p.kv[name][list(blocks)])
+    assert end(p)
+
+
+def test_a_message_of_two_million_tokens_is_small_enough() -> None:
+    """Blocks and checksums, at the size that they are split at."""
+    numbers = packed([2**31 - 1] * NUMBERS_PER_MESSAGE)
+    for message in (
+        PushedSums("life", "t", 0, numbers, numbers),
+        Place(known=True, blocks=numbers, model_ids=(2**63,) * 8, counts=(2**31,) * 8),
+    ):
+        assert len(encode(message)) < 1 << 20, "what a question may have"
+
+
+def test_layers_that_share_a_tensor_wait_for_the_one_that_writes(
+    worker: Callable[..., Worker],
+) -> None:
+    tensors = torch.randn(2, 8, 2, 32, 16)
+    kv = {"a": tensors[0], "b": tensors[1], "c": tensors[0]}
+    shared = torch.randn(2, 8, 2, 32, 16)
+    p = worker(8, 1, kv=kv)
+    d = worker(8, 2, kv={"a": shared[0], "b": shared[1], "c": shared[0]})
+    expect(d, (5,), 0, 32)
+    push = Push("p", "t", (d.half.address,), ((3,),), 0, 32, "x", True)
+    p.half.before_compute(Step(pushes=[push]))
+    p.half.layer_done("c")
+    p.half.layer_done("b")
+    assert not d.collect({"d"}, 0.3)[0].received
+    # Only now the layer is there that the others share.
+    tensors[0][3] = 7.0
+    p.half.layer_done("a")
+    p.half.step_done()
+    assert not d.wait()
+    assert torch.equal(shared[:, 5], tensors[:, 3])
+    assert end(p)
+
+
+def test_layers_that_nobody_told_of_go_out_with_the_step(pair: tuple[Worker, Worker]) -> None:
+    """Recurrent layers, indexes and drafts: vLLM has no hook for them."""
+    p, d = pair
+    expect(d, (1,), 0, 32)
+    push = Push("p", "t", (d.half.address,), ((4,),), 0, 32, "x", True)
+    p.half.before_compute(Step(pushes=[push]))
+    p.half.layer_done("a")
+    p.half.step_done()
+    assert not d.wait()
+    assert all(torch.equal(d.kv[name][1], p.kv[name][4]) for name in p.kv)
+
+
+def test_windows_and_states_are_pushed(worker: Callable[..., Worker]) -> None:
+    """In chunks: what the consumer's window does not need it has no block for."""
+
+    def made() -> dict[str, Any]:
+        return {
+            "full": torch.randn(20, 2, 32, 16),
+            "sliding": torch.randn(20, 2, 32, 16),
+            "state": [torch.randn(20, 24), torch.randn(20, 2, 8)],
+        }
+
+    groups = [
+        group("full"),
+        group("sliding", kind=Kind.WINDOW, window=40),
+        group("state", kind=Kind.STATE, block=0),
+    ]
+    p = worker(20, 1, kv=made(), groups=groups)
+    d = worker(20, 2, kv=made(), groups=groups, verify=True)
+    wanted = ((1, 2, 3, 4), (0, 0, 7, 8), (9,))
+    d.half.step(Step(expects=[Expect("d", "t", wanted, 0, 128, "x")]))
+    there = ((11, 12, 13, 14), (15, 16, 17, 18), (19,))
+    for first, stop in ((0, 50), (50, 128)):
+        last = stop == 128
+        push = Push("p", "t", (d.half.address,), there, first, stop, "x", last)
+        p.half.before_compute(Step(pushes=[push]))
+        p.half.step_done()
+    assert not d.wait()
+    assert torch.equal(d.kv["full"][[1, 2, 3, 4]], p.kv["full"][[11, 12, 13, 14]])
+    assert torch.equal(d.kv["sliding"][[7, 8]], p.kv["sliding"][[17, 18]])
+    for mine, theirs in zip(d.kv["state"], p.kv["state"], strict=True):
+        assert torch.equal(mine[9], theirs[19])
+    assert end(p)

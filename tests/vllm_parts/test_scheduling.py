@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from llm_datadist_torch.vllm.params import Peer
+from llm_datadist_torch.vllm.params import Peer, prompt_digest
+from llm_datadist_torch.vllm.scheduler import prompts
 from llm_datadist_torch.vllm.scheduler.loads import MAX_KEPT, Decision, LoadDeduplicator
 from llm_datadist_torch.vllm.scheduler.prompts import Prompts
 from llm_datadist_torch.vllm.scheduler.pull import PullScheduler
@@ -220,3 +221,124 @@ def test_what_is_not_kept(
 def test_a_producer_pulls_nothing() -> None:
     request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
     assert scheduler(pulls=False).num_matched(request, 0) == 0
+
+
+def test_a_request_that_waits_holds_its_lease() -> None:
+    """From its arrival on, and at the latest when the engine looks whether it may load."""
+    consumer = scheduler()
+    first, second = (Request(name, [1, 2, 3], handed_over([1, 2, 3], [4])) for name in ("a", "b"))
+    second.kv_transfer_params["remote_lease"] = 9
+    consumer.arrived(first)
+    (hold,) = consumer.take_step().holds
+    assert (hold.request_id, hold.remote.remote_lease) == ("a", 1)
+    consumer.num_matched(first, 0)
+    consumer.num_matched(second, 0)
+    assert [each.request_id for each in consumer.take_step().holds] == ["b"]
+    assert consumer.finished(first, ((),), completed=False) == (False, None)
+    assert consumer.take_step().drops == ["a"]
+
+
+def test_what_is_pulled_at_once_is_not_claimed_before() -> None:
+    consumer = scheduler()
+    request = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
+    consumer.arrived(request)
+    consumer.num_matched(request, 0)
+    consumer.allocated(request, ((1,),), 3)
+    step = consumer.take_step()
+    assert not step.holds
+    assert [pull.request_id for pull in step.pulls] == ["d"]
+
+
+def test_a_lease_that_is_lost_while_the_request_waits(caplog: pytest.LogCaptureFixture) -> None:
+    """It is computed here, before blocks are allocated for a load, and so are those behind it."""
+    consumer, params = scheduler(), handed_over([1, 2, 3], [4])
+    first, second = (Request(name, [1, 2, 3], dict(params)) for name in "ab")
+    consumer.arrived(first)
+    assert consumer.num_matched(first, 0) == 3
+    assert consumer.num_matched(second, 0) is None
+    with caplog.at_level(logging.WARNING):
+        consumer.lost(["a", "unknown"])
+    assert "has given up its blocks while it waited" in caplog.text
+    assert consumer.num_matched(first, 0) == 0
+    consumer.allocated(first, ((1,),), 0)
+    assert consumer.num_matched(second, 0) == 0
+    consumer.take_step()
+    assert consumer.finished(first, ((1,),), completed=True) == (False, None)
+    assert not consumer.take_step().pulls, "there is nothing to release"
+
+
+def test_a_digest_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = []
+
+    def digest(token_ids: list[int], further: list[str]) -> str:
+        digests.append(token_ids)
+        return prompt_digest(token_ids, further)
+
+    consumer = scheduler()
+    monkeypatch.setattr(prompts, "prompt_digest", digest)
+    waiting = Request("d", [1, 2, 3], handed_over([1, 2, 3], [4]))
+    digests.clear()
+    consumer.arrived(waiting)
+    for _ in range(5):
+        consumer.num_matched(waiting, 0)
+    assert len(digests) == 1
+    consumer.finished(waiting, ((),), completed=False)
+    assert not consumer._prompts._digests
+
+
+def test_adapters_and_pictures_are_part_of_a_prompt() -> None:
+    made = Prompts(lambda request: request.lora_name + request.content)
+
+    def digest(**further: Any) -> str | None:
+        made.forget("r")
+        return made.digest(Request("r", [1, 2], **further))
+
+    def adapter(content: str) -> SimpleNamespace:
+        return SimpleNamespace(lora_name="x", content=content)
+
+    found = [
+        digest(),
+        digest(lora_request=adapter("a")),
+        digest(lora_request=adapter("b")),
+        digest(mm_features=[SimpleNamespace(identifier="cat")]),
+        digest(mm_features=[SimpleNamespace(identifier="dog")]),
+    ]
+    assert len(set(found)) == len(found)
+    assert digest(lora_request=adapter("a")) == found[1]
+
+
+@dataclass
+class Shortened(Request):
+    """What is used of vLLM's request besides, where a prompt is shortened."""
+
+    max_tokens: int = 7
+    num_prompt_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self._all_token_ids = list(self.prompt_token_ids or ())
+        self.num_prompt_tokens = len(self._all_token_ids)
+
+
+def test_states_are_of_the_token_before_the_last() -> None:
+    """The producer does not compute the last token, which the consumer computes in any case."""
+    producer = PullScheduler("engine", 60.0, Prompts(back_off=1), serves=True, pulls=False)
+    producer.set_workers(PEERS, 1)
+    request = Shortened("p", [1, 2, 3, 4], {"do_remote_decode": True})
+    for _ in range(2):
+        producer.shorten(request, 1)
+    assert (request.prompt_token_ids, request._all_token_ids) == ([1, 2, 3], [1, 2, 3])
+    assert (request.num_prompt_tokens, request.max_tokens) == (3, 1)
+    request.num_computed_tokens = 3
+    kept, params = producer.finished(request, ((4,), (5,)), completed=True)
+    assert kept
+    consumer = PullScheduler("engine", 60.0, Prompts(back_off=1), serves=False, pulls=True)
+    wants = Shortened("d", [1, 2, 3, 4], params)
+    consumer.shorten(wants, 1)
+    assert consumer.num_matched(wants, 0) == 3, "its digest is of the whole prompt"
+
+
+def test_a_reset_ends_what_is_kept() -> None:
+    producer = scheduler()
+    producer.reset()
+    assert producer.take_step().reset
+    assert not producer.take_step().reset

@@ -13,11 +13,20 @@ import msgspec
 import pytest
 import torch
 
+from llm_datadist_torch.vllm.layouts import Kind
 from llm_datadist_torch.vllm.params import RemoteBlocks
 from llm_datadist_torch.vllm.settings import Settings
 from llm_datadist_torch.vllm.steps import Pull, Step
 from llm_datadist_torch.vllm.worker.pulling import Done, Puller
-from tests.vllm_parts.workers import FINGERPRINT, Worker, snapshot
+from tests.vllm_parts.workers import (
+    BLOCK,
+    FINGERPRINT,
+    HEADS,
+    LAYERS,
+    Worker,
+    group,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -250,3 +259,46 @@ def test_settings() -> None:
     assert Settings.of({}) == Settings()
     given = {"mode": "push", "host": "10.0.0.1", "port": 7000, "lease_s": 5, "verify": True}
     assert dataclasses.asdict(Settings.of(given)) == dataclasses.asdict(Settings()) | given
+
+
+def test_several_groups(worker: Callable[..., Worker]) -> None:
+    """Full attention, a window and states, each under block tables of its own, in shared memory."""
+    groups = [
+        group("full"),
+        group("sliding", kind=Kind.WINDOW, window=40),
+        group("state", kind=Kind.STATE, block=0),
+    ]
+
+    def made() -> dict[str, Any]:
+        shared = torch.randn(20, 2, 32, 16)
+        states = [torch.randn(20, 24), torch.randn(20, 2, 8)]
+        return {"full": shared, "sliding": shared, "state": states}
+
+    p = worker(20, 1, kv=made(), groups=groups)
+    d = worker(20, 2, kv=made(), groups=groups, verify=True)
+    remote = p.grant_groups(((1, 2, 3, 4), (0, 6, 7, 8), (9,)), 128)
+    here = ((11, 12, 13, 14), (0, 0, 17, 18), (19,))
+    d.half.step(Step(pulls=[Pull("d", remote, here, 0, 128)]))
+    assert not d.wait()
+    assert torch.equal(d.kv["full"][[11, 12, 13, 14]], p.kv["full"][[1, 2, 3, 4]])
+    assert torch.equal(d.kv["full"][[17, 18]], p.kv["full"][[7, 8]])
+    for mine, theirs in zip(d.kv["state"], p.kv["state"], strict=True):
+        assert torch.equal(mine[19], theirs[9])
+    p.half.leases.end_all("the test has it so")
+    d.half.step(Step(pulls=[Pull("d", remote, here, 96, 128)]))
+    assert d.wait() == {14, 18, 19}
+
+
+def test_what_is_counted(worker: Callable[..., Worker]) -> None:
+    p, d = worker(8, 1, claim_s=0.5), worker(8, 2)
+    assert not d.pull(p.grant([1, 2], 64), [3, 4], 0, 64)
+    assert p.freed("p1")
+    late = p.grant([1], 32)
+    assert p.freed("p2")
+    assert d.pull(late, [3], 0, 32) == {3}
+    counts = d.half.take_counts()
+    assert len(counts["load_seconds"]) == 1
+    assert counts["load_bytes"] == [2 * LAYERS * HEADS * BLOCK * 16 * 4]
+    assert counts["failed_loads"] == 1
+    counts = p.half.take_counts()
+    assert (counts["sent_prompts"], counts["expired_leases"]) == (1, 1)
