@@ -4,7 +4,7 @@
 The peers are instances in two other processes. *cold* links a fresh instance with all peers in one
 call of ``link_clusters``, *warm* does so again after unlinking. Then the links are left idle, pulls
 of one small block are timed, and it is counted what each link takes. ``--option KEY=VALUE`` (for
-example ``--option llm.HeartbeatInterval=0``) sets an option of all instances."""
+example ``--option llm.LinkSecret=...``) sets an option of all instances."""
 
 from __future__ import annotations
 

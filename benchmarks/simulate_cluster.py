@@ -22,9 +22,6 @@ import simpy
 
 Steps: TypeAlias = Generator[simpy.Event, None, None]
 
-TURNS = 8
-"""Groups of links that an endpoint asks for a sign of life one after the other, per interval."""
-
 
 @dataclass(frozen=True)
 class Costs:
@@ -35,7 +32,6 @@ class Costs:
         accept_us: The same at the other side.
         ask_us: One pull, at the side that pulls.
         answer_us: One pull, at the owner.
-        heartbeat_us: One heartbeat message, at either side.
         wire_us: From one endpoint to another. An assumption: no network was measured.
         setup_messages: Messages to make a link.
         pull_messages: Messages of a pull.
@@ -50,7 +46,6 @@ class Costs:
     accept_us: float
     ask_us: float
     answer_us: float
-    heartbeat_us: float
     wire_us: float
     setup_messages: float = 2.0
     pull_messages: float = 3.0
@@ -74,7 +69,6 @@ class Costs:
             accept_us=setup_us,
             ask_us=case["pull_cpu_us"],
             answer_us=case["pull_owner_cpu_us"],
-            heartbeat_us=case["idle_cpu_percent"] * 1e4 / case["idle_messages_per_s"],
             wire_us=wire_us,
             setup_messages=case["messages_per_setup"],
             pull_messages=case["pull_messages"],
@@ -95,13 +89,11 @@ class Deployment:
         prefill: Instances that own caches.
         decode: Instances that pull; each dials every prefill instance.
         pulls_per_s: Of each decode instance, at random times.
-        heartbeat_s: Time between two signs of life on an idle link; 0 for none.
     """
 
     prefill: int
     decode: int
     pulls_per_s: float
-    heartbeat_s: float = 1.0
 
 
 class EndpointThread:
@@ -139,20 +131,10 @@ def simulate_setup(costs: Costs, deployment: Deployment) -> float:
     return float(env.now) / 1e6
 
 
-def heartbeats(
-    costs: Costs, deployment: Deployment, endpoint: EndpointThread, links: int, begin_us: float
-) -> Steps:
-    """A question and its answer per link and interval; a group of links at a time."""
-    yield endpoint.env.timeout(begin_us)
-    while True:
-        endpoint.serve(2 * links / TURNS * costs.heartbeat_us)
-        yield endpoint.env.timeout(deployment.heartbeat_s * 1e6 / TURNS)
-
-
 def simulate_service(
     costs: Costs, deployment: Deployment, seconds: float, seed: int
 ) -> dict[str, float]:
-    """Pulls and heartbeats for a while.
+    """Pulls for a while.
 
     Returns:
         Microseconds from a pull's question to its answer (median and 99th percentile), and which
@@ -176,11 +158,6 @@ def simulate_service(
             yield env.timeout(rng.expovariate(deployment.pulls_per_s) * 1e6)
             env.process(pull(puller, rng.choice(prefill)))
 
-    for threads, links in ((prefill, deployment.decode), (decode, deployment.prefill)):
-        for thread in threads:
-            if deployment.heartbeat_s:
-                begin_us = rng.random() * deployment.heartbeat_s * 1e6 / TURNS
-                env.process(heartbeats(costs, deployment, thread, links, begin_us))
     if deployment.pulls_per_s:
         for thread in decode:
             env.process(pulls(thread))
@@ -199,7 +176,6 @@ def simulate_service(
 def arithmetic(costs: Costs, deployment: Deployment) -> dict[str, float]:
     """What needs no simulation: memory, descriptors and messages."""
     links = deployment.prefill * deployment.decode
-    beats = 2 / deployment.heartbeat_s if deployment.heartbeat_s else 0.0
     per_prefill_kib = costs.instance_kib + deployment.decode * costs.accepted_kib
     per_decode_kib = costs.instance_kib + deployment.prefill * costs.dialed_kib
     return {
@@ -209,7 +185,6 @@ def arithmetic(costs: Costs, deployment: Deployment) -> dict[str, float]:
         "prefill_fds": deployment.decode * costs.accepted_fds,
         "decode_fds": deployment.prefill * costs.dialed_fds,
         "setup_messages": links * costs.setup_messages,
-        "heartbeat_messages_per_s": links * beats,
         "pull_messages_per_s": deployment.decode * deployment.pulls_per_s * costs.pull_messages,
     }
 
@@ -229,7 +204,6 @@ def main() -> None:
     parser.add_argument("--costs", type=Path, required=True, help="JSON of bench_links")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128, 1000])
     parser.add_argument("--pulls", type=float, default=10.0, help="per decode instance and second")
-    parser.add_argument("--heartbeat", type=float, default=1.0, help="seconds")
     parser.add_argument("--seconds", type=float, default=5.0, help="of simulated service")
     parser.add_argument("--wire-us", type=float, default=50.0, help="assumed, one way")
     parser.add_argument("--seed", type=int, default=1)
@@ -239,7 +213,7 @@ def main() -> None:
     print(", ".join(f"{name} {value:.1f}" for name, value in asdict(costs).items()))
     results = []
     for size in args.sizes:
-        deployment = Deployment(size, size, args.pulls, args.heartbeat)
+        deployment = Deployment(size, size, args.pulls)
         result = study(costs, deployment, args.seconds, args.seed)
         results.append(result)
         print(f"{size} x {size}")

@@ -124,7 +124,7 @@ class Worker:
         config.sync_kv_timeout = 5000
         config.mem_pool_cfg = POOL
         self.datadist = LLMDataDist(LLMRole.MIX, plan.number)
-        options = config.generate_options() | {"llm.HeartbeatInterval": "500"}
+        options = config.generate_options()
         self.datadist.init(options | dict(plan.options))
         self.manager = self.datadist.cache_manager
         self.desc = CacheDesc(TENSORS, [BLOCKS, WORDS], DataType.DT_INT64)

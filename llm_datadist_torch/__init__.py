@@ -12,11 +12,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 from llm_datadist_torch.compat.switch import install as install
+from llm_datadist_torch.values import version
 
 if TYPE_CHECKING:
     from llm_datadist_torch.public import *  # noqa: F403
 
-__version__ = "0.1.0"
+__version__ = version.VERSION
 
 __all__ = [
     "BlocksCacheKey",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +22,6 @@ from llm_datadist_torch.values.cluster_info import trans_str_ip
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.llm_config import (
     DEVICES,
-    HEARTBEAT_MS,
     KEEP,
     LLM_CONFIG_KEYS,
     LONGEST_HEARTBEAT_MS,
@@ -188,7 +188,6 @@ class EngineConfig:
         rdma_service_level: uint32, None for the engine's default.
         link_total_time: seconds.
         link_retry_count: attempts, from 1.
-        heartbeat_ms: time between two signs of life on a link, 0 for none.
         auto_relink: whether using a lost link makes it anew.
         orphan_policy: one of `ORPHAN_POLICIES`.
         link_secret: what all peers must know, None where links are open.
@@ -210,7 +209,6 @@ class EngineConfig:
     rdma_service_level: int | None = None
     link_total_time: int = 0
     link_retry_count: int = 1
-    heartbeat_ms: int = HEARTBEAT_MS
     auto_relink: bool = True
     orphan_policy: str = KEEP
     link_secret: str | None = field(default=None, repr=False)
@@ -243,7 +241,7 @@ class EngineConfig:
         link_total_time = _number(settled, "llm.LinkTotalTime", 0, INT32_MAX)
         link_retry_count = _number(settled, "llm.LinkRetryCount", 1, 100)
         backend, transport = _transports(settled)
-        heartbeat_ms = _number(settled, _HEARTBEAT, 0, LONGEST_HEARTBEAT_MS)
+        _check_heartbeat(settled)
         config = cls(
             role=role,
             device_id=0 if device_id is None else device_id,
@@ -261,15 +259,25 @@ class EngineConfig:
             rdma_service_level=_number(settled, "llm.RdmaServiceLevel", 0, UINT32_MAX),
             link_total_time=0 if link_total_time is None else link_total_time,
             link_retry_count=1 if link_retry_count is None else link_retry_count,
-            heartbeat_ms=(
-                HEARTBEAT_MS if heartbeat_ms is None else check_heartbeat(_HEARTBEAT, heartbeat_ms)
-            ),
             auto_relink=_flag(settled, _AUTO_RELINK, default="1"),
             orphan_policy=check_orphan_policy(_ORPHANS, settled.get(_ORPHANS, KEEP)),
             link_secret=_secret(settled),
         )
         _warn_of_unknown(options)
         return config
+
+
+def _check_heartbeat(options: Mapping[str, str]) -> None:
+    """The option is of no use any more, but a bad one is refused."""
+    heartbeat_ms = _number(options, _HEARTBEAT, 0, LONGEST_HEARTBEAT_MS)
+    if heartbeat_ms is not None:
+        check_heartbeat(_HEARTBEAT, heartbeat_ms)
+        warnings.warn(
+            f"{_HEARTBEAT} (LLMConfig.heartbeat_interval) is ignored and will be removed: the"
+            " kernel tells when a peer is gone",
+            DeprecationWarning,
+            stacklevel=4,
+        )
 
 
 def _check_flow_graph_mem(options: Mapping[str, str]) -> None:

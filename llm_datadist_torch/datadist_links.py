@@ -39,12 +39,12 @@ class LinkCalls(ABC):
             The overall status (success, or that of the last peer that failed), and one per peer.
             Linking failures are never raised:
 
-            - ``LLM_LINK_FAILED``: connection refused or unreachable.
+            - ``LLM_LINK_FAILED``: connection refused or unreachable, or there is another version of
+              this library, another ``link_secret``, or something that does not speak this protocol.
             - ``LLM_TIMEOUT``: no answer in time.
             - ``LLM_ALREADY_LINK``: there is a link to that peer.
             - ``LLM_PARAM_INVALID``: not one ip info, other ``enable_remote_cache_accessible``, or
               another ``remote_cluster_id`` answered.
-            - ``LLM_FAILED``: the peer does not speak this protocol.
 
         Raises:
             RuntimeError: Not initialised.

@@ -18,13 +18,14 @@ from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.communicators import Communicators
-from llm_datadist_torch.links.descriptors import FOR_AN_INSTANCE, need_descriptors
+from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.allocate import CacheMemory
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import choose_device
+from llm_datadist_torch.net.descriptors import FOR_AN_INSTANCE, need_descriptors
 from llm_datadist_torch.transports.base import MemorySpan, joined_spans
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports
@@ -115,13 +116,14 @@ class Instance:
         and a synchronizer is not waited for. Idempotent.
         """
         self._open = False
+        late: list[Grant] = []
         # A forked child has neither the endpoint's thread nor any right to its sockets.
         if os.getpid() == self._pid:
             deadline = self.deadline(timeout_ms)
             self.communicators.close(deadline)
             for workers in (self.transfer_workers, self.layer_workers):
                 workers.close(deadline)
-            self.links.close(deadline)
+            late = self.links.close(deadline)
             self._transports.close()
         with self._caches_lock:
             caches = list(self._caches.values())
@@ -129,6 +131,7 @@ class Instance:
             cache.invalidate("finalize")
         self.catalog.clear()
         self._memories.clear()
+        _check_late_writers(late)
 
     @property
     def open(self) -> bool:
@@ -236,3 +239,17 @@ class Instance:
         self._transports.unregister(self._spans_of(entry))
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)
+
+
+def _check_late_writers(late: Sequence[Grant]) -> None:
+    """Raise if a peer may still write to memory that the caller owns; ours nobody else gets."""
+    entries = {id(grant.entry): grant.entry for grant in late if not grant.entry.owned}
+    if entries:
+        caches = ", ".join(str(entry.cache_id) for entry in entries.values())
+        raise error_for(
+            LLMStatusCode.LLM_LINK_BUSY,
+            "everything has been ended, but for a peer's push to the memory registered as cache"
+            f" {caches}: it may still write there",
+            op="finalize",
+            remedy="keep that memory until the peer's process has ended its push, or itself.",
+        )

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from llm_datadist_torch import (
 )
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.link import LinkState
+from llm_datadist_torch.net import connection, unix
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.caches import Caches, Ref
 
@@ -134,7 +136,40 @@ class Service(Caches):
         link = links.registry.get(peer)
         link.address = ("127.0.0.1", port)
         if link.state is LinkState.LINKED:
-            links._silent(link, "the test has it so")
+            loop = links.endpoint.loop
+            loop.call(lambda: link.connection.end("the test has it so"))
+
+    def cut(self) -> None:
+        """All connections of links end, as by a reset in the network; the processes go on."""
+        for link in self.instance.links.links():
+            sock = link.connection._sock
+            if sock is not None:
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def have_no_pidfd(self) -> None:
+        """As on a kernel before 5.3."""
+        unix.own_pidfd = lambda: -1
+
+    def watch_hosts(self, patch: Any = None) -> None:
+        """Hosts that have gone are noticed within 2 s from now on, not 20."""
+        seconds = dict.fromkeys(connection.KEEPALIVE_S, 1)
+        for name, value in (("KEEPALIVE_S", seconds), ("UNACKNOWLEDGED_MS", 2000)):
+            if patch is None:
+                setattr(connection, name, value)
+            else:
+                patch.setattr(connection, name, value)
+
+    def hold_the_gil(self, seconds: float) -> None:
+        """No other thread of this process runs Python meanwhile."""
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+    def fork_a_child(self, seconds: float) -> int:
+        """A child that does nothing for a while; returns its process id."""
+        child = os.fork()
+        if child == 0:
+            time.sleep(seconds)
+            os._exit(0)
+        return child
 
     def relink(self, peer: int) -> None:
         """Find the link, or make it anew."""

@@ -18,7 +18,7 @@ LAYERS: list[list[set[str]]] = [
     [{"_C"}, {"environment"}],
     [{"ascend_sim"}],
     [{"values"}],
-    [{"deadline"}],
+    [{"deadline"}, {"net"}],
     [{"in_flight", "streams"}],
     [{"ops"}, {"config", "secret_file"}, {"work", "workers"}],
     [{"memory", "catalog", "cache_entry", "cache"}],

@@ -16,7 +16,7 @@ from llm_datadist_torch.environment import npu_is_simulated
 
 State = Literal["ok", "no", "note", "wrong"]
 
-_PACKAGES = ("torch", "pyzmq", "msgspec", "numpy", "torch_npu")
+_PACKAGES = ("torch", "msgspec", "cryptography", "numpy", "torch_npu")
 
 
 @dataclass(frozen=True)

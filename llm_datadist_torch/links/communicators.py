@@ -264,9 +264,8 @@ class Communicators:
         for card in cards:
             link = self._links.registry.linked(card.cluster_id)
             if link is not None and link.epoch != card.epoch:
-                self._links.registry.end(
-                    link, LinkState.LOST, "the peer came back as a new process"
-                )
+                reason = "the peer came back as a new process"
+                self._links.registry.end_but_keep_leases(link, LinkState.LOST, reason)
 
     def _let_go(self, comm: Communicator, deadline: Deadline) -> None:
         """Stop holding links for this communicator; its peers can't hold them for it any more."""

@@ -13,21 +13,21 @@ import msgspec
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import SHARE_IT
-from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.link import Link, LinkState, Pending
 from llm_datadist_torch.links.messages import (
     ANY_PEER,
-    PROTOCOL_VERSION,
     Body,
     Envelope,
     Hello,
     Join,
     Refused,
     Welcome,
+    encode,
 )
 from llm_datadist_torch.links.neighbours import Presence
 from llm_datadist_torch.links.registry import LinkRegistry
-from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.net.connection import Connection
+from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, code_2_status, error_for
 
@@ -44,7 +44,7 @@ class Dial:
 
     Attributes:
         peer: Whom we ask.
-        route: Where.
+        connection: Where.
         hold: What the link is for.
         said: Whether our ``Hello`` is on its way. Before that, nobody can answer it, and the dial
             can be given up without a trace.
@@ -56,7 +56,7 @@ class Dial:
     """
 
     peer: int
-    route: Route
+    connection: Connection
     hold: str
     said: bool = False
     answer: Pending = field(default_factory=Pending)
@@ -99,7 +99,7 @@ class Handshake:
         self._registry = registry
         self._endpoint = endpoint
         self._lock = threading.Lock()
-        self._dials: dict[Route, Dial] = {}
+        self._dials: dict[Connection, Dial] = {}
 
     # -- asking -----------------------------------------------------------------------------------
 
@@ -115,15 +115,15 @@ class Handshake:
                 return link
             logger.warning("cluster %d is linked already", peer)
             return _ALREADY
-        return self._dial(Dial(peer, self._endpoint.new_route(), hold, address=(host, port)))
+        return self._dial(Dial(peer, self._endpoint.new_connection(), hold, address=(host, port)))
 
     def link_again(self, lost: Link, deadline: Deadline) -> LLMStatusCode:
         """Make a lost link anew, whoever lives at its address now, for all that held it."""
         holds = sorted(lost.holds)
         if lost.address is None or not holds:
             return LLMStatusCode.LLM_NOT_YET_LINK
-        route = self._endpoint.new_route()
-        dial = Dial(lost.peer, route, holds[0], address=lost.address, replaces=lost)
+        connection = self._endpoint.new_connection()
+        dial = Dial(lost.peer, connection, holds[0], address=lost.address, replaces=lost)
         status = self.finish(self._dial(dial), deadline)
         link = self._registry.linked(lost.peer)
         if link is not None:
@@ -135,23 +135,23 @@ class Handshake:
     def _dial(self, dial: Dial) -> Dial:
         dial.presence = self._registry.announce(dial.name)
         with self._lock:
-            self._dials[dial.route] = dial
+            self._dials[dial.connection] = dial
         if dial.address is not None:
-            self._endpoint.connect(dial.route, *dial.address)
+            self._endpoint.connect(dial.connection, *dial.address)
         return dial
 
     def finish(self, dial: Dial, deadline: Deadline) -> LLMStatusCode:
         """Wait for what comes of a dial, at most until the deadline."""
         answered = dial.answer.wait(deadline)
         with self._lock:
-            claimed = self._dials.pop(dial.route, None) is None
+            claimed = self._dials.pop(dial.connection, None) is None
         if answered is None and claimed:
             # The welcome arrived in the last moment, and the link is being made right now.
             answered = dial.answer.wait(Deadline.after_ms(_MOMENT_MS))
         answer = None if answered is None else answered[0]
         if isinstance(answer, Welcome):
             return LLMStatusCode.LLM_SUCCESS
-        self._endpoint.drop(dial.route)
+        self._endpoint.drop(dial.connection)
         if answer is None:
             logger.warning("cluster %d did not answer within %d ms", dial.peer, deadline.budget_ms)
             return LLMStatusCode.LLM_TIMEOUT
@@ -183,13 +183,13 @@ class Handshake:
             LLMLinkError: Connection refused or unreachable, or another ``link_secret``.
             LLMException: The peer refused, with its status and text.
         """
-        dial = self._dial(Dial(ANY_PEER, self._endpoint.new_route(), "", address=(host, port)))
+        dial = self._dial(Dial(ANY_PEER, self._endpoint.new_connection(), "", address=(host, port)))
         try:
             answered = dial.answer.wait(deadline)
         finally:
             with self._lock:
-                self._dials.pop(dial.route, None)
-            self._endpoint.drop(dial.route)
+                self._dials.pop(dial.connection, None)
+            self._endpoint.drop(dial.connection)
         answer = None if answered is None else answered[0]
         if isinstance(answer, Welcome):
             return answer.cluster_id
@@ -222,16 +222,15 @@ class Handshake:
 
     # -- what comes of a dial ---------------------------------------------------------------------
 
-    def on_connected(self, route: Route) -> None:
+    def on_connected(self, connection: Connection) -> None:
         """The connection of a dial is up: introduce ourselves."""
         with self._lock:
-            dial = self._dials.get(route)
+            dial = self._dials.get(connection)
         if dial is None:
             return
         dial.said = True
         me = self._identity
         hello = Hello(
-            PROTOCOL_VERSION,
             me.cluster_id,
             dial.peer,
             me.epoch,
@@ -241,12 +240,12 @@ class Handshake:
             dial.name,
             "" if dial.replaces is None else dial.replaces.name,
         )
-        self._endpoint.send(route, Envelope(1, False, hello))
+        connection.send(encode(Envelope(1, False, hello)))
 
-    def on_answer(self, route: Route, body: Body) -> None:
+    def on_answer(self, connection: Connection, body: Body) -> None:
         """The peer has answered a dial."""
         with self._lock:
-            dial = self._dials.pop(route, None)
+            dial = self._dials.pop(connection, None)
         if dial is None:
             return
         try:
@@ -256,7 +255,7 @@ class Handshake:
                 self._registry.make(
                     body.cluster_id,
                     body.epoch,
-                    route,
+                    connection,
                     body.offers,
                     dialed=True,
                     hold=dial.hold,
@@ -271,9 +270,9 @@ class Handshake:
         else:
             dial.answer.set(body)
 
-    def on_lost(self, route: Route, reason: str) -> None:
+    def on_lost(self, connection: Connection, reason: str) -> None:
         """The connection of a dial has ended, or never came about."""
-        dial = self._dials.get(route)
+        dial = self._dials.get(connection)
         if dial is not None:
             remedy = SHARE_IT if "link_secret" in reason else None
             status = LLMStatusCode.LLM_LINK_FAILED
@@ -281,20 +280,15 @@ class Handshake:
 
     # -- being asked ------------------------------------------------------------------------------
 
-    def on_hello(self, route: Route, hello: Hello) -> Welcome:
+    def on_hello(self, connection: Connection, hello: Hello) -> Welcome:
         """A peer asks for a link.
 
         Raises:
             LLMException: Why it can't have one.
         """
         me = self._identity
-        if self._registry.at(route) is not None:
+        if self._registry.at(connection) is not None:
             raise error_for(_ALREADY, "this connection is a link already")
-        if hello.version != PROTOCOL_VERSION:
-            raise error_for(
-                LLMStatusCode.LLM_FAILED,
-                f"protocol version {hello.version}, this side has {PROTOCOL_VERSION}",
-            )
         if hello.expected_id not in (me.cluster_id, ANY_PEER):
             raise param_error(
                 f"cluster {hello.expected_id} was asked for, this is cluster {me.cluster_id}"
@@ -307,17 +301,17 @@ class Handshake:
         # A link to ourselves needs only the asking half.
         if hello.epoch != me.epoch and hello.expected_id != ANY_PEER:
             self._check_free(hello)
-            self._make(route, hello)
-            self._endpoint.watch(route)
+            self._make(connection, hello)
+            self._endpoint.keep(connection)
             self._make_way(hello.cluster_id)
         return Welcome(me.cluster_id, me.epoch, self._registry.offers())
 
-    def _make(self, route: Route, hello: Hello) -> None:
+    def _make(self, connection: Connection, hello: Hello) -> None:
         try:
             self._registry.make(
                 hello.cluster_id,
                 hello.epoch,
-                route,
+                connection,
                 hello.offers,
                 dialed=False,
                 hold=hello.hold,
@@ -343,7 +337,8 @@ class Handshake:
                 self._registry.end_but_keep_leases(old, LinkState.LOST, reason)
             else:
                 logger.warning("cluster %d came back as a new process: its old link ends", peer)
-                self._registry.end(old, LinkState.LOST, "the peer came back as a new process")
+                reason = "the peer came back as a new process"
+                self._registry.end_but_keep_leases(old, LinkState.LOST, reason)
         with self._lock:
             said = any(dial.peer == peer and dial.said for dial in self._dials.values())
         if said and self._identity.cluster_id < peer:
@@ -356,7 +351,7 @@ class Handshake:
         with self._lock:
             silent = [d for d in self._dials.values() if d.peer == peer and not d.said]
             for dial in silent:
-                del self._dials[dial.route]
+                del self._dials[dial.connection]
         for dial in silent:
             dial.answer.set(error_for(_ALREADY, f"cluster {peer} has linked to us meanwhile"))
 

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 
 from llm_datadist_torch.links.messages import Release
-from llm_datadist_torch.links.timers import Timers
+from llm_datadist_torch.net.timers import Timers
 
 SWEEP_S = 1.0
 """How often it is looked for leases whose holders were interrupted."""

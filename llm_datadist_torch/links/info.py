@@ -19,6 +19,10 @@ class LinkInfo:
         since: When it came into this state, as ``time.time()`` has it.
         dialed: Whether this side called for it; else the peer did.
         reason: Why it was lost; empty while it is linked.
+        identified_by: How the peer's process is known, so that it is noticed when it has ended and
+            never taken for another one: "pidfd", or "pid and start time" where the kernel has no
+            pidfds; empty for a peer that is not known to be on this host.
+        not_local: Why it is not known to be on this host; empty where it is.
         choices: Which transport moves which kind of memory, and why; empty for a lost link.
     """
 
@@ -28,12 +32,24 @@ class LinkInfo:
     dialed: bool
     reason: str
     choices: tuple[Choice, ...]
+    identified_by: str = ""
+    not_local: str = ""
 
     @classmethod
     def of(cls, link: Link) -> LinkInfo:
         """Look at a link."""
         choices = link.channel.choices if link.state is LinkState.LINKED else ()
-        return cls(link.peer, link.state.value, link.since, link.dialed, link.lost_because, choices)
+        process = link.connection.process
+        return cls(
+            link.peer,
+            link.state.value,
+            link.since,
+            link.dialed,
+            link.lost_because,
+            choices,
+            "" if process is None else process.identified_by,
+            link.connection.not_local,
+        )
 
     def transport(self, memory: str = "device") -> str | None:
         """Name of the transport for "host" or "device" memory; None if none moves it."""

@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,7 +16,6 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyName
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.held_leases import HeldLeases, Holder
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
@@ -32,9 +31,12 @@ from llm_datadist_torch.links.messages import (
     Refused,
     Release,
     WriteBytes,
+    encode,
 )
-from llm_datadist_torch.links.routes import Route
 from llm_datadist_torch.links.transfers import LinkTransfers
+from llm_datadist_torch.net.connection import Connection, Data
+from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.net.process import PeerProcess
 from llm_datadist_torch.transports.base import SameProcessPeer
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
@@ -68,20 +70,20 @@ class Pending:
         self.holder = None if holder is None else weakref.ref(holder)
         self._arrived = threading.Lock()
         self._arrived.acquire()
-        self._answer: tuple[Body | LLMException, bytes | None] | None = None
+        self._answer: tuple[Body | LLMException, Data | None] | None = None
 
-    def set(self, answer: Body | LLMException, data: bytes | None = None) -> None:
+    def set(self, answer: Body | LLMException, data: Data | None = None) -> None:
         """Hand over the answer; only the first counts."""
         if self._answer is None:
             self._answer = (answer, data)
             self._arrived.release()
 
     @property
-    def answer(self) -> tuple[Body | LLMException, bytes | None] | None:
+    def answer(self) -> tuple[Body | LLMException, Data | None] | None:
         """What has arrived so far."""
         return self._answer
 
-    def wait(self, deadline: Deadline) -> tuple[Body | LLMException, bytes | None] | None:
+    def wait(self, deadline: Deadline) -> tuple[Body | LLMException, Data | None] | None:
         """The answer, or None when the deadline has passed. To be called once."""
         self._arrived.acquire(timeout=deadline.remaining_s())
         return self._answer
@@ -123,7 +125,7 @@ class Link:
     Attributes:
         peer: The peer's cluster id.
         epoch: The peer's life: another epoch under the same id is another process.
-        route: The way its messages go.
+        connection: The way its messages go.
         endpoint: What sends them.
         dialed: Whether we called ``link_clusters`` (else the peer did).
         name: Random name that both sides know it by.
@@ -135,20 +137,20 @@ class Link:
         holds: What it is kept for: "" for ``link_clusters``, and tokens of communicators. The link
             ends with the last; changed by the registry only.
         unlinking: This side is asking the peer to unlink.
+        ended_by: Why the connection ended while this side was asking; "" if it did not.
         leaving: This side is about to end it: the peer gets no leases any more.
         known: What the peer has said of its caches, in remote-accessible mode.
         transfers: The transfers that this side runs on it.
         begun: Keys that the peer has begun to pull and not consumed, and their caches.
-        heard_at: When the peer last said something, on the monotonic clock.
-        pinged_at: When it was last asked whether it is there.
         relink: How it stands with linking anew, once it is lost.
+        give_back_late: Gives back a lease whose connection has ended.
         presence: Our end of it, for a peer in this process to find; kept for as long as the link.
         neighbour: The peer, where it is in this process.
     """
 
     peer: int
     epoch: str
-    route: Route
+    connection: Connection
     endpoint: Endpoint
     dialed: bool
     name: str = ""
@@ -160,13 +162,13 @@ class Link:
     shown_regions: set[int] = field(default_factory=set)
     holds: set[str] = field(default_factory=set)
     unlinking: bool = False
+    ended_by: str = ""
     leaving: bool = False
     known: KnownCaches = field(default_factory=KnownCaches)
     transfers: LinkTransfers = field(default_factory=LinkTransfers)
     begun: dict[KeyName, CacheEntry] = field(default_factory=dict)
-    heard_at: float = field(default_factory=time.monotonic)
-    pinged_at: float = 0.0
     relink: RelinkState = field(default_factory=RelinkState)
+    give_back_late: Callable[[Link, Release], None] | None = None
     presence: object = None
     neighbour: SameProcessPeer | None = None
     _channel: LinkChannel | None = None
@@ -190,7 +192,7 @@ class Link:
 
     def post(self, body: Body) -> None:
         """Send a message that wants no answer. Does not block."""
-        self.endpoint.send(self.route, Envelope(0, False, body))
+        self.connection.send(encode(Envelope(0, False, body)))
 
     def request(
         self,
@@ -198,7 +200,7 @@ class Link:
         deadline: Deadline,
         data: bytes | None = None,
         holder: Holder | None = None,
-    ) -> tuple[Body, bytes | None]:
+    ) -> tuple[Body, Data | None]:
         """Send a request and wait for its answer.
 
         A lease that comes with it is the ``holder``'s, to be given back by :meth:`give_back`.
@@ -212,7 +214,7 @@ class Link:
         with self._lock:
             self.check_linked()
             self._pending[number] = pending
-        self.endpoint.send(self.route, Envelope(number, False, body), data)
+        self.connection.send(encode(Envelope(number, False, body)), data)
         try:
             answer = pending.wait(deadline)
         finally:
@@ -241,13 +243,13 @@ class Link:
             raise error_for(code_2_status(reply.status), reply.text, peer=self.peer)
         return reply, payload
 
-    def on_reply(self, number: int, body: Body, data: bytes | None) -> None:
+    def on_reply(self, number: int, body: Body, data: Data | None) -> None:
         """An answer has arrived."""
         with self._lock:
             pending = self._pending.pop(number, None)
             held = None if pending is None else pending.holder
             gone = isinstance(body, CacheView) and not self._held.note(
-                body.lease_id, held, self.post, self.endpoint.timers
+                body.lease_id, held, self._post_release, self.endpoint.loop.timers
             )
             if pending is not None:
                 pending.set(body, data)
@@ -260,7 +262,13 @@ class Link:
         Also to a peer that has ended or lost the link: it may keep what we used until we say so.
         Does not block.
         """
-        self._held.give_back(holder, fetched, self.post)
+        self._held.give_back(holder, fetched, self._post_release)
+
+    def _post_release(self, release: Release) -> None:
+        if self.connection.closed and self.give_back_late is not None:
+            self.give_back_late(self, release)
+        else:
+            self.post(release)
 
     def check_linked(self) -> None:
         """Raise unless the link is up.
@@ -268,9 +276,10 @@ class Link:
         Raises:
             LLMPeerLostError: It was lost or unlinked.
         """
-        if self.state is not LinkState.LINKED:
+        if self.state is not LinkState.LINKED or self.ended_by:
+            state = "lost" if self.state is LinkState.LINKED else self.state.value
             raise LLMPeerLostError(
-                f"the link to cluster {self.peer} is {self.state.value}: {self.lost_because}",
+                f"the link to cluster {self.peer} is {state}: {self.lost_because or self.ended_by}",
                 status_code=LLMStatusCode.LLM_NOT_YET_LINK,
                 peer=self.peer,
                 remedy="call link_clusters() again when the peer is back.",
@@ -286,8 +295,19 @@ class Link:
             if self.state is not LinkState.LINKED:
                 return False
             self.state, self.lost_because, self.since = state, reason, time.time()
+        self._fail_pending(f"{state.value} meanwhile: {reason}")
+        if self._channel is not None:
+            self._channel.close()
+        return True
+
+    def connection_ended(self, reason: str) -> None:
+        """The connection has ended while this side was asking to unlink: no answer comes."""
+        self.ended_by = reason
+        self._fail_pending(f"lost meanwhile: {reason}")
+
+    def _fail_pending(self, what: str) -> None:
         error = LLMPeerLostError(
-            f"the link to cluster {self.peer} was {state.value} meanwhile: {reason}",
+            f"the link to cluster {self.peer} was {what}",
             status_code=LLMStatusCode.LLM_NOT_YET_LINK,
             peer=self.peer,
             remedy="call link_clusters() again when the peer is back.",
@@ -296,9 +316,6 @@ class Link:
             for pending in self._pending.values():
                 pending.set(error)
             self._pending.clear()
-        if self._channel is not None:
-            self._channel.close()
-        return True
 
     # -- transfers --------------------------------------------------------------------------------
 
@@ -324,13 +341,13 @@ class Link:
         block.
         """
         if self.transfers.idle:
-            self.endpoint.drop(self.route)
+            self.endpoint.drop(self.connection)
         else:
             threading.Thread(target=self._hang_up_later, name="llmdd-hang-up", daemon=True).start()
 
     def _hang_up_later(self) -> None:
         self.transfers.wait_until_idle()
-        self.endpoint.drop(self.route)
+        self.endpoint.drop(self.connection)
 
     def wait_for_leases(self, deadline: Deadline) -> bool:
         """Wait until the peer has given back its leases; whether it has."""
@@ -350,7 +367,12 @@ class LinkRelay:
         """The peer, where it is in this process."""
         return self._link.neighbour
 
-    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes:
+    @property
+    def process(self) -> PeerProcess | None:
+        """The peer's process, as the kernel knows it, where it is on this host."""
+        return self._link.connection.process
+
+    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes | Data:
         """Ask the owner for the bytes of ``spans``."""
         wanted = ReadBytes(movement.lease_id, spans.numpy().tobytes(), _claim_of(movement))
         _, data = self._link.request(wanted, deadline)

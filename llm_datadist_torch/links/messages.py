@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The messages of the control plane: msgpack, typed, one tagged union.
 
-A message travels as one frame, an :class:`Envelope`; relayed bytes follow as a second frame, as
-they are.
+A message travels as an :class:`Envelope`; relayed bytes follow it as they are. A change of these
+types is a new ``WIRE_VERSION``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from typing import Annotated
 
 import msgspec
 
+from llm_datadist_torch.net.framing import MAX_FRAME_BYTES
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
-PROTOCOL_VERSION = 4
-MAX_MESSAGE_BYTES = 8 << 20
-"""Of one frame. The largest are relayed bytes, in pieces of 4 MiB (``RELAY_CHUNK``)."""
+MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
+"""Of a message, and of the data behind it. Relayed bytes come in pieces of 4 MiB."""
 
-MAX_FRAMES = 2
 MAX_NAME = 256
 """Characters of names and ids that peers choose."""
 MAX_OFFERS = 16
@@ -37,7 +36,6 @@ class Hello(Message):
     """First message of the side that calls ``link_clusters``.
 
     Attributes:
-        version: ``PROTOCOL_VERSION`` of the sender.
         cluster_id: Who it is.
         expected_id: Whom it wants to reach, or ``ANY_PEER``.
         epoch: Random name of the sender's life from init to finalize.
@@ -49,7 +47,6 @@ class Hello(Message):
         lost: Name of the link that the sender has lost; if it is left here, it makes room.
     """
 
-    version: int
     cluster_id: Id
     expected_id: int
     epoch: Name
@@ -142,10 +139,16 @@ class Release(Message):
     """The lease is over. ``fetched``.
 
     Tensors [start, stop) that a pull has completely read from the leased row. No answer.
+
+    Attributes:
+        lease_id: Which.
+        fetched: See above; None for nothing.
+        link: Name of the earlier link of these two that it was given on; "" for this one.
     """
 
     lease_id: int
     fetched: tuple[int, int] | None
+    link: Name = ""
 
 
 class Claim(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -235,13 +238,6 @@ class Unlink(Message):
     """The link ends here and now, answered by :class:`Done` when an answer is wanted."""
 
 
-class Lost(Message):
-    """The sender has heard nothing for too long and takes the link as lost. No answer.
-
-    Its transfers may still run: its leases end when it gives them back, or with the connection.
-    """
-
-
 class Question(Message):
     """The user of this instance asks the user of the peer. Answered by :class:`Answer`."""
 
@@ -252,10 +248,6 @@ class Answer(Message):
     """What the user of the peer says to a :class:`Question`."""
 
     payload: bytes
-
-
-class Ping(Message):
-    """Are you there? Answered by :class:`Done` as a reply to no request."""
 
 
 Body = (
@@ -274,10 +266,8 @@ Body = (
     | RegionFreed
     | Join
     | Unlink
-    | Lost
     | Question
     | Answer
-    | Ping
 )
 
 
@@ -304,7 +294,7 @@ def encode(envelope: Envelope) -> bytes:
     return _encoder.encode(envelope)
 
 
-def decode(frame: bytes) -> Envelope:
+def decode(frame: bytes | memoryview) -> Envelope:
     """The message of these bytes.
 
     What is nested deeper than the types of the messages are, or has more members, is no message.
@@ -317,14 +307,3 @@ def decode(frame: bytes) -> Envelope:
     except (ValueError, RecursionError) as error:
         # Texts that are no UTF-8, and nesting without end.
         raise msgspec.DecodeError(f"{type(error).__name__}: {error}") from None
-
-
-def parse(frames: list[bytes]) -> tuple[Envelope, bytes | None]:
-    """The message of these frames, and its data frame if it has one.
-
-    Raises:
-        msgspec.DecodeError: They are no message.
-    """
-    if not 1 <= len(frames) <= MAX_FRAMES:
-        raise msgspec.DecodeError(f"{len(frames)} frames, a message has 1 to {MAX_FRAMES}")
-    return decode(frames[0]), frames[1] if len(frames) > 1 else None

@@ -41,6 +41,7 @@ from llm_datadist_torch.links.messages import (
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.spans import gather, scatter
+from llm_datadist_torch.net.connection import Data
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.llm_config import DROP, KEEP
@@ -72,7 +73,7 @@ class Owner:
         self._lease_ids = itertools.count(1)
 
     def answer(
-        self, link: Link, body: Body, data: bytes | None
+        self, link: Link, body: Body, data: bytes | Data | None
     ) -> tuple[Body, bytes | None] | None:
         """Carry out one request.
 
@@ -129,12 +130,16 @@ class Owner:
             over()
             raise
 
-    def end_grants(self, link: Link) -> None:
-        """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
-        for lease_id in list(link.grants):
-            grant = link.grants.pop(lease_id, None)
+    def end_leases(self, grants: dict[int, Grant]) -> None:
+        """These leases are over."""
+        for lease_id in list(grants):
+            grant = grants.pop(lease_id, None)
             if grant is not None:
                 grant.lease.release()
+
+    def end_grants(self, link: Link) -> None:
+        """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
+        self.end_leases(link.grants)
 
     def end_orphans(self, link: Link) -> None:
         """The link was lost: the keys that its peer has begun to pull follow the policy."""
@@ -271,7 +276,7 @@ class Owner:
         copy_foreign(_C.read_process, staging, spans, entry)
         return staging.numpy().tobytes()
 
-    def _write(self, link: Link, body: WriteBytes, data: bytes) -> None:
+    def _write(self, link: Link, body: WriteBytes, data: bytes | Data) -> None:
         spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)
         if int(spans[:, 1].sum()) != len(data):
             raise param_error(f"{len(data)} bytes for spans of {int(spans[:, 1].sum())}")

@@ -6,13 +6,16 @@ from __future__ import annotations
 import logging
 import threading
 
-from llm_datadist_torch.links.endpoint import Endpoint
+import msgspec
+
 from llm_datadist_torch.links.events import LinkEvents
+from llm_datadist_torch.links.late_writers import LateWriters
 from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
 from llm_datadist_torch.links.messages import Release
 from llm_datadist_torch.links.neighbours import Neighbour, Presence
 from llm_datadist_torch.links.owner import Owner
-from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.net.connection import Connection
+from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
@@ -24,8 +27,12 @@ MAX_LINKS = 4096
 """Links of one instance at a time; so many that were lost are remembered, too."""
 
 
+_MOST_UNRETURNED = 64
+"""Peers for which it is remembered what has to be given back when they are linked again."""
+
+
 class LinkRegistry:
-    """Links by peer and by route.
+    """Links by peer and by connection.
 
     A link is kept by holds: one for ``link_clusters``, one for each communicator. Each side counts
     its own, and the link ends for both when one side has let go of its last.
@@ -41,6 +48,7 @@ class LinkRegistry:
     Attributes:
         events: Who is told of links.
         by_peer: All links, lost ones too, for others to look at.
+        late_writers: Peers that may still write after their connection has ended.
     """
 
     def __init__(
@@ -51,10 +59,12 @@ class LinkRegistry:
         self._transports = transports
         self._endpoint = endpoint
         self.events = LinkEvents()
+        self.late_writers = LateWriters(endpoint.loop, owner.end_leases)
+        self._unreturned: dict[str, list[Release]] = {}
         self._lock = threading.Lock()
         self.by_peer: dict[int, Link] = {}
-        self._by_route: dict[Route, Link] = {}
-        self._draining: dict[Route, Link] = {}
+        self._by_connection: dict[Connection, Link] = {}
+        self._draining: dict[Connection, Link] = {}
         self._holds = {CLUSTERS}
 
     # -- looking ----------------------------------------------------------------------------------
@@ -68,9 +78,9 @@ class LinkRegistry:
         link = self.by_peer.get(peer)
         return link if link is not None and link.state is LinkState.LINKED else None
 
-    def at(self, route: Route) -> Link | None:
+    def at(self, connection: Connection) -> Link | None:
         """The link whose messages come this way."""
-        return self._by_route.get(route)
+        return self._by_connection.get(connection)
 
     def all(self) -> list[Link]:
         """All links, lost ones too."""
@@ -91,7 +101,7 @@ class LinkRegistry:
         self,
         peer: int,
         epoch: str,
-        route: Route,
+        connection: Connection,
         offers: dict[str, bytes],
         *,
         dialed: bool,
@@ -106,7 +116,7 @@ class LinkRegistry:
         Args:
             peer: The peer's id; see :class:`Link`, also for those not named here.
             epoch: The peer's life.
-            route: The way of its messages.
+            connection: The way of its messages.
             offers: What its transports say.
             dialed: Whether we asked.
             hold: What it is kept for.
@@ -119,10 +129,11 @@ class LinkRegistry:
             LLMLinkError: No transport in common, nobody here holds the link any more, what it
                 replaces has been unlinked, or there are too many links.
         """
-        if len(self._by_route) >= MAX_LINKS:
+        if len(self._by_connection) >= MAX_LINKS:
             text = f"there are {MAX_LINKS} links, and no more may be"
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=peer)
-        link = Link(peer, epoch, route, self._endpoint, dialed, name, address)
+        link = Link(peer, epoch, connection, self._endpoint, dialed, name, address)
+        link.give_back_late = self._give_back_late
         link.presence = presence = presence or self.announce(name)
         link.neighbour = Neighbour.find(name, epoch, self._epoch)
         presence.open(link)
@@ -133,13 +144,15 @@ class LinkRegistry:
             held = hold in self._holds and replaces in (None, before)
             if held:
                 link.holds.add(hold)
-                self.by_peer[peer] = self._by_route[route] = link
+                self.by_peer[peer] = self._by_connection[connection] = link
                 self._remember_less()
         if not held:
             link.end(LinkState.UNLINKED, "nobody wants it any more")
             raise error_for(
                 LLMStatusCode.LLM_LINK_FAILED, "no such communicator, or unlinked", peer=peer
             )
+        for release in self._unreturned.pop(epoch, ()):
+            link.post(release)
         again = before is not None and before.state is LinkState.LOST
         self.events.put(peer, "relinked" if again else "linked", channel.summary)
         logger.info("linked with cluster %d: %s", peer, channel.summary)
@@ -152,18 +165,22 @@ class LinkRegistry:
                     del self.by_peer[peer]
                     return
 
-    def end(self, link: Link, state: LinkState, reason: str, *, keep_route: bool = False) -> None:
-        """End a link; the peer's leases end with it."""
+    def end(
+        self, link: Link, state: LinkState, reason: str, *, keep_connection: bool = False
+    ) -> None:
+        """End a link; the peer's leases end with it, but for those of one that may still write."""
         self._forget(link, state, reason)
+        if link.connection.closed:
+            self.late_writers.hold(link)
         self._owner.end_grants(link)
-        # Whoever answers an unlink needs the route for the answer; the asking side closes it.
-        if not keep_route:
-            self._endpoint.drop(link.route)
+        # Whoever answers an unlink needs the connection for the answer; the asking side closes it.
+        if not keep_connection:
+            self._endpoint.drop(link.connection)
 
     def _forget(self, link: Link, state: LinkState, reason: str) -> None:
         ended = link.end(state, reason)
         with self._lock:
-            self._by_route.pop(link.route, None)
+            self._by_connection.pop(link.connection, None)
             listed = self.by_peer.get(link.peer) is link
             # A lost link stays listed with its holds, so that its use says what happened, or
             # links anew.
@@ -185,37 +202,58 @@ class LinkRegistry:
         They are not freed before it says that it has finished, or its connection ends.
         """
         with self._lock:
-            self._draining[link.route] = link
+            self._draining[link.connection] = link
         self._forget(link, state, reason)
         if not link.grants:
-            self._drained(link.route)
+            self._drained(link.connection)
             link.hang_up()
 
-    def give_back(self, route: Route, release: Release) -> bool:
-        """A lease of a link that has ended comes back; whether the route is of such a link."""
-        link = self._draining.get(route)
+    def give_back(self, connection: Connection, release: Release) -> bool:
+        """A lease of a link that has ended comes back; whether the connection is of such a link."""
+        link = self._draining.get(connection)
         if link is None:
             return False
         self._owner.release(link, release)
         if not link.grants:
-            self._drained(route)
+            self._drained(connection)
             link.hang_up()
         return True
 
-    def gone(self, route: Route) -> None:
-        """The connection has ended: so have the leases of a link that ended before."""
-        self._drained(route)
+    def gone(self, connection: Connection) -> None:
+        """The connection has ended: so have the leases of a link that ended before.
+
+        All but those of a peer that may still write.
+        """
+        self._drained(connection)
+
+    def is_draining(self, connection: Connection) -> bool:
+        """Whether the link of this connection has ended, and its peer still has leases."""
+        return connection in self._draining
 
     def drain_all(self) -> None:
-        """Nothing will come on any route any more."""
-        for route in list(self._draining):
-            self._drained(route)
+        """Nothing will come on any connection any more."""
+        for connection in list(self._draining):
+            self._drained(connection)
 
-    def _drained(self, route: Route) -> None:
+    def _drained(self, connection: Connection) -> None:
         with self._lock:
-            link = self._draining.pop(route, None)
+            link = self._draining.pop(connection, None)
         if link is not None:
+            if connection.closed:
+                self.late_writers.hold(link)
             self._owner.end_grants(link)
+
+    def _give_back_late(self, link: Link, release: Release) -> None:
+        """We give back a lease whose connection has ended: on the next link to the same peer."""
+        late = msgspec.structs.replace(release, link=link.name)
+        now = self.linked(link.peer)
+        if now is not None and now.epoch == link.epoch:
+            now.post(late)
+            return
+        with self._lock:
+            if len(self._unreturned) >= _MOST_UNRETURNED and link.epoch not in self._unreturned:
+                del self._unreturned[next(iter(self._unreturned))]
+            self._unreturned.setdefault(link.epoch, []).append(late)
 
     # -- holds ------------------------------------------------------------------------------------
 

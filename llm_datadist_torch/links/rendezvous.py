@@ -19,7 +19,7 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import Seal
 from llm_datadist_torch.links.conduit import Conduit
 from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.links.routes import tcp_address
+from llm_datadist_torch.net.addresses import resolve
 from llm_datadist_torch.values.checks import UINT16_MAX, param_error
 from llm_datadist_torch.values.status import LLMException, LLMLinkError, LLMStatusCode, error_for
 
@@ -232,7 +232,7 @@ class Rendezvous:
         for seat, member in enumerate(self.members):
             try:
                 card = msgspec.msgpack.decode(self._get(store, f"card/{seat}", token), type=Card)
-                tcp_address(card.host, card.port)
+                resolve(card.host, card.port)
             except ValueError as error:  # msgspec's are, too
                 raise _NotYetError(
                     self._timeout(f"what is said there is no card: {error}")

@@ -10,15 +10,10 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-import zmq
-
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.auth import LinkKeys
-from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
-from llm_datadist_torch.links.heartbeats import Heartbeats
-from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
     Answer,
     Body,
@@ -28,21 +23,24 @@ from llm_datadist_torch.links.messages import (
     Envelope,
     Hello,
     Join,
-    Lost,
-    Ping,
     Question,
     Refused,
     RegionFreed,
     Release,
     Unlink,
+    decode,
+    encode,
 )
 from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.questions import Questions
 from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
 from llm_datadist_torch.links.relink import Relinker
-from llm_datadist_torch.links.routes import Route
+from llm_datadist_torch.net.connection import Connection, Data
+from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+from llm_datadist_torch.values.version import VERSION
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -52,7 +50,7 @@ _BUSY_RETRY_S = 0.01
 class LinkTable:
     """Makes, finds and ends links.
 
-    The :class:`~llm_datadist_torch.links.routes.Handler` of the endpoint.
+    The :class:`~llm_datadist_torch.net.endpoint.Handler` of the endpoint.
 
     Leases: a peer that uses one of our caches holds a lease, which keeps its memory in place. When
     we end the link, we first give no more leases, and wait for those there are, at most until the
@@ -69,7 +67,7 @@ class LinkTable:
         owner: Answers peers about our caches.
         transports: What can move bytes.
         config: How links are kept: ``remote_accessible`` (both ends of a link must have the same),
-            ``heartbeat_ms``, ``auto_relink``.
+            ``auto_relink``.
 
     Raises:
         LLMException: LLM_FAILED: no descriptors or sockets are left. Nothing is held.
@@ -87,8 +85,8 @@ class LinkTable:
         self.questions = Questions()
         self.keys = LinkKeys.from_secret(config.link_secret)
         try:
-            self.endpoint = Endpoint(self, self.keys)
-        except (OSError, zmq.ZMQError) as error:
+            self.endpoint = Endpoint(self, VERSION, self.keys)
+        except OSError as error:
             text = f"there are no sockets to be had: {error}"
             raise error_for(LLMStatusCode.LLM_FAILED, text, op="init") from error
         with ExitStack() as undo:
@@ -96,7 +94,6 @@ class LinkTable:
             self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
             self._handshake = Handshake(self.identity, self.registry, self.endpoint)
             self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
-            Heartbeats(config.heartbeat_ms, self.links, self._silent).start(self.endpoint.timers)
             undo.pop_all()
 
     # -- for the instance -------------------------------------------------------------------------
@@ -175,6 +172,10 @@ class LinkTable:
             try:
                 if link.epoch != self.identity.epoch:
                     self._agree_to_unlink(link, deadline)
+            except LLMException:
+                if link.ended_by:
+                    self.registry.end(link, LinkState.LOST, link.ended_by)
+                raise
             finally:
                 link.unlinking = False
             self.registry.end(link, LinkState.UNLINKED, "unlink_clusters")
@@ -241,10 +242,13 @@ class LinkTable:
                 link.shown_regions.discard(region_id)
                 link.post(RegionFreed(region_id))
 
-    def close(self, deadline: Deadline) -> None:
+    def close(self, deadline: Deadline) -> list[Grant]:
         """End all links, telling the peers, and close the sockets. Idempotent.
 
         Waits for running transfers of both sides, at most until the deadline.
+
+        Returns:
+            The write leases of peers that may still write, because their processes live.
         """
         self._handshake.cancel("the instance has been finalized")
         linked = [link for link in self.links() if link.state is LinkState.LINKED]
@@ -257,46 +261,51 @@ class LinkTable:
                 link.stop_transfers(ticket, deadline)
                 link.wait_for_leases(deadline)
             link.post(Unlink())
+        late = [*self.registry.late_writers.grants]
+        for link in self.links():
+            process = link.connection.process
+            if process is not None and not process.is_this_one and process.alive:
+                late += [grant for grant in list(link.grants.values()) if grant.write]
         self.endpoint.close()
         for link in self.links():
             self.registry.end(link, LinkState.UNLINKED, "finalize")
         self.registry.drain_all()
+        self.registry.late_writers.close()
         self.registry.events.close()
+        return late
 
     # -- the endpoint's handler -------------------------------------------------------------------
 
-    def on_connected(self, route: Route) -> None:
-        """See :class:`~llm_datadist_torch.links.routes.Handler`."""
-        self._handshake.on_connected(route)
+    def on_connected(self, connection: Connection) -> None:
+        """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
+        self._handshake.on_connected(connection)
 
-    def on_message(self, route: Route, envelope: Envelope, data: bytes | None) -> None:
-        """See :class:`~llm_datadist_torch.links.routes.Handler`."""
-        link = self.registry.at(route)
-        if link is not None:
-            link.heard_at = time.monotonic()
-        if isinstance(envelope.body, (Ping, Lost)):
-            if link is not None:
-                self._on_sign(link, envelope.body)
-        elif envelope.reply:
+    def on_message(self, connection: Connection, message: memoryview, data: Data | None) -> None:
+        """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
+        envelope = decode(message)
+        link = self.registry.at(connection)
+        if envelope.reply:
             if link is not None:
                 link.on_reply(envelope.request_id, envelope.body, data)
             elif isinstance(envelope.body, CacheView):
                 # Asked on a link that is over: nobody else would return this lease.
-                self.endpoint.send(route, Envelope(0, False, Release(envelope.body.lease_id, None)))
+                connection.send(encode(Envelope(0, False, Release(envelope.body.lease_id, None))))
             else:
-                self._handshake.on_answer(route, envelope.body)
+                self._handshake.on_answer(connection, envelope.body)
         else:
-            self._serve(link, route, envelope, data)
+            self._serve(link, connection, envelope, data)
 
     def _serve(
-        self, link: Link | None, route: Route, envelope: Envelope, data: bytes | None
+        self, link: Link | None, connection: Connection, envelope: Envelope, data: Data | None
     ) -> None:
         try:
             asked = envelope.request_id != 0
             if isinstance(envelope.body, Call) and link is not None:
-                self._owner.serve(link, envelope.body, self._replier(route, envelope.request_id))
+                self._owner.serve(
+                    link, envelope.body, self._replier(connection, envelope.request_id)
+                )
                 return
-            answer = self._answer(link, route, envelope.body, data, asked=asked)
+            answer = self._answer(link, connection, envelope.body, data, asked=asked)
         except LLMException as error:
             # The remedy is added again on the other side, from the status.
             text = str(error.args[0]) if error.args else str(error)
@@ -310,37 +319,40 @@ class LinkTable:
                 None,
             )
         if answer is not None and envelope.request_id:
-            self.endpoint.send(route, Envelope(envelope.request_id, True, answer[0]), answer[1])
+            connection.send(encode(Envelope(envelope.request_id, True, answer[0])), answer[1])
         if isinstance(envelope.body, Unlink) and not isinstance(answer and answer[0], Refused):
             if link is None:
-                self.endpoint.drop(route)
-            else:
+                self.endpoint.drop(connection)
+            elif not self.registry.is_draining(connection):
                 link.hang_up()
+            elif not connection.dialed:
+                # The peer has a while to give its leases back, and to close it.
+                self.endpoint.drop(connection)
 
-    def _replier(self, route: Route, request_id: int) -> Callable[[Body], None]:
+    def _replier(self, connection: Connection, request_id: int) -> Callable[[Body], None]:
         def reply(body: Body) -> None:
             if request_id:
-                self.endpoint.send(route, Envelope(request_id, True, body))
+                connection.send(encode(Envelope(request_id, True, body)))
 
         return reply
 
-    def _on_sign(self, link: Link, sign: Ping | Lost) -> None:
-        if isinstance(sign, Ping):
-            self.endpoint.send(link.route, Envelope(0, True, Done()))
-        else:
-            self._lose(link, f"cluster {link.peer} lost it")
-
     def _answer(
-        self, link: Link | None, route: Route, body: Body, data: bytes | None, *, asked: bool
+        self,
+        link: Link | None,
+        connection: Connection,
+        body: Body,
+        data: Data | None,
+        *,
+        asked: bool,
     ) -> tuple[Body, bytes | None] | None:
         if isinstance(body, Hello):
-            return self._handshake.on_hello(route, body), None
+            return self._handshake.on_hello(connection, body), None
         if link is None:
-            if isinstance(body, Release) and self.registry.give_back(route, body):
+            if isinstance(body, Release) and self.registry.give_back(connection, body):
                 return None
             if not isinstance(body, Unlink):
                 # We ended this link alone (force): let the other side know that it is over.
-                self.endpoint.send(route, Envelope(0, False, Unlink()))
+                connection.send(encode(Envelope(0, False, Unlink())))
             raise error_for(
                 LLMStatusCode.LLM_NOT_YET_LINK,
                 f"cluster {self.identity.cluster_id} has no such link",
@@ -350,6 +362,9 @@ class LinkTable:
         if isinstance(body, Join):
             self.registry.hold(link, body.hold)
             return Done(), None
+        if isinstance(body, Release) and body.link:
+            self.registry.late_writers.release(link.epoch, body.link, body.lease_id)
+            return None
         if isinstance(body, Question):
             return Answer(self.questions.answer(link.peer, body.payload)), None
         answer = self._owner.answer(link, body, data)
@@ -365,10 +380,12 @@ class LinkTable:
     def _on_unlink(self, link: Link, *, asked: bool) -> Body:
         if link.unlinking or not asked:
             # Not asked but told: its leases are over already, so a transfer of ours must not
-            # succeed.
-            self.registry.end(
-                link, LinkState.UNLINKED, f"cluster {link.peer} ended it", keep_route=True
-            )
+            # succeed. One of the peer's that it has cut off may still write.
+            reason = f"cluster {link.peer} ended it"
+            if any(grant.write for grant in list(link.grants.values())):
+                self.registry.end_but_keep_leases(link, LinkState.UNLINKED, reason)
+            else:
+                self.registry.end(link, LinkState.UNLINKED, reason, keep_connection=True)
             return Done()
         ticket = threading.Lock()
         with ticket:
@@ -378,35 +395,24 @@ class LinkTable:
                     f"cluster {self.identity.cluster_id} is moving bytes on the link",
                 )
             self.registry.end(
-                link, LinkState.UNLINKED, f"cluster {link.peer} unlinked", keep_route=True
+                link, LinkState.UNLINKED, f"cluster {link.peer} unlinked", keep_connection=True
             )
         return Done()
 
-    def on_lost(self, route: Route, reason: str) -> None:
-        """See :class:`~llm_datadist_torch.links.routes.Handler`."""
-        self._handshake.on_lost(route, reason)
-        self.registry.gone(route)
-        link = self.registry.at(route)
+    def on_lost(self, connection: Connection, reason: str) -> None:
+        """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
+        self._handshake.on_lost(connection, reason)
+        self.registry.gone(connection)
+        link = self.registry.at(connection)
+        if link is not None:
+            self.registry.late_writers.hold(link)
         if link is not None and link.leaving:
             # The peer has heard that we are ending it, and has closed its side.
             self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")
+        elif link is not None and link.unlinking:
+            # If the peer has agreed before it closed the connection, this is no loss. The thread
+            # that unlinks knows.
+            link.connection_ended(reason)
         elif link is not None:
             logger.warning("link to cluster %d lost: %s", link.peer, reason)
             self.registry.end(link, LinkState.LOST, reason)
-
-    def on_stuck(self, route: Route, reason: str) -> None:
-        """See :class:`~llm_datadist_torch.links.routes.Handler`."""
-        link = self.registry.at(route)
-        if link is None:
-            self.on_lost(route, reason)
-        else:
-            self._silent(link, reason)
-
-    def _silent(self, link: Link, reason: str) -> None:
-        """The connection is there, but the peer does nothing. If it ever wakes up, it is told."""
-        link.post(Lost())
-        self._lose(link, reason)
-
-    def _lose(self, link: Link, reason: str) -> None:
-        logger.warning("link to cluster %d lost: %s", link.peer, reason)
-        self.registry.end_but_keep_leases(link, LinkState.LOST, reason)

@@ -28,7 +28,10 @@ def gather(addrs: torch.Tensor, sizes: torch.Tensor, device: torch.device = _HOS
 
 
 def scatter(
-    addrs: torch.Tensor, sizes: torch.Tensor, data: bytes, device: torch.device = _HOST
+    addrs: torch.Tensor,
+    sizes: torch.Tensor,
+    data: bytes | bytearray | memoryview,
+    device: torch.device = _HOST,
 ) -> None:
     """Write ``data`` over all spans, one after the other. Blocks until it is there.
 
@@ -38,8 +41,13 @@ def scatter(
         data: The bytes.
         device: Where the spans are.
     """
-    staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    staging = torch.frombuffer(_writable(data), dtype=torch.uint8)
     _copy(addrs, device, staging.data_ptr() + sizes.cumsum(0) - sizes, _HOST, sizes)
+
+
+def _writable(data: bytes | bytearray | memoryview) -> bytearray | memoryview:
+    """The data; a copy where torch would warn that it can't be written to."""
+    return bytearray(data) if isinstance(data, bytes) else data
 
 
 def _copy(

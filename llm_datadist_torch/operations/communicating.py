@@ -8,7 +8,7 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.rank_table import Member, meeting_host, members_of, port_of
-from llm_datadist_torch.links.routes import tcp_address
+from llm_datadist_torch.net.addresses import resolve
 from llm_datadist_torch.values.checks import (
     check_dict,
     check_isinstance,
@@ -141,7 +141,7 @@ def _address(
         return meeting_host(rank_table, members), port_of(comm_name)
     host, port = parse_listen_ip_info(text, source)
     try:
-        tcp_address(host, port)
+        resolve(host, port)
     except ValueError as error:
         raise param_error(f"{source}={text!r}: {error}", remedy="give ip:port.") from None
     return host, port

@@ -79,7 +79,9 @@ class Relay(Protocol):
     def neighbour(self) -> SameProcessPeer | None:
         """See above."""
 
-    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes:
+    def read(
+        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
+    ) -> bytes | bytearray | memoryview:
         """The bytes of ``spans`` (int64 [n, 2].
 
         Address, nbytes; in the peer's cache), one after the other.

@@ -281,7 +281,7 @@ class LLMConfig:
         HEARTBEAT_MS,
         _check_heartbeat,
         _number_text,
-        "Milliseconds between two signs of life on a link; a peer is lost after 3. 0: none.",
+        "Deprecated, ignored: the kernel tells when a peer is gone.",
     )
     auto_relink = _flag(
         "llm.AutoRelink", "Whether using a lost link makes it anew; True if unset.", default=True

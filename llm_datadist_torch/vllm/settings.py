@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Settings:
             that has claimed them.
         claim_s: Seconds within which a consumer must claim them.
         timeout_s: Seconds that one transfer may take, linking included.
-        heartbeat_s: Seconds between two signs of life on a link; a peer is lost after 3.
+        heartbeat_s: Deprecated, ignored: the kernel tells when a peer is gone.
         threads: Transfers with one peer that run at a time.
         verify: Compare checksums of all blocks after a pull.
         weights_id: What names the model's weights, instead of a digest of its weight files.
@@ -75,6 +76,12 @@ class Settings:
                     remedy=f"known ones are {', '.join(fields)}.",
                 )
             _check_type(name, value, fields[name].default)
+        if "heartbeat_s" in extra_config:
+            warnings.warn(
+                "kv_connector_extra_config: heartbeat_s is ignored and will be removed",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         settings = cls(**extra_config)
         settings._check_values()
         return settings

@@ -18,11 +18,9 @@ from llm_datadist_torch import (
     LLMException,
     LLMRole,
 )
-from llm_datadist_torch.links.auth import Doorkeeper
-from llm_datadist_torch.links.commands import Commands
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.inbound import Inbound
-from llm_datadist_torch.links.poller import Poller
+from llm_datadist_torch.net.loop import Loop
+from llm_datadist_torch.net.strangers import Strangers
 from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.values.status import LLMStatusCode
 from tests.api.support import (
@@ -37,7 +35,7 @@ from tests.conftest import make_options
 from tests.peers import settle
 
 
-@pytest.mark.parametrize("part", [Commands, Poller, Doorkeeper, Inbound, Handshake])
+@pytest.mark.parametrize("part", [Loop, Strangers, Handshake])
 def test_init_without_sockets_leaves_nothing(part, monkeypatch):
     """Whatever can't be had on the way: what has been opened before is closed again."""
     closed = []

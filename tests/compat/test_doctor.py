@@ -28,7 +28,9 @@ def test_json():
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["problems"] == 0
-    assert {"llm_datadist_torch", "python", "torch", "pyzmq", "msgspec"} <= set(report["versions"])
+    assert {"llm_datadist_torch", "python", "torch", "msgspec", "cryptography"} <= set(
+        report["versions"]
+    )
     names = [way["name"] for way in report["ways"]]
     assert names == ["same-process", "shared-mapping", "process-memory", "relay"]
     assert all(finding["detail"] for part in ("ways", "system") for finding in report[part])

@@ -14,8 +14,6 @@ ME, PEER = 1, 2
 OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
 NYL, TIMEOUT = "LLM_NOT_YET_LINK", "LLM_TIMEOUT"
 THEIRS = BlocksCacheKey(PEER, 0)
-BEAT_MS = 200
-FAST = {"llm.HeartbeatInterval": str(BEAT_MS)}
 
 
 def start_peer(peer: Peer, colour: int, listen: str = "127.0.0.1:0", **further: Any) -> int:

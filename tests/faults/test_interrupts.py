@@ -30,8 +30,7 @@ PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
 @pytest.fixture
 def peer(here: Service, peers: Callable[[], Peer]) -> Peer:
     """Linked with ``here``; its cache "theirs" has KEY, and "mine" is to be pulled into."""
-    # Who is stopped stays linked, however slow the machine is.
-    here.start(1, options={"llm.HeartbeatInterval": "0"})
+    here.start(1)
     made = peers()
     assert here.link(2, made.ask("start", 2)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
     made.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)

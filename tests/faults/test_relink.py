@@ -10,6 +10,7 @@ import pytest
 
 from llm_datadist_torch import LLMException
 from llm_datadist_torch.links.handshake import Handshake
+from llm_datadist_torch.links.link import LinkState
 from tests.faults.helpers import (
     ME,
     NYL,
@@ -112,10 +113,10 @@ def test_the_deadline_of_the_call_bounds_it(here: Service, peers: Peers) -> None
     """At the old address somebody accepts connections and says nothing."""
     peer = peers()
     port = start_peer(peer, 5)
-    start_here(here, options={"llm.HeartbeatInterval": "100"})
+    start_here(here)
     assert here.link(PEER, port) == OK
     with peer.stopped():
-        assert settle(lambda: here.link_states() == {PEER: "lost"})
+        here.lose(PEER, port)
         for _ in range(3):
             started = time.monotonic()
             assert pull(here, timeout=150).status == NYL
@@ -170,7 +171,7 @@ def test_a_link_that_only_one_side_has_lost(here: Service, peers: Peers) -> None
     link = here.instance.links.find(PEER)
     # Nothing is said, and the connection stays.
     link.hang_up = lambda: None
-    here.instance.links._lose(link, "test")
+    here.instance.links.registry.end_but_keep_leases(link, LinkState.LOST, "test")
     assert peer.ask("link_states") == {ME: "linked"}
     assert pull(here) is None
     assert peer.ask("link_states") == {ME: "linked"}

@@ -14,7 +14,7 @@ from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
 REGION = RegionView(1, 2**40, 4096, 5, 6, 7)
 CORPUS: list[messages.Message] = [
-    messages.Hello(messages.PROTOCOL_VERSION, 3, 1, "life", False, {"local": b"x"}, "", "n", "l"),
+    messages.Hello(3, 1, "life", False, {"local": b"x"}, "", "n", "l"),
     messages.Welcome(3, "life", {"local": b"x"}),
     messages.Refused(5010, "no"),
     messages.Resolve("blocks", 0, 0, True, False),
@@ -28,8 +28,6 @@ CORPUS: list[messages.Message] = [
     messages.RegionFreed(1),
     messages.Join("token"),
     messages.Unlink(),
-    messages.Lost(),
-    messages.Ping(),
     messages.Question(b"why"),
     messages.Answer(b"so"),
 ]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, decode, encode, parse
-from tests.fuzz.messages import CORPUS, broken, deep, frames
+from llm_datadist_torch.links.messages import Envelope, decode, encode
+from tests.fuzz.messages import CORPUS, broken, deep
 
 
 def taken(data: bytes) -> Envelope | None:
@@ -45,13 +45,6 @@ def test_broken_messages(seed: int) -> None:
     envelope = taken(broken(rng))
     if envelope is not None:
         assert decode(encode(envelope)) == envelope or envelope != envelope
-    made = frames(rng)
-    try:
-        _, data = parse(made)
-    except msgspec.DecodeError:
-        return
-    assert len(made) <= 2
-    assert data == (made[1] if len(made) == 2 else None)
 
 
 @pytest.mark.parametrize("levels", [6, 100, 1000, 10_000, 1_000_000])
@@ -93,13 +86,9 @@ def test_limits() -> None:
     offers = {str(n): b"" for n in range(messages.MAX_OFFERS + 1)}
     for body in (
         messages.Join(long),
-        messages.Hello(3, 1, 2, long, False, {}),
-        messages.Hello(3, 1, 2, "e", False, offers),
-        messages.Hello(3, -1, 2, "e", False, {}),
+        messages.Hello(1, 2, long, False, {}),
+        messages.Hello(1, 2, "e", False, offers),
+        messages.Hello(-1, 2, "e", False, {}),
         messages.Resolve(long, 0, 0, None, False),
     ):
         assert taken(encode(Envelope(1, False, body))) is None
-    whole = encode(Envelope(1, False, messages.Done()))
-    for wrong in ([], [whole, b"", b""], [whole] * 100):
-        with pytest.raises(msgspec.DecodeError, match="frames"):
-            parse(wrong)

@@ -95,7 +95,7 @@ def test_the_link_thread_is_on_the_device(instance_factory, npu: Any) -> None:
     endpoint = datadist._instance.links.endpoint
     found: list[int] = []
     done = threading.Event()
-    endpoint._commands.submit(lambda: (found.append(npu.current_device()), done.set()))
+    endpoint.loop.submit(lambda: (found.append(npu.current_device()), done.set()))
     assert done.wait(30)
     assert found == [1]
 

@@ -9,14 +9,17 @@ import socket
 import sys
 import time
 
-GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" * 32
-READY = b"\x04\x29\x05READY\x0bSocket-Type\0\0\0\x06DEALER\x08Identity\0\0\0\0"
+from llm_datadist_torch.net.framing import WIRE_VERSION, Preamble
+from llm_datadist_torch.values.version import VERSION
+
+GREETING = Preamble(False, f"{VERSION}/{WIRE_VERSION}").encode()
+"""What each side of a connection says first, where it has no secret."""
+
 SAID = {
     "nothing": b"",
     "half a greeting": GREETING[:10],
     "a greeting": GREETING,
-    "half a handshake": GREETING + READY[:15],
-    "half a frame": GREETING + READY + b"\x02\0\0\0\0\0\x10\0\0half",
+    "half a frame": GREETING + b"\0\x10\0\0\xff\xff\xff\xffhalf",
     "garbage": b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" * 20,
 }
 

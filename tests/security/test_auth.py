@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+import ssl
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import pytest
-import zmq
 
 from llm_datadist_torch import LLMException
 from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.auth import LinkKeys
-from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.net import tls, unix
+from llm_datadist_torch.net.connection import Connection
+from llm_datadist_torch.net.framing import Unreadable
+from llm_datadist_torch.net.tls import LinkKeys
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Service, settle
+from tests.wire import stranger
 
 TEXT = "correct horse battery staple"
 SECRET = {"options": {"llm.LinkSecret": TEXT}}
@@ -57,31 +60,29 @@ def test_secrets_that_differ(
         near.finish()
 
 
-@contextmanager
-def client(port: int, keys: LinkKeys | None, **changed: bytes) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.linger = 0
-        if keys is not None:
-            keys.secure_dialer(dealer)
-        for name, value in changed.items():
-            setattr(dealer, name, value)
-        dealer.connect(f"tcp://127.0.0.1:{port}")
-        yield dealer
-
-
 def test_a_client_key_that_is_not_ours(here: Service, caplog: pytest.LogCaptureFixture) -> None:
-    """Even somebody who has the server's key has to have the client's, too."""
+    """Even somebody who has the listener's certificate has to have the dialer's key, too."""
     port = start_here(here, **SECRET)
     keys = LinkKeys.from_secret(TEXT)
-    public, private = zmq.curve_keypair()
-    for changed, served in (
-        ({}, True),
-        ({"curve_publickey": public, "curve_secretkey": private}, False),
-    ):
-        with client(port, keys, **changed) as dealer:
-            dealer.send(encode(Envelope(1, False, messages.Unlink())))
-            assert bool(dealer.poll(5000 if served else 300)) is served
-    assert "failed to authenticate" in caplog.text
+    with stranger(port, keys) as speaker:
+        assert isinstance(speaker.ask(messages.Unlink()), messages.Refused)
+    # It trusts the right listener, and shows a certificate of its own.
+    own = tls._certificate(bytes(32), "dialer")
+    context = tls._context(ssl.PROTOCOL_TLS_CLIENT, own, keys.listener)
+    impostor = dataclasses.replace(keys, contexts=(keys.contexts[0], context))
+    with pytest.raises((OSError, Unreadable)), stranger(port, impostor) as speaker:
+        speaker.ask(messages.Unlink())
+    assert settle(lambda: "refused a connection" in caplog.text)
+
+
+def stay_on_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process dials goes on over TCP, as if the peer were on another host."""
+
+    def connect(loop: Any, connection: Connection, introduction: Any, done: Any) -> None:
+        connection.not_local = "the test has it so"
+        done()
+
+    monkeypatch.setattr(unix, "connect", connect)
 
 
 class Tap:
@@ -115,8 +116,11 @@ class Tap:
 
 
 @pytest.mark.parametrize("secret", [SECRET, {}], ids=["secret", "open"])
-def test_what_is_captured_is_of_no_use(here: Service, peers: Peers, secret: dict) -> None:
+def test_what_is_captured_is_of_no_use(
+    here: Service, peers: Peers, secret: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing can be read in it, and sent again it makes no link and disturbs none."""
+    stay_on_tcp(monkeypatch)
     peer = peers()
     port = start_peer(peer, 7, **secret)
     start_here(here, **secret)

@@ -11,14 +11,13 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
-import zmq
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links import messages
@@ -26,6 +25,7 @@ from llm_datadist_torch.links.messages import CacheView, Envelope, encode
 from llm_datadist_torch.transports.base import RegionView
 from llm_datadist_torch.transports.local.host import HostIdentity, start_time
 from tests.peers import Ref, Service, settle
+from tests.wire import Listener, Speaker
 
 ME, LIAR, OTHER = 1, 66, 2
 KEY = BlocksCacheKey(LIAR, 0)
@@ -44,24 +44,16 @@ class Liar:
         self.offer, self.view = offer, view
         self.asked: list[str] = []
         self.written: list[bytes] = []
-        self._stop = threading.Event()
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 0
-        self.port = self._socket.bind_to_random_port("tcp://127.0.0.1")
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        self._listener = Listener(self._serve)
+        self.port = self._listener.port
 
-    def _serve(self) -> None:
-        while not self._stop.is_set():
-            if self._socket.poll(20):
-                identity, frame, *data = self._socket.recv_multipart()
-                envelope = messages.decode(frame)
-                said = self.answer(envelope.body, data)
-                # Signs of life are asked for by number 0.
-                if envelope.request_id or isinstance(envelope.body, messages.Ping):
-                    reply = encode(Envelope(envelope.request_id, True, said[0]))
-                    self._socket.send_multipart([identity, reply, *said[1:]])
+    def _serve(self, speaker: Speaker) -> None:
+        frame, *data = speaker.receive()
+        envelope = messages.decode(frame)
+        said = self.answer(envelope.body, data)
+        if envelope.request_id:
+            reply = encode(Envelope(envelope.request_id, True, said[0]))
+            speaker.send(reply, *said[1:])
 
     def answer(self, body: Any, data: list[bytes]) -> list[Any]:
         self.asked.append(type(body).__name__)
@@ -81,10 +73,7 @@ class Liar:
         return [messages.Done()]
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._socket.close()
-        self._context.term()
+        self._listener.close()
 
 
 @contextmanager
@@ -182,35 +171,28 @@ class Between:
 
     def __init__(self, port: int, change: Callable[[Any], Any]) -> None:
         self.change = change
-        self._stop = threading.Event()
-        self._context = zmq.Context()
-        self._front = self._context.socket(zmq.ROUTER)
-        self._back = self._context.socket(zmq.DEALER)
-        self._front.linger = self._back.linger = 0
-        self.port = self._front.bind_to_random_port("tcp://127.0.0.1")
-        self._back.connect(f"tcp://127.0.0.1:{port}")
-        self._thread = threading.Thread(target=self._pass_on, daemon=True)
-        self._thread.start()
+        self._far = Speaker.dial(port)
+        self._listener = Listener(self._pass_on)
+        self.port = self._listener.port
+        self._back: threading.Thread | None = None
 
-    def _pass_on(self) -> None:
-        identity = b""
-        while not self._stop.is_set():
-            if self._front.poll(5):
-                identity, *frames = self._front.recv_multipart()
-                self._back.send_multipart(frames)
-            if self._back.poll(5):
-                frame, *data = self._back.recv_multipart()
+    def _pass_on(self, near: Speaker) -> None:
+        if self._back is None:
+            self._back = threading.Thread(target=self._pass_back, args=(near,), daemon=True)
+            self._back.start()
+        self._far.send(*near.receive())
+
+    def _pass_back(self, near: Speaker) -> None:
+        with suppress(OSError):
+            while True:
+                frame, *data = self._far.receive()
                 envelope = messages.decode(frame)
                 body = self.change(envelope.body)
-                changed = Envelope(envelope.request_id, envelope.reply, body)
-                self._front.send_multipart([identity, encode(changed), *data])
+                near.send(encode(Envelope(envelope.request_id, envelope.reply, body)), *data)
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        for socket in (self._front, self._back):
-            socket.close()
-        self._context.term()
+        self._listener.close()
+        self._far.close()
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {

@@ -22,9 +22,9 @@ from llm_datadist_torch.links.rendezvous import Rendezvous
 from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
 from tests.faults.helpers import OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, settle
-from tests.security.attackers import GREETING, READY
 from tests.transfer.helpers import free_port
 from tests.transfer.tables import TABLE, WAIT_MS, members
+from tests.wire import GREETING
 
 NAME = "meeting"
 # Cluster 1 is linked with a peer of its own all the time; 11, 12 and 13 want to meet.
@@ -94,7 +94,7 @@ def stranger(said: bytes, *, stays: bool) -> Iterator[int]:
 SAID = {
     "nothing, and leaves": (b"", False),
     "HTTP": (b"HTTP/1.1 400 Bad Request\r\n\r\n", False),
-    "as we do": (GREETING + READY, True),
+    "as we do": (GREETING, True),
     "noise": (random.Random(1).randbytes(100_000), True),
     "large numbers": (b"\xff" * 4096, True),
 }

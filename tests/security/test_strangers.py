@@ -10,18 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import zmq
 
-from llm_datadist_torch.links import inbound, messages
+from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
-from llm_datadist_torch.links.timers import Timers
+from llm_datadist_torch.net import strangers
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, settle, spawn
 from tests.security import attackers
+from tests.wire import GREETING, framed, stranger
 
 MIB = 1 << 20
 SECRET = {"options": {"llm.LinkSecret": "correct horse battery staple"}}
@@ -35,7 +35,7 @@ class Victim(Service):
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, hard))
 
     def patience(self, seconds: float) -> None:
-        inbound.STRANGER_S = seconds
+        strangers.STRANGER_S = seconds
 
 
 @pytest.fixture
@@ -47,7 +47,15 @@ def victim() -> Iterator[Peer]:
 
 @contextmanager
 def crowd(port: int, count: int, wave: int, said: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, attackers.__file__, str(port), str(count), str(wave), said]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.security.attackers",
+        str(port),
+        str(count),
+        str(wave),
+        said,
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
         yield it
         assert it.stdin is not None
@@ -113,18 +121,6 @@ def test_who_never_gets_on(here: Service, victim: Peer, said: str) -> None:
     assert here.link_states() == {PEER: "linked"}
 
 
-@contextmanager
-def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.linger, dealer.reconnect_ivl, dealer.sndhwm = 0, -1, 0
-        dealer.connect(f"tcp://127.0.0.1:{port}")
-        yield dealer
-
-
-def ended(dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> bool:
-    return bool(monitor.poll(15_000))
-
-
 def send_much(connection: socket.socket, data: bytes) -> None:
     for _ in range((1 << 30) // len(data)):
         connection.sendall(data)
@@ -137,17 +133,17 @@ def assert_ended(connection: socket.socket) -> None:
 
 
 def test_a_message_without_end(here: Service, victim: Peer) -> None:
-    """ZeroMQ keeps the parts of a message until the last has come: this one never does."""
+    """A message is kept until all of it has come: this one's data never does."""
     # Not because of the time that it takes.
     victim.ask("patience", 3600.0)
     port = start_peer(victim, 7)
     start_here(here)
     assert here.link(PEER, port) == OK
     before = resident(victim.pid)
-    # Not by a ZeroMQ of ours, which would wait for the last part, too.
-    part = b"\x03" + (16 << 10).to_bytes(8, "big") + bytes(16 << 10)
+    # Whole ones that are far too many, and one that is far too long.
+    part = framed(encode(Envelope(0, True, messages.Done()))) * 1000
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        connection.sendall(attackers.GREETING + attackers.READY)
+        connection.sendall(GREETING)
         with pytest.raises((ConnectionError, TimeoutError)) as caught:
             send_much(connection, part)
         # The kernel resets a connection that is over with the next bytes that come; but where
@@ -163,12 +159,10 @@ def test_garbage_is_answered_by_the_end_of_the_connection(here: Service, victim:
     start_here(here)
     assert here.link(PEER, port) == OK
     with stranger(port) as dealer:
-        monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        for _ in range(100):
-            dealer.send(b"\xc1")
-        assert ended(dealer, monitor)
-        dealer.disable_monitor()
-        monitor.close()
+        with suppress(ConnectionError):
+            for _ in range(100):
+                dealer.send(b"\xc1")
+        assert dealer.ended()
     assert pull(here) is None
 
 
@@ -176,48 +170,17 @@ def test_one_connection_is_one_link(victim: Peer) -> None:
     port = start_peer(victim, 7)
     offers = {"local": b"\x94\xa1x\x01\x01\x01"}
     with stranger(port) as dealer:
-        dealer.rcvtimeo = 15_000
         answers = []
         for cluster_id in (11, 12, 13):
-            hello = messages.Hello(
-                messages.PROTOCOL_VERSION, cluster_id, PEER, "life", False, offers
-            )
-            dealer.send(encode(Envelope(1, False, hello)))
-            answers.append(messages.decode(dealer.recv_multipart()[0]).body)
+            hello = messages.Hello(cluster_id, PEER, "life", False, offers)
+            answers.append(dealer.ask(hello))
         assert [type(answer).__name__ for answer in answers] == ["Welcome", "Refused", "Refused"]
         assert victim.ask("link_states") == {11: "linked"}
         answers = set()
         for _ in range(1100):
             resolve = messages.Resolve("blocks", 0, 0, True, False)
-            dealer.send(encode(Envelope(2, False, resolve)))
-            answers.add(type(messages.decode(dealer.recv_multipart()[0]).body).__name__)
+            answers.add(type(dealer.ask(resolve)).__name__)
         assert victim.ask("counters")["grants"] == 1024
         assert "Refused" in answers
     assert settle(lambda: victim.ask("counters")["leases"] == 0)
     assert ME not in victim.ask("link_states")
-
-
-def test_only_connections_of_our_ports_are_ended() -> None:
-    """A descriptor's number may be somebody else's by the time that it is to be ended."""
-    turned_away = inbound.Inbound(Timers(), lambda _: None)
-    try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            for ports, over in (({port + 1}, False), (set(), False), ({port}, True)):
-                turned_away.ports = ports
-                with socket.create_connection(("127.0.0.1", port)) as peer:
-                    ours, _ = server.accept()
-                    with ours:
-                        turned_away._turn_away(ours.fileno(), "the test has it so")
-                        assert bool(select.select([peer], [], [], 10 if over else 0.1)[0]) is over
-                        if not over:
-                            ours.sendall(b"still here")
-                            assert peer.recv(100) == b"still here"
-                        else:
-                            assert peer.recv(100) == b""
-            # Nor what is no connection at all, or nothing.
-            with Path("/dev/null").open() as file:
-                turned_away._turn_away(file.fileno(), "the test has it so")
-            turned_away._turn_away(10**6, "the test has it so")
-    finally:
-        turned_away.close()

@@ -11,7 +11,6 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import Ping
 from tests.peers import Ref, Service
 
 ME, PEER = 1, 2
@@ -30,15 +29,14 @@ def status(failure: Any) -> str:
 
 @contextmanager
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What this process says on its links meanwhile, but for heartbeats."""
+    """What this process says on its links meanwhile."""
     said: list[str] = []
 
     def noted(name: str) -> Callable[..., Any]:
         real = getattr(Link, name)
 
         def call(link: Link, body: Any, *args: Any) -> Any:
-            if not isinstance(body, Ping):
-                said.append(type(body).__name__)
+            said.append(type(body).__name__)
             return real(link, body, *args)
 
         return call

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-import zmq
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey
 from llm_datadist_torch.links import messages
@@ -18,7 +17,8 @@ from llm_datadist_torch.links.owner import MAX_LEASES, Owner
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.remote import ME, PEER, SIZE, THEIRS, pull, status
 from tests.transfer.remote import messages as said_by
-from tests.transfer.test_hostile_input import ask, hello, stranger
+from tests.transfer.test_hostile_input import ask, hello
+from tests.wire import Speaker, stranger
 
 pytestmark = pytest.mark.host_memory_only
 
@@ -35,7 +35,7 @@ def peer(here: Service, remote_peer: Peer) -> Peer:
 
 
 @contextmanager
-def linked_stranger(here: Service, *, remote: bool = True) -> Iterator[zmq.Socket[bytes]]:
+def linked_stranger(here: Service, *, remote: bool = True) -> Iterator[Speaker]:
     """This instance has an open cache, under WANTED; somebody is linked with it."""
     port = here.start(ME, remote=remote)
     here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
@@ -44,7 +44,7 @@ def linked_stranger(here: Service, *, remote: bool = True) -> Iterator[zmq.Socke
         yield dealer
 
 
-def give_back(dealer: zmq.Socket[bytes], view: Any) -> None:
+def give_back(dealer: Speaker, view: Any) -> None:
     release = messages.Release(view.lease_id, None)
     dealer.send(messages.encode(messages.Envelope(0, False, release)))
 

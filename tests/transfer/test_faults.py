@@ -108,8 +108,7 @@ def test_peer_leaves_without_goodbye(here: Service, peers: Peers) -> None:
 
 @pytest.mark.parametrize("dialer", ["here", "there"])
 def test_sleeping_owner(here: Service, peers: Peers, dialer: str) -> None:
-    # Without heartbeats: on a busy machine it may sleep for longer than they allow.
-    port = here.start(ME, timeout_ms=300, options={"llm.HeartbeatInterval": "0"})
+    port = here.start(ME, timeout_ms=300)
     peer = peers()
     port_there = peer.ask("start", PEER)
     linked = here.link(PEER, port_there) if dialer == "here" else peer.ask("link", ME, port)

@@ -7,21 +7,18 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 
 import msgspec
 import pytest
 import torch
-import zmq
 
 from llm_datadist_torch import BlocksCacheKey, Placement
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.peers import Ref, Service, settle
-
-ZMTP_GREETING = b"\xff\0\0\0\0\0\0\0\x01\x7f" + b"\x03\x01" + b"NULL".ljust(20, b"\0") + b"\0" * 32
-"""What a ZMTP 3.1 peer says first (64 bytes)."""
+from tests.wire import GREETING, Speaker, stranger
 
 
 @pytest.fixture
@@ -66,16 +63,12 @@ def raw(port: int, data: bytes, *, wait: float = 0.0) -> None:
         b"\0",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         random.Random(1).randbytes(100_000),
-        ZMTP_GREETING[:10],
-        ZMTP_GREETING,
-        # A READY command that promises more than it sends; a frame of 2**62 bytes.
-        ZMTP_GREETING + b"\x04\x19\x05READY\x0bSocket",
-        ZMTP_GREETING + b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER",
-        ZMTP_GREETING
-        + b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06DEALER"
-        + b"\x02"
-        + (2**62).to_bytes(8, "big")
-        + b"x" * 1000,
+        GREETING[:5],
+        GREETING,
+        GREETING.replace(b"0", b"9"),
+        # A message that promises more than it sends; one of 4 GiB.
+        GREETING + b"\xff\0\0\0\xff\xff\xff\xffhalf",
+        GREETING + b"\xff" * 8 + b"x" * 1000,
     ],
     ids=range(9),
 )
@@ -85,48 +78,42 @@ def test_raw_bytes(linked: tuple[Service, int], data: bytes) -> None:
         raw(port, data, wait=wait)
 
 
-@contextmanager
-def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
-    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
-        dealer.linger = 0
-        dealer.rcvtimeo = 5000
-        dealer.connect(f"tcp://127.0.0.1:{port}")
-        yield dealer
-
-
-def ask(dealer: zmq.Socket[bytes], body: messages.Message) -> messages.Message:
-    dealer.send(encode(Envelope(7, False, body)))  # type: ignore[arg-type]
-    return messages.decode(dealer.recv_multipart()[0]).body
+def ask(dealer: Speaker, body: messages.Message) -> messages.Message:
+    return dealer.ask(body)
 
 
 def test_frames_that_are_no_messages(linked: tuple[Service, int]) -> None:
     _, port = linked
     rng = random.Random(2)
     whole = encode(Envelope(1, False, messages.Unlink()))
+    junk = [whole[:at] for at in range(len(whole))]
+    junk += [rng.randbytes(rng.randrange(200)) for _ in range(500)]
+    junk += [
+        msgspec.msgpack.encode([1, False, ["Hello", "wrong"]]),
+        msgspec.msgpack.encode([2**64 - 1, True, ["Done"]]),
+        b"\x93" * 100_000,
+    ]
+    for start in range(0, len(junk), 16):
+        with stranger(port) as dealer, suppress(ConnectionError):
+            for each in junk[start : start + 16]:
+                dealer.send(each)
     with stranger(port) as dealer:
-        dealer.send(b"")
-        dealer.send_multipart([b"", b"", b""])
-        for at in range(len(whole)):
-            dealer.send(whole[:at])
-        for _ in range(500):
-            dealer.send(rng.randbytes(rng.randrange(200)))
-        dealer.send(msgspec.msgpack.encode([1, False, ["Hello", "wrong"]]))
-        dealer.send(msgspec.msgpack.encode([2**64 - 1, True, ["Done"]]))
-        dealer.send(b"\x93" * 100_000)
-    with stranger(port) as dealer:
-        for frames in ([b""], [b"", b"", b""], [whole[:3]], [whole, b"", b""]):
-            dealer.send_multipart(frames)
+        for frames in ([b""], [b"", b""], [whole[:3]], [whole[:3], b"data"]):
+            dealer.send(*frames)
         # So few are forgiven.
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 
 
 def test_huge_messages(linked: tuple[Service, int]) -> None:
     _, port = linked
+    for size in (messages.MAX_MESSAGE_BYTES + 1, messages.MAX_MESSAGE_BYTES // 4):
+        # Of a peer that is not linked even a small part of that is too much.
+        with stranger(port) as dealer:
+            with suppress(ConnectionError):
+                dealer.send(bytes(size))
+            assert dealer.ended()
     with stranger(port) as dealer:
-        dealer.send(bytes(messages.MAX_MESSAGE_BYTES + 1))
-        time.sleep(0.05)
-    with stranger(port) as dealer:
-        dealer.send(bytes(messages.MAX_MESSAGE_BYTES // 8))
+        dealer.send(bytes(messages.MAX_MESSAGE_BYTES // 16))
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 
 
@@ -143,22 +130,19 @@ def test_requests_without_a_link(linked: tuple[Service, int]) -> None:
         with stranger(port) as dealer:
             answer = ask(dealer, body)
             while isinstance(answer, messages.Unlink):
-                answer = messages.decode(dealer.recv_multipart()[0]).body
+                answer = messages.decode(dealer.receive()[0]).body
             assert isinstance(answer, messages.Refused), body
 
 
 def hello(cluster_id: int, **changes: object) -> messages.Hello:
     offer = msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))
-    whole = messages.Hello(
-        messages.PROTOCOL_VERSION, cluster_id, 1, "life", False, {"local": offer}
-    )
+    whole = messages.Hello(cluster_id, 1, "life", False, {"local": offer})
     return msgspec.structs.replace(whole, **changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"version": 99},
         {"expected_id": 5},
         {"remote_accessible": True},
         {"offers": {}},
@@ -229,7 +213,7 @@ def test_device_memory_is_relayed_inside_the_cache_only(linked: tuple[Service, i
         dealer.send(
             encode(Envelope(7, False, messages.ReadBytes(view.lease_id, spans((first, 64)))))
         )
-        assert dealer.recv_multipart()[1] == bytes([7]) * 64
+        assert dealer.receive()[1] == bytes([7]) * 64
         dealer.send(encode(Envelope(0, False, messages.Unlink())))
         assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
 
@@ -239,12 +223,12 @@ def test_flood(linked: tuple[Service, int]) -> None:
     here, port = linked
     with stranger(port) as dealer:
         end = time.monotonic() + 1.0
-        junk = [b"x" * 10]
+        junk = encode(Envelope(0, False, messages.Done()))
         served = 0
         here.allocate("room", 2, 4, 64, paged=True)
         while time.monotonic() < end:
-            for _ in range(500):
-                dealer.send_multipart(junk, copy=False)
+            for _ in range(50):
+                dealer.send(junk)
             failure = here.attempt("pull_blocks", BlocksCacheKey(2, 9), Ref("room"), [0], [0])
             assert failure is not None
             assert failure.status == "LLM_KV_CACHE_NOT_EXIST"

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LLMException
-from llm_datadist_torch.links.messages import Done, Envelope
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.devices import on_npu
 from tests.peers import Ref, Service, settle
@@ -111,13 +110,13 @@ def test_a_closed_instance_writes_to_no_descriptor(here: Service) -> None:
     """The number of its wake-up descriptor belongs to somebody else by then."""
     here.start(ME)
     endpoint = here.instance.links.endpoint
-    number = endpoint._commands.descriptor
+    number = endpoint.loop._wake
     here.dd.finalize()
     other = os.eventfd(0, os.EFD_NONBLOCK)
     try:
         if other != number:
             os.dup2(other, number)
-        endpoint.send(endpoint.new_route(), Envelope(0, False, Done()))
+        endpoint.connect(endpoint.new_connection(), "127.0.0.1", 1)
         with pytest.raises(BlockingIOError):
             os.eventfd_read(other)
     finally:

@@ -12,7 +12,6 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 import pytest
-import zmq
 
 from llm_datadist_torch import (
     BlocksCacheKey,
@@ -22,6 +21,8 @@ from llm_datadist_torch import (
     LLMRole,
     LLMStatusCode,
 )
+from llm_datadist_torch.links import table
+from llm_datadist_torch.values.version import VERSION
 from tests.peers import Ref, Service, cluster, settle
 from tests.transfer.helpers import OK, Peers, Services, free_port, give_block, only, pull_block
 
@@ -171,13 +172,23 @@ def test_peer_hangs_up(here: Service) -> None:
         assert here.link(2, port, 5000) == only("LLM_LINK_FAILED")
 
 
-def test_other_zmq_service(here: Service) -> None:
-    """One that speaks ZMTP, but isn't ours: typed, and within the time."""
-    here.start(1)
-    with zmq.Context() as context, context.socket(zmq.PUB) as socket_:
-        port = socket_.bind_to_random_port("tcp://127.0.0.1")
-        status, _ = here.link(2, port, 1000)
-        assert status in ("LLM_LINK_FAILED", "LLM_TIMEOUT")
+@pytest.mark.parametrize("dialing", ["older", "newer"])
+def test_another_version_is_refused(
+    here: Service, services: Services, dialing: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Both sides say so, whichever dials."""
+    port = here.start(1)
+    version = {"older": "0.0.9", "newer": "9.0.0"}[dialing]
+    monkeypatch.setattr(table, "VERSION", version)
+    other = services()
+    other_port = other.start(2)
+    for dialer, peer, address in ((other, 1, port), (here, 2, other_port)):
+        caplog.clear()
+        assert dialer.link(peer, address) == only("LLM_LINK_FAILED")
+        told = [r.message for r in caplog.records if "runs version" in r.message]
+        assert settle(lambda: len([r for r in caplog.records if "runs version" in r.message]) >= 1)
+        assert any(f"{version}/" in text and f"{VERSION}/" in text for text in told)
+    assert (here.link_states(), other.link_states()) == ({}, {})
 
 
 def test_repeat_link(pair: tuple[Service, Service, int]) -> None:

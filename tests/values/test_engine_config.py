@@ -48,7 +48,6 @@ def test_engine_config_defaults():
         "rdma_service_level": None,
         "link_total_time": 0,
         "link_retry_count": 1,
-        "heartbeat_ms": 1000,
         "auto_relink": True,
         "orphan_policy": "keep",
         "link_secret": None,
@@ -73,7 +72,6 @@ def test_engine_config_of_everything():
     config.global_resource_config = "{}"
     config.link_total_time = 7
     config.link_retry_count = 2
-    config.heartbeat_interval = 250
     config.auto_relink = False
     config.orphan_policy = "drop"
     config.device = "npu"
@@ -96,7 +94,6 @@ def test_engine_config_of_everything():
         rdma_service_level=4,
         link_total_time=7,
         link_retry_count=2,
-        heartbeat_ms=250,
         auto_relink=False,
         orphan_policy="drop",
     )

@@ -43,13 +43,13 @@ ENGINES: dict[str, dict[str, Any]] = {
     "p2": {"connector": {}, "module": MODULE, "enable_prefix_caching": False},
     "d1": {
         **BENT,
-        "connector": {"verify": True, "timeout_s": 60.0, "heartbeat_s": 30.0},
+        "connector": {"verify": True, "timeout_s": 60.0},
         "max_num_batched_tokens": 256,
         "max_num_seqs": 8,
     },
     "d2": {
         **BENT,
-        "connector": {"timeout_s": 60.0, "heartbeat_s": 30.0},
+        "connector": {"timeout_s": 60.0},
         "policy": "fail",
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 26 * BLOCK_BYTES,

@@ -35,7 +35,7 @@ def split(directory: Path) -> Iterator[Engine]:
         directory / "split.log",
         bends=directory,
         # Two workers and what else runs here keep two cores busy: silence for 15 s is no sign.
-        connector={"timeout_s": 60.0, "heartbeat_s": 30.0},
+        connector={"timeout_s": 60.0},
         in_process=False,
         tensor_parallel_size=2,
         **BENT,

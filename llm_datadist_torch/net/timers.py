@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the endpoint's thread does at certain times."""
+"""Calls that the I/O thread makes at certain times."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -24,12 +23,10 @@ class Timers:
         """From now on ``call`` is due at these times, and not at those it was set to before."""
         self._times[call] = sorted(times)
 
-    def wait_ms(self) -> int | None:
-        """Milliseconds until something is due; None for never."""
+    def wait_s(self) -> float | None:
+        """Seconds until something is due; None for never."""
         soonest = min((times[0] for times in self._times.values() if times), default=None)
-        if soonest is None:
-            return None
-        return max(0, math.ceil((soonest - time.monotonic()) * 1000))
+        return None if soonest is None else max(0.0, soonest - time.monotonic())
 
     def run_due(self) -> None:
         """Make the calls that are due; what they raise is logged."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether this process may open more descriptors: ZeroMQ aborts or falls silent where it can't."""
+"""Whether this process may open more descriptors, to say so before it tries."""
 
 from __future__ import annotations
 

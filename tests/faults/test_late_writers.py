@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a connection is not the end of a peer: what it may still write to stays its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llm_datadist_torch import BlocksCacheKey, LLMException, LLMOutOfMemoryError
+from tests.faults.helpers import ME, OK, PEER, Peers
+from tests.peers import Peer, Ref, Service, settle
+
+pytestmark = pytest.mark.host_memory_only
+
+POOL = '{"memory_size": 131072, "page_shift": 16}'
+"""Room for the two tensors of one cache."""
+MINE = BlocksCacheKey(ME, 0)
+
+
+@pytest.fixture(params=["pidfd", "pid and start time"])
+def writer(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
+    """Pushes into "mine" for seconds; the connection has been cut meanwhile."""
+    port = here.start(ME, pool=POOL)
+    peer = peers()
+    if request.param != "pidfd":
+        peer.ask("have_no_pidfd")
+    peer.ask("start", PEER)
+    assert peer.ask("link", ME, port) == OK
+    (info,) = here.dd.links()
+    assert (info.identified_by, info.not_local) == (request.param, "")
+    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.ask("paint", "theirs", 9)
+    here.allocate("mine", 2, 2, 64, paged=True, keys=MINE)
+    here.paint("mine", 1)
+    return peer
+
+
+def cut_while_it_writes(here: Service, writer: Peer, name: str = "mine") -> None:
+    writer.ask("slow_moves", 2.0)
+    writer.begin("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
+    assert settle(lambda: here.counters()["leases"] == 1)
+    here.cut()
+    assert settle(lambda: here.link_states() == {PEER: "lost"})
+    assert here.instance.links.registry.late_writers.leases == 1
+
+
+def full(here: Service) -> bool:
+    try:
+        here.allocate("new", 2, 2, 64, paged=True)
+    except LLMOutOfMemoryError:
+        return True
+    return False
+
+
+def test_its_pages_go_to_nobody_before_it_has_stopped(here: Service, writer: Peer) -> None:
+    cut_while_it_writes(here, writer)
+    here.drop("mine")
+    assert full(here)
+    writer.answer()
+    # It has written, and has nobody to say so to; then it links again.
+    assert full(here)
+    writer.ask("relink", ME)
+    assert settle(lambda: here.instance.links.registry.late_writers.leases == 0)
+    assert not full(here)
+
+
+def test_its_pages_are_free_when_it_has_died(here: Service, writer: Peer) -> None:
+    cut_while_it_writes(here, writer)
+    here.drop("mine")
+    with writer.stopped():
+        assert full(here)
+        writer.kill()
+        assert settle(lambda: not full(here))
+    here.paint("new", 2)
+    assert here.colours("new") == [2]
+
+
+def test_a_registered_cache_is_not_given_back_meanwhile(here: Service, writer: Peer) -> None:
+    """unregister_cache() says so, and finalize(), which ends everything else."""
+    here.drop("mine")
+    here.register("mine", 2, 2, 64, paged=True, keys=MINE)
+    cut_while_it_writes(here, writer)
+    with pytest.raises(LLMException) as caught:
+        here.manager.unregister_cache(here.cache_id("mine"), timeout=50)
+    assert caught.value.status_code.name == "LLM_TIMEOUT"
+    with pytest.raises(LLMException, match="it may still write there") as late:
+        here.dd.finalize()
+    assert late.value.status_code.name == "LLM_LINK_BUSY"
+    here.dd.finalize()
+    writer.answer()
+
+
+def test_a_reader_that_can_not_be_heard_keeps_nothing(here: Service, writer: Peer) -> None:
+    writer.ask("slow_moves", 1.0)
+    writer.begin("attempt", "pull_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
+    assert settle(lambda: here.counters()["leases"] == 1)
+    here.cut()
+    assert settle(lambda: here.counters()["leases"] == 0)
+    failure: Any = writer.answer()
+    assert failure.status == "LLM_NOT_YET_LINK"
