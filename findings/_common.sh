@@ -55,6 +55,46 @@ class Pair:
 PYTHON
 }
 
+# install_mooncake: Mooncake with the module `moon`, which hides its log.
+install_mooncake() {
+    install numpy==2.4.6
+    # Mooncake wants the system's libibverbs even for TCP. NIXL's wheel carries one, so nobody has to install anything.
+    install --no-deps mooncake-transfer-engine-non-cuda==0.3.13.post1 nixl-cu12==1.5.1
+    local libraries
+    libraries=$(echo "$dir"/venv/lib/python3*/site-packages/nixl_cu12.libs)
+    ln -s "$libraries"/libibverbs-*.so.* "$dir/libibverbs.so.1"
+    export LD_LIBRARY_PATH="$dir:$libraries" MC_LOG_LEVEL=ERROR GLOG_minloglevel=3
+}
+
+# install_vllm_ascend: vllm-ascend's files with the module `ascend`, which takes single definitions out of them, because
+# they can't be imported without an NPU's runtime.
+install_vllm_ascend() {
+    [ $# = 0 ] || install "$@"
+    install --no-deps vllm-ascend==0.23.0
+    cat >"$dir/ascend.py" <<'PYTHON'
+import ast
+import importlib.util
+import pathlib
+
+
+def tree(path):
+    package = importlib.util.find_spec("vllm_ascend").submodule_search_locations[0]
+    return ast.parse(pathlib.Path(package, path).read_text())
+
+
+def run(nodes, names):
+    """Runs statements of vllm-ascend's with these names; returns all names."""
+    exec(compile(ast.Module(list(nodes), []), "vllm_ascend", "exec"), names)
+    return names
+
+
+def definition(path, name, **names):
+    """The function or class of that name in that file."""
+    node = next(node for node in ast.walk(tree(path)) if getattr(node, "name", None) == name)
+    return run([node], names)[name]
+PYTHON
+}
+
 # install_vllm: vLLM for CPUs with the module `engine`, a tiny engine and a connector that records its calls.
 install_vllm() {
     # Not what vLLM declares: without what only other models and devices use, it is 2 GB instead of 4.
