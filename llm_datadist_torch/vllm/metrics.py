@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -21,6 +22,7 @@ _BUCKETS = {
 }
 
 
+@dataclass
 class ConnectorStats(KVConnectorStats):
     """What all workers have counted since the last time."""
 

@@ -56,6 +56,10 @@ class Producer(NamedTuple):
     pipe: Connection
     process: BaseProcess
 
+    def wait_until_ready(self) -> None:
+        assert self.pipe.poll(100)
+        self.pipe.recv()
+
     def push(self, name: str, peer: Peer) -> None:
         self.pipe.send((name, peer))
 
@@ -79,8 +83,6 @@ def producer() -> Iterator[Callable[..., Producer]]:
         process = context.Process(target=produce, args=(theirs, value, settings, slow), daemon=True)
         process.start()
         made.append(Producer(mine, process))
-        assert mine.poll(60)
-        mine.recv()
         return made[-1]
 
     yield start
@@ -102,6 +104,7 @@ def test_a_frozen_producer_wakes_up(
 ) -> None:
     d = worker(20, 2, mode="push", timeout_s=1.0)
     x = producer()
+    x.wait_until_ready()
     expect(d, "x", 10)
     x.push("x", d.half.address)
     x.freeze_in_a_write()
@@ -122,6 +125,7 @@ def test_a_frozen_producer_is_killed(
 ) -> None:
     d = worker(20, 2, mode="push", timeout_s=1.0)
     x = producer()
+    x.wait_until_ready()
     expect(d, "x", 10)
     x.push("x", d.half.address)
     x.freeze_in_a_write()
@@ -136,7 +140,10 @@ def test_frozen_producers_use_up_no_threads(
     worker: Callable[..., Worker], producer: Callable[..., Producer]
 ) -> None:
     d = worker(20, 2, mode="push", threads=1, timeout_s=2.0)
+    # They start side by side.
     frozen, y = [producer(), producer()], producer(3.0, slow=False)
+    for each in (*frozen, y):
+        each.wait_until_ready()
     for at, x in enumerate(frozen):
         expect(d, f"x{at}", 10 + at)
         x.push(f"x{at}", d.half.address)

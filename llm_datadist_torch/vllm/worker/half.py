@@ -86,7 +86,8 @@ class WorkerHalf:
         if settings.mode == PUSH:
             digest = digest_of(fingerprint, layout_digest(layout))
             device, pages = caches[0][0].device, caches[: len(layout.parts)]
-            self._sender = Sender(self._service, settings, layout.tp_rank, layout, device, digest)
+            in_engine = layout.pp_rank * layout.tp_size + layout.tp_rank
+            self._sender = Sender(self._service, settings, in_engine, layout, device, digest)
             self._receiver = Receiver(self._service, settings, layout, pages, digest, self.record)
         self._service.datadist.on_question(self._answer)
         self._service.datadist.on_link_event(self._on_link_event)
