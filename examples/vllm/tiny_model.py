@@ -78,9 +78,10 @@ def _deepseek() -> PreTrainedModel:
         qk_nope_head_dim=32,
         qk_rope_head_dim=32,
         v_head_dim=32,
-        # No experts.
+        # All layers are dense: no experts are used.
         first_k_dense_replace=4,
-        n_routed_experts=None,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
     )
     return DeepseekV2ForCausalLM(config)
 
