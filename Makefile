@@ -61,7 +61,7 @@ test-sanitize: $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, und
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
 	PYTHON=$(CURDIR)/$(NPU_BIN)/python scripts/test_sanitize_sim.sh
 
-lint: $(VENV)/.built  ## Check style, types, sizes, and that the torch-free C++ compiles for aarch64
+lint: $(VENV)/.built  ## Check style, types, sizes, and that the C++ compiles for aarch64
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the one C++ extension; everything static is in pyproject.toml.
 
+The extension needs CPython's headers and a C++17 compiler, and nothing of torch: it is built for
+CPython's limited API, and tensors reach it by DLPack. One build serves every torch and Python.
+
 Flags, each "1" or absent, all off by default and echoed when on:
 
 * ``DEBUG=1``     no optimisation, debug symbols
@@ -11,10 +14,11 @@ Flags, each "1" or absent, all off by default and echoed when on:
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
@@ -31,9 +35,9 @@ def flag_enabled(name: str) -> bool:
 
 def compiler_flags() -> tuple[list[str], list[str]]:
     """The flags for the compiler and for the linker."""
-    # No -std here: torch's build helper adds the one that its own headers need (C++17 or later).
-    compile_args = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-    link_args: list[str] = []
+    compile_args = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    compile_args += ["-Wno-missing-field-initializers", "-fvisibility=hidden"]
+    link_args = ["-ldl", "-lpthread"]
     optimise = ["-O3", "-g0"]
     if flag_enabled("DEBUG"):
         optimise = ["-O0", "-g"]
@@ -49,16 +53,57 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     return compile_args + optimise, link_args
 
 
-def extension() -> CppExtension:
+def extension() -> Extension:
     """The extension `llm_datadist_torch._C`: every file of csrc/."""
     compile_args, link_args = compiler_flags()
-    return CppExtension(
+    return Extension(
         name="llm_datadist_torch._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
-        extra_compile_args={"cxx": compile_args},
+        define_macros=[("Py_LIMITED_API", "0x030A0000")],
+        py_limited_api=True,
+        extra_compile_args=compile_args,
         extra_link_args=link_args,
+        language="c++",
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
+class ParallelBuild(build_ext):
+    """Compiles the files of an extension side by side, and only those that have changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build `ext` with a compiler that takes many files at once."""
+        one_by_one = self.compiler.compile
+        newest_header = max(Path(header).stat().st_mtime for header in ext.depends)
+
+        def compile_all(sources: list[str], *, output_dir: str, **options: object) -> list[str]:
+            def compile_one(source: str) -> str:
+                (target,) = self.compiler.object_filenames([source], output_dir=output_dir)
+                newest = max(newest_header, Path(source).stat().st_mtime)
+                if self.force or not Path(target).exists() or Path(target).stat().st_mtime < newest:
+                    one_by_one([source], output_dir=output_dir, **options)
+                return target
+
+            with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+                return list(pool.map(compile_one, sources))
+
+        self._remove_other_builds(ext)
+        self.compiler.compile = compile_all
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = one_by_one
+
+    def _remove_other_builds(self, ext: Extension) -> None:
+        """Remove builds in the tree under another name, which Python might import before this."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        for other in target.parent.glob(f"{ext.name.rpartition('.')[2]}.*.so"):
+            if other.name != target.name:
+                other.unlink()
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": ParallelBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

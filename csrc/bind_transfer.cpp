@@ -1,12 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Python face of what transports need: mappings of another process's shareable regions, counters in
-// them, process_vm_readv/writev, requests of engines, and the check of what a peer asks for. What
-// may take long releases the GIL.
-
-#include <torch/extension.h>
+// them, process_vm_readv/writev, requests of engines, and the check of what a peer asks for.
 
 #include <algorithm>
-#include <array>
 #include <tuple>
 
 #include "bindings.h"
@@ -19,52 +15,45 @@
 namespace llmdd {
 namespace {
 
-namespace py = pybind11;
-
-std::pair<uint64_t, int> move_bytes(Direction direction, int64_t pid, const at::Tensor& local_bases,
-                                    const at::Tensor& remote_bases, const at::Tensor& runs,
-                                    int64_t deadline_ns) {
-  check_index_tensor(local_bases, "local_bases", 1);
-  check_index_tensor(remote_bases, "remote_bases", 1);
-  check_index_tensor(runs, "runs", 2);
-  TORCH_CHECK_VALUE(runs.size(1) == 3, "runs must have 3 columns, not ", runs.size(1));
-  TORCH_CHECK_VALUE(local_bases.size(0) == remote_bases.size(0), "local_bases has ",
-                    local_bases.size(0), " entries, remote_bases ", remote_bases.size(0));
-  TORCH_CHECK_VALUE(pid > 0 && pid <= INT32_MAX, "pid=", pid, " is no process id");
-  const at::Tensor local = local_bases.contiguous();
-  const at::Tensor remote = remote_bases.contiguous();
-  const at::Tensor moves = runs.contiguous();
-  const int64_t* rows = moves.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < moves.size(0); ++i) {
-    const int64_t* row = rows + 3 * i;
-    TORCH_CHECK_VALUE(row[0] >= 0 && row[1] >= 0 && row[2] >= 0, "runs[", i, "]=(", row[0], ", ",
-                      row[1], ", ", row[2], ") has a negative number");
+std::pair<uint64_t, int> move_bytes(Direction direction, int64_t pid,
+                                    const Int64Vector& local_bases, const Int64Vector& remote_bases,
+                                    const Int64Table& runs, int64_t deadline_ns) {
+  check_value(runs.columns() == 3, "runs must have 3 columns, not ", runs.columns());
+  check_value(local_bases.size() == remote_bases.size(), "local_bases has ", local_bases.size(),
+              " entries, remote_bases ", remote_bases.size());
+  check_value(pid > 0 && pid <= INT32_MAX, "pid=", pid, " is no process id");
+  for (int64_t i = 0; i < runs.rows(); ++i) {
+    const int64_t* row = runs.data() + 3 * i;
+    check_value(row[0] >= 0 && row[1] >= 0 && row[2] >= 0, "runs[", i, "]=(", row[0], ", ", row[1],
+                ", ", row[2], ") has a negative number");
   }
-  const RemoteCopy copy{as_addresses(local), as_addresses(remote),
-                        static_cast<size_t>(local.size(0)), rows,
-                        static_cast<size_t>(moves.size(0))};
+  const RemoteCopy copy{local_bases.as_addresses(), remote_bases.as_addresses(), local_bases.size(),
+                        runs.data(), static_cast<size_t>(runs.rows())};
   const RemoteCopyResult result =
       copy_remote(static_cast<pid_t>(pid), direction, copy, deadline_ns);
   return {result.bytes_done, result.error};
 }
 
-std::pair<uint64_t, int> read_process(int64_t pid, const at::Tensor& local_bases,
-                                      const at::Tensor& remote_bases, const at::Tensor& runs,
+std::pair<uint64_t, int> read_process(int64_t pid, const Int64Vector& local_bases,
+                                      const Int64Vector& remote_bases, const Int64Table& runs,
                                       int64_t deadline_ns) {
   return move_bytes(Direction::kRead, pid, local_bases, remote_bases, runs, deadline_ns);
 }
 
-std::pair<uint64_t, int> write_process(int64_t pid, const at::Tensor& local_bases,
-                                       const at::Tensor& remote_bases, const at::Tensor& runs,
+std::pair<uint64_t, int> write_process(int64_t pid, const Int64Vector& local_bases,
+                                       const Int64Vector& remote_bases, const Int64Table& runs,
                                        int64_t deadline_ns) {
   return move_bytes(Direction::kWrite, pid, local_bases, remote_bases, runs, deadline_ns);
 }
 
 uint64_t* word_at(uint64_t address) {
-  TORCH_CHECK_VALUE(address != 0 && address % sizeof(uint64_t) == 0, "address ", address,
-                    " is not that of a 64-bit word");
+  check_value(address != 0 && address % sizeof(uint64_t) == 0, "address ", address,
+              " is not that of a 64-bit word");
   return reinterpret_cast<uint64_t*>(address);
 }
+
+uint64_t load_word_at(uint64_t address) { return load_word(word_at(address)); }
+uint64_t bump_word_at(uint64_t address) { return bump_word(word_at(address)); }
 
 // Addresses wrap, as in memory.
 int64_t offset_by(int64_t address, int64_t nbytes) {
@@ -76,103 +65,91 @@ using Cursor = std::pair<int64_t, int64_t>;
 
 // One request at a time: a peer that asks for the same terabyte again and again must not make us
 // write down all of it.
-std::tuple<at::Tensor, at::Tensor, Cursor> engine_request(const at::Tensor& runs, Cursor from,
-                                                          int64_t max_bytes, int64_t max_runs) {
-  check_index_tensor(runs, "runs", 2);
-  TORCH_CHECK_VALUE(runs.size(0) == 3, "runs must have 3 rows, not ", runs.size(0));
-  TORCH_CHECK_VALUE(max_bytes > 0 && max_runs > 0, "max_bytes=", max_bytes,
-                    " and max_runs=", max_runs, " must be positive");
-  TORCH_CHECK_INDEX(from.first >= 0 && from.second >= 0, "there is no run ", from.first);
-  const at::Tensor table = runs.contiguous();
-  const int64_t count = table.size(1);
-  const int64_t* local = table.const_data_ptr<int64_t>();
+std::tuple<NewInt64, NewInt64, Cursor> engine_request(const Int64Table& runs, const Cursor& from,
+                                                      int64_t max_bytes, int64_t max_runs) {
+  check_value(runs.rows() == 3, "runs must have 3 rows, not ", runs.rows());
+  check_value(max_bytes > 0 && max_runs > 0, "max_bytes=", max_bytes, " and max_runs=", max_runs,
+              " must be positive");
+  check_index(from.first >= 0 && from.second >= 0, "there is no run ", from.first);
+  const int64_t count = runs.columns();
+  const int64_t* local = runs.data();
   const int64_t* remote = local + count;
   const int64_t* nbytes = remote + count;
-  std::vector<std::array<int64_t, 3>> pieces;
+  NewInt64 here{{}, 3};
+  NewInt64 there{{}, 3};
   auto [run, done] = from;
+  int64_t pieces = 0;
   for (int64_t room = max_bytes; run < count && room > 0; done = 0, ++run) {
-    TORCH_CHECK_VALUE(nbytes[run] > 0 && done < nbytes[run], "run ", run, " has no byte ", done);
-    if (static_cast<int64_t>(pieces.size()) == max_runs) {
+    check_value(nbytes[run] > 0 && done < nbytes[run], "run ", run, " has no byte ", done);
+    if (pieces == max_runs) {
       break;
     }
     const int64_t size = std::min(nbytes[run] - done, room);
-    pieces.push_back({offset_by(local[run], done), offset_by(remote[run], done), size});
+    here.values.insert(here.values.end(), {offset_by(local[run], done), size, 0});
+    there.values.insert(there.values.end(), {offset_by(remote[run], done), size, 0});
+    ++pieces;
     room -= size;
     if (done += size; done < nbytes[run]) {
       break;
     }
   }
-  const int64_t rows = static_cast<int64_t>(pieces.size());
-  at::Tensor here = at::zeros({rows, 3}, at::kLong);
-  at::Tensor there = at::zeros({rows, 3}, at::kLong);
-  for (int64_t i = 0; i < rows; ++i) {
-    const auto& [mine, theirs, size] = pieces[static_cast<size_t>(i)];
-    int64_t* row = here.mutable_data_ptr<int64_t>() + 3 * i;
-    row[0] = mine;
-    row[1] = size;
-    row = there.mutable_data_ptr<int64_t>() + 3 * i;
-    row[0] = theirs;
-    row[1] = size;
-  }
-  return {here, there, {run, done}};
+  return {std::move(here), std::move(there), Cursor{run, done}};
 }
 
 // -1 unless all stretches lie inside rows of the tensors.
-int64_t bytes_in_rows(const at::Tensor& starts, const at::Tensor& sizes, const at::Tensor& bases,
+int64_t bytes_in_rows(const Int64Vector& starts, const Int64Vector& sizes, const Int64Vector& bases,
                       int64_t extent, int64_t pitch, int64_t row_bytes) {
-  check_index_tensor(starts, "starts", 1);
-  check_index_tensor(sizes, "sizes", 1);
-  check_index_tensor(bases, "bases", 1);
-  TORCH_CHECK_VALUE(starts.size(0) == sizes.size(0), "starts has ", starts.size(0),
-                    " entries, sizes ", sizes.size(0));
-  TORCH_CHECK_VALUE(extent >= 0 && row_bytes > 0 && pitch >= row_bytes, "extent=", extent,
-                    ", pitch=", pitch, ", row_bytes=", row_bytes, " describe no tensor");
-  const at::Tensor first = starts.contiguous();
-  const at::Tensor length = sizes.contiguous();
-  const at::Tensor tensors = bases.contiguous();
-  std::vector<uint64_t> sorted(as_addresses(tensors), as_addresses(tensors) + tensors.size(0));
+  check_value(starts.size() == sizes.size(), "starts has ", starts.size(), " entries, sizes ",
+              sizes.size());
+  check_value(extent >= 0 && row_bytes > 0 && pitch >= row_bytes, "extent=", extent,
+              ", pitch=", pitch, ", row_bytes=", row_bytes, " describe no tensor");
+  std::vector<uint64_t> sorted(bases.as_addresses(), bases.as_addresses() + bases.size());
   std::sort(sorted.begin(), sorted.end());
-  return bytes_inside(sorted, {extent, pitch, row_bytes}, as_addresses(first),
-                      length.const_data_ptr<int64_t>(), static_cast<size_t>(first.size(0)))
+  return bytes_inside(sorted, {extent, pitch, row_bytes}, starts.as_addresses(), sizes.data(),
+                      starts.size())
       .value_or(-1);
 }
 
+uint64_t mapping_address(const Held<PeerMapping>& mapping) {
+  return reinterpret_cast<uint64_t>(mapping->data());
+}
+uint64_t mapping_nbytes(const Held<PeerMapping>& mapping) { return mapping->nbytes(); }
+void mapping_close(const Held<PeerMapping>& mapping) { mapping->close(); }
+
 }  // namespace
 
-void bind_transfer(py::module_& m) {
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
-  py::class_<PeerMapping, std::shared_ptr<PeerMapping>>(
-      m, "PeerMapping", "A peer's shareable region, mapped into this process.")
-      .def_static("open", &PeerMapping::open, py::arg("pid"), py::arg("fd"), py::arg("inode"),
-                  py::arg("device"), py::arg("nbytes"), no_gil)
-      .def_property_readonly(
-          "address",
-          [](const PeerMapping& mapping) { return reinterpret_cast<uintptr_t>(mapping.data()); },
-          "Where the region starts here; 0 once closed.")
-      .def_property_readonly("nbytes", &PeerMapping::nbytes)
-      .def("close", &PeerMapping::close, no_gil,
-           "Unmaps; idempotent. No copy may be under way in the mapping.");
+void bind_transfer(Module& module) {
+  Class<PeerMapping>("PeerMapping", "A peer's shareable region, mapped into this process.")
+      .static_method<&PeerMapping::open>("open",
+                                         {{"pid"}, {"fd"}, {"inode"}, {"device"}, {"nbytes"}},
+                                         "Maps it; OSError if the descriptor is not that region.")
+      .property<&mapping_address>("address", "Where the region starts here; 0 once closed.")
+      .property<&mapping_nbytes>("nbytes", "Bytes of the region.")
+      .method<&mapping_close>("close", {},
+                              "Unmaps; idempotent. No copy may be under way in the mapping.")
+      .finish(module);
 
-  m.def("read_process", &read_process, py::arg("pid"), py::arg("local_bases"),
-        py::arg("remote_bases"), py::arg("runs"), py::arg("deadline_ns") = 0, no_gil,
-        "(bytes_done, errno) of copying runs out of another process's memory.");
-  m.def("write_process", &write_process, py::arg("pid"), py::arg("local_bases"),
-        py::arg("remote_bases"), py::arg("runs"), py::arg("deadline_ns") = 0, no_gil,
-        "(bytes_done, errno) of copying runs into another process's memory.");
-  m.def(
-      "engine_request", &engine_request, py::arg("runs"), py::arg("start"), py::arg("max_bytes"),
-      py::arg("max_runs"), no_gil,
+  module.function<&read_process>(
+      "read_process", {{"pid"}, {"local_bases"}, {"remote_bases"}, {"runs"}, {"deadline_ns", 0}},
+      "(bytes_done, errno) of copying runs out of another process's memory.");
+  module.function<&write_process>(
+      "write_process", {{"pid"}, {"local_bases"}, {"remote_bases"}, {"runs"}, {"deadline_ns", 0}},
+      "(bytes_done, errno) of copying runs into another process's memory.");
+  module.function<&engine_request>(
+      "engine_request", {{"runs"}, {"start"}, {"max_bytes"}, {"max_runs"}},
       "The tables (address, nbytes, 0), int64 [n, 3], of either side, for a request that begins at "
       "start=(run, byte); and where the next one begins.");
-  m.def("bytes_inside", &bytes_in_rows, py::arg("starts"), py::arg("sizes"), py::arg("bases"),
-        py::arg("extent"), py::arg("pitch"), py::arg("row_bytes"), no_gil,
-        "The bytes of all stretches, or -1 unless each has some and lies inside a row.");
-  m.def(
-      "load_word", [](uint64_t address) { return load_word(word_at(address)); }, py::arg("address"),
-      "The counter at a mapped address, ordered after what was read before.");
-  m.def(
-      "bump_word", [](uint64_t address) { return bump_word(word_at(address)); }, py::arg("address"),
-      "Adds 1 to the counter at a mapped address, before anything that is written after.");
+  module.function<&bytes_in_rows>(
+      "bytes_inside", {{"starts"}, {"sizes"}, {"bases"}, {"extent"}, {"pitch"}, {"row_bytes"}},
+      "The bytes of all stretches, or -1 unless each has some and lies inside a row.");
+  module.function<&load_word_at>("load_word", {{"address"}},
+                                 "The counter at a mapped address, ordered after what was read "
+                                 "before.",
+                                 Gil::kKeep);
+  module.function<&bump_word_at>("bump_word", {{"address"}},
+                                 "Adds 1 to the counter at a mapped address, before anything that "
+                                 "is written after.",
+                                 Gil::kKeep);
 }
 
 }  // namespace llmdd

@@ -3,13 +3,15 @@
 
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include "binding_class.h"
 
 namespace llmdd {
 
-void bind_copy(pybind11::module_& m);      // block_runs, copy_runs
-void bind_device(pybind11::module_& m);    // copy_runs_on_device, errors of AscendCL
-void bind_memory(pybind11::module_& m);    // HostRegion, Arena, probes
-void bind_transfer(pybind11::module_& m);  // PeerMapping, read_process, write_process
+void bind_copy(Module& module);          // block_runs, copy_runs
+void bind_device(Module& module);        // copies on streams of AscendCL
+void bind_memory(Module& module);        // HostRegion, Arena, probes
+void bind_ops(Module& module);           // the plans of the copy ops
+void bind_tensor_watch(Module& module);  // watch_tensors
+void bind_transfer(Module& module);      // PeerMapping, read_process, write_process
 
 }  // namespace llmdd

@@ -2,22 +2,22 @@
 
 #include "copy_plans.h"
 
-#include <c10/util/Exception.h>
-
 #include <algorithm>
 #include <utility>
+
+#include "errors.h"
 
 namespace llmdd {
 namespace {
 
 void check_same_count(const TensorRows& dst, const TensorRows& src) {
-  TORCH_CHECK_VALUE(dst.bases.size() == src.bases.size(), "dst has ", dst.bases.size(),
-                    " tensors, but src ", src.bases.size());
+  check_value(dst.bases.size() == src.bases.size(), "dst has ", dst.bases.size(),
+              " tensors, but src ", src.bases.size());
 }
 
 // Refuses destinations that share memory with a source: what is copied would depend on the order.
-void check_blocks_apart(const TensorRows& dst, const TensorRows& src, const at::Tensor& dst_ids,
-                        const at::Tensor& src_ids) {
+void check_blocks_apart(const TensorRows& dst, const TensorRows& src, const Ids& dst_ids,
+                        const Ids& src_ids) {
   std::vector<Rows> both(dst.tensors);
   both.insert(both.end(), src.tensors.begin(), src.tensors.end());
   if (!find_overlap(both)) {
@@ -28,24 +28,26 @@ void check_blocks_apart(const TensorRows& dst, const TensorRows& src, const at::
       if (disjoint(dst.tensors[d], src.tensors[s])) {
         continue;
       }
-      const auto hit = find_block_overlap(dst.tensors[d], dst_ids.const_data_ptr<int64_t>(),
-                                          src.tensors[s], src_ids.const_data_ptr<int64_t>(),
-                                          static_cast<size_t>(dst_ids.numel()));
-      TORCH_CHECK_VALUE(!hit, "dst_ids[", hit->first, "] of dst[", d, "] and src_ids[", hit->second,
-                        "] of src[", s, "] share memory; copy_blocks copies within a tensor");
+      const auto hit = find_block_overlap(dst.tensors[d], dst_ids.data(), src.tensors[s],
+                                          src_ids.data(), dst_ids.size());
+      if (hit) {
+        throw std::invalid_argument(text_of("dst_ids[", hit->first, "] of dst[", d,
+                                            "] and src_ids[", hit->second, "] of src[", s,
+                                            "] share memory; copy_blocks copies within a tensor"));
+      }
     }
   }
 }
 
 void check_segment(const char* name, const TensorRows& tensors, int64_t row, int64_t offset,
                    int64_t nbytes) {
-  TORCH_CHECK_INDEX(row >= 0 && row < tensors.rows, name, "_row=", row, " is out of range [0, ",
-                    tensors.rows, ")");
-  TORCH_CHECK_VALUE(offset >= 0 && nbytes >= 0, "offset=", offset, " and nbytes=", nbytes,
-                    " must not be negative");
-  TORCH_CHECK_VALUE(offset <= tensors.nbytes && nbytes <= tensors.nbytes - offset,
-                    "offset=", offset, " and nbytes=", nbytes, " exceed the rows of ", name,
-                    ", which have ", tensors.nbytes, " bytes");
+  check_index(row >= 0 && row < tensors.rows, name, "_row=", row, " is out of range [0, ",
+              tensors.rows, ")");
+  check_value(offset >= 0 && nbytes >= 0, "offset=", offset, " and nbytes=", nbytes,
+              " must not be negative");
+  check_value(offset <= tensors.nbytes && nbytes <= tensors.nbytes - offset, "offset=", offset,
+              " and nbytes=", nbytes, " exceed the rows of ", name, ", which have ", tensors.nbytes,
+              " bytes");
 }
 
 // The bytes of row `row` from `offset` on, in each tensor.
@@ -62,9 +64,8 @@ std::vector<Rows> segments(const TensorRows& tensors, int64_t row, int64_t offse
 }  // namespace
 
 std::vector<Run> BlocksPlan::runs() const {
-  std::vector<Run> runs =
-      merge_blocks(dst_ids.const_data_ptr<int64_t>(), src_ids.const_data_ptr<int64_t>(),
-                   static_cast<size_t>(dst_ids.numel()), {all.pitch, all.pitch, all.nbytes});
+  std::vector<Run> runs = merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(),
+                                       {all.pitch, all.pitch, all.nbytes});
   runs.erase(
       std::remove_if(runs.begin(), runs.end(), [](const Run& run) { return run.dst == run.src; }),
       runs.end());
@@ -72,66 +73,55 @@ std::vector<Run> BlocksPlan::runs() const {
 }
 
 BlockOrder BlocksPlan::order() const {
-  return order_blocks(dst_ids.const_data_ptr<int64_t>(), src_ids.const_data_ptr<int64_t>(),
-                      static_cast<size_t>(dst_ids.numel()), table, all.pitch, all.nbytes);
+  return order_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(), table, all.pitch, all.nbytes);
 }
 
-BlocksPlan plan_copy_blocks(at::TensorList tensors, const at::Tensor& src_ids,
-                            const at::Tensor& dst_ids) {
-  TensorRows all = rows_of("tensors", tensors);
-  at::Tensor src = checked_ids("src_ids", src_ids);
-  at::Tensor dst = checked_ids("dst_ids", dst_ids);
-  check_same_length(dst, src);
-  if (!tensors.empty()) {
-    check_range("src_ids", src, all.rows);
-    check_range("dst_ids", dst, all.rows);
+BlocksPlan plan_copy_blocks(TensorRows tensors, Ids src_ids, Ids dst_ids) {
+  check_same_length(dst_ids, src_ids);
+  if (!tensors.bases.empty()) {
+    check_range("src_ids", src_ids, tensors.rows);
+    check_range("dst_ids", dst_ids, tensors.rows);
   }
-  IdTable table = table_of_destinations("dst_ids", dst);
-  check_no_overlap("tensors", all);
-  const bool nothing = tensors.empty() || dst.numel() == 0 || all.nbytes == 0;
+  IdTable table = table_of_destinations("dst_ids", dst_ids);
+  check_no_overlap("tensors", tensors);
+  const bool nothing = tensors.bases.empty() || dst_ids.empty() || tensors.nbytes == 0;
   const bool interfere =
-      !nothing && pairs_interfere(dst.const_data_ptr<int64_t>(), src.const_data_ptr<int64_t>(),
-                                  static_cast<size_t>(dst.numel()), table);
-  return {std::move(all), std::move(dst), std::move(src), std::move(table), nothing, interfere};
+      !nothing && pairs_interfere(dst_ids.data(), src_ids.data(), dst_ids.size(), table);
+  return {std::move(tensors), std::move(dst_ids), std::move(src_ids), std::move(table), nothing,
+          interfere};
 }
 
-RowsPlan plan_swap_blocks(at::TensorList dst, at::TensorList src, const at::Tensor& dst_ids,
-                          const at::Tensor& src_ids) {
-  RowsPlan plan{rows_of("dst", dst), rows_of("src", src), {}};
+RowsPlan plan_swap_blocks(TensorRows dst, TensorRows src, const Ids& dst_ids, const Ids& src_ids) {
+  RowsPlan plan{std::move(dst), std::move(src), {}};
   const TensorRows& to = plan.to;
   const TensorRows& from = plan.from;
   check_same_count(to, from);
-  const at::Tensor to_ids = checked_ids("dst_ids", dst_ids);
-  const at::Tensor from_ids = checked_ids("src_ids", src_ids);
-  check_same_length(to_ids, from_ids);
-  if (!dst.empty()) {
-    TORCH_CHECK_VALUE(to.nbytes == from.nbytes, "dst has rows of ", to.nbytes,
-                      " bytes, but src of ", from.nbytes);
-    check_range("src_ids", from_ids, from.rows);
-    check_range("dst_ids", to_ids, to.rows);
+  check_same_length(dst_ids, src_ids);
+  if (!to.bases.empty()) {
+    check_value(to.nbytes == from.nbytes, "dst has rows of ", to.nbytes, " bytes, but src of ",
+                from.nbytes);
+    check_range("src_ids", src_ids, from.rows);
+    check_range("dst_ids", dst_ids, to.rows);
   }
-  (void)table_of_destinations("dst_ids", to_ids);
+  (void)table_of_destinations("dst_ids", dst_ids);
   check_no_overlap("dst", to);
-  if (to.device == from.device) {
-    check_blocks_apart(to, from, to_ids, from_ids);
+  if (to.place == from.place) {
+    check_blocks_apart(to, from, dst_ids, src_ids);
   }
-  if (!dst.empty() && to_ids.numel() > 0 && to.nbytes > 0) {
-    plan.runs =
-        merge_blocks(to_ids.const_data_ptr<int64_t>(), from_ids.const_data_ptr<int64_t>(),
-                     static_cast<size_t>(to_ids.numel()), {to.pitch, from.pitch, to.nbytes});
+  if (!to.bases.empty() && !dst_ids.empty() && to.nbytes > 0) {
+    plan.runs = merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(),
+                             {to.pitch, from.pitch, to.nbytes});
   }
   return plan;
 }
 
-RowsPlan plan_copy_rows(at::TensorList dst, at::TensorList src, int64_t dst_row, int64_t src_row,
-                        int64_t offset, int64_t nbytes) {
-  const TensorRows to = rows_of("dst", dst);
-  const TensorRows from = rows_of("src", src);
+RowsPlan plan_copy_rows(const TensorRows& to, const TensorRows& from, int64_t dst_row,
+                        int64_t src_row, int64_t offset, int64_t nbytes) {
   check_same_count(to, from);
   RowsPlan plan;
-  plan.to.device = to.device;
-  plan.from.device = from.device;
-  if (dst.empty()) {
+  plan.to.place = to.place;
+  plan.from.place = from.place;
+  if (to.bases.empty()) {
     return plan;
   }
   check_segment("src", from, src_row, offset, nbytes);
@@ -142,7 +132,7 @@ RowsPlan plan_copy_rows(at::TensorList dst, at::TensorList src, int64_t dst_row,
   TensorRows written;
   written.tensors = segments(to, dst_row, offset, nbytes);
   check_no_overlap("dst", written);
-  const bool same_memory = to.device == from.device;
+  const bool same_memory = to.place == from.place;
   const std::vector<Rows> sources = segments(from, src_row, offset, nbytes);
   for (size_t i = 0; i < sources.size(); ++i) {
     if (!same_memory || sources[i].base != written.tensors[i].base) {
@@ -153,9 +143,8 @@ RowsPlan plan_copy_rows(at::TensorList dst, at::TensorList src, int64_t dst_row,
   }
   for (size_t s = 0; same_memory && s < plan.from.tensors.size(); ++s) {
     for (size_t d = 0; d < written.tensors.size(); ++d) {
-      TORCH_CHECK_VALUE(disjoint(written.tensors[d], plan.from.tensors[s]), "row ", dst_row,
-                        " of dst[", d, "] and row ", src_row,
-                        " of a source tensor share memory in part");
+      check_value(disjoint(written.tensors[d], plan.from.tensors[s]), "row ", dst_row, " of dst[",
+                  d, "] and row ", src_row, " of a source tensor share memory in part");
     }
   }
   plan.runs = {{0, 0, nbytes}};

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arguments of the copy ops, checked, and what they ask for: the part that all devices share.
+// Torch-free.
 
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <vector>
@@ -17,8 +16,8 @@ namespace llmdd {
 // Blocks copied within each tensor of a list.
 struct BlocksPlan {
   TensorRows all;
-  at::Tensor dst_ids;
-  at::Tensor src_ids;
+  Ids dst_ids;
+  Ids src_ids;
   IdTable table;           // of the destinations
   bool nothing = false;    // no byte is to move
   bool interfere = false;  // some block is both read and written, so that the order matters
@@ -36,11 +35,9 @@ struct RowsPlan {
 };
 
 // Each throws ValueError or IndexError for what is wrong with its arguments, before a byte moves.
-BlocksPlan plan_copy_blocks(at::TensorList tensors, const at::Tensor& src_ids,
-                            const at::Tensor& dst_ids);
-RowsPlan plan_swap_blocks(at::TensorList dst, at::TensorList src, const at::Tensor& dst_ids,
-                          const at::Tensor& src_ids);
-RowsPlan plan_copy_rows(at::TensorList dst, at::TensorList src, int64_t dst_row, int64_t src_row,
-                        int64_t offset, int64_t nbytes);
+BlocksPlan plan_copy_blocks(TensorRows tensors, Ids src_ids, Ids dst_ids);
+RowsPlan plan_swap_blocks(TensorRows dst, TensorRows src, const Ids& dst_ids, const Ids& src_ids);
+RowsPlan plan_copy_rows(const TensorRows& dst, const TensorRows& src, int64_t dst_row,
+                        int64_t src_row, int64_t offset, int64_t nbytes);
 
 }  // namespace llmdd

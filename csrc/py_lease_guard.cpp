@@ -307,7 +307,7 @@ constexpr const char* kGuardDoc =
     "it\n"
     "raises what refuse(outcome, index, from, to) returns: outcome is 'moved', 'ended' or "
     "'draining'.\n"
-    "Tensors are given by torch.ops.llm_datadist_torch.watch_tensors(tensors, guard.handle): "
+    "Tensors are given by watch_tensors(tensors, guard.handle): "
     "tensor k\n"
     "must be at addrs[k % len(addrs)], its storage as large as nbytes.\n\n"
     "Thread safety: all methods may be called from any thread.";
@@ -329,7 +329,7 @@ PyMethodDef guard_methods[] = {
 
 PyGetSetDef guard_getset[] = {
     {"leases", guard_leases, nullptr, "Leases that are held.", nullptr},
-    {"handle", guard_handle, nullptr, "What torch.ops...watch_tensors knows it by.", nullptr},
+    {"handle", guard_handle, nullptr, "What watch_tensors() knows it by.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr}};
 
 PyType_Slot guard_slots[] = {{Py_tp_doc, const_cast<char*>(kGuardDoc)},

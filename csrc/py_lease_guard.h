@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include <Python.h>
+#include "python.h"
 
 namespace llmdd {
 

@@ -1,49 +1,50 @@
 // SPDX-License-Identifier: Apache-2.0
-// The op that gives a guard its tensors.
+// Gives a guard its tensors.
 
-#include <torch/library.h>
-
-#include <exception>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "lease_guard.h"
+#include "tensor_args.h"
 
 namespace llmdd {
 namespace {
 
+// Looked at with the GIL, as guards are used by Python only. Nothing here runs Python code, so that
+// nobody can ask for the guard's lock, which is held meanwhile.
 class WatchedTensors : public TensorList {
  public:
-  explicit WatchedTensors(at::TensorList tensors) : tensors_(tensors.vec()) {}
+  explicit WatchedTensors(std::vector<HeldTensor> tensors) : tensors_(std::move(tensors)) {}
 
   size_t size() const override { return tensors_.size(); }
 
   TensorPlace place(size_t index) const override {
-    const at::Tensor& tensor = tensors_[index];
     try {
-      // Never the mutable pointer: it would copy a storage that is copied on write.
-      const auto address = reinterpret_cast<uint64_t>(tensor.const_data_ptr());
-      const auto start = reinterpret_cast<uint64_t>(tensor.storage().data());
-      return {start == 0 ? 0 : address, start + tensor.storage().nbytes()};
-    } catch (const std::exception&) {  // a tensor without memory now
+      const auto [address, storage_end] = tensors_[index].place();
+      return {address, storage_end};
+    } catch (const PythonError&) {  // out of memory; the lease is refused
+      PyErr_Clear();
       return {0, 0};
     }
   }
 
  private:
-  const std::vector<at::Tensor> tensors_;
+  const std::vector<HeldTensor> tensors_;
 };
 
-void watch_tensors(at::TensorList tensors, int64_t guard) {
-  auto* watching = reinterpret_cast<LeaseGuard*>(static_cast<uintptr_t>(guard));
-  TORCH_CHECK_VALUE(watching != nullptr, "guard=0 is no guard");
-  watching->watch(std::make_unique<WatchedTensors>(tensors));
+void watch_tensors(std::vector<HeldTensor> tensors, uint64_t guard) {
+  check_value(guard != 0, "guard=0 is no guard");
+  reinterpret_cast<LeaseGuard*>(guard)->watch(std::make_unique<WatchedTensors>(std::move(tensors)));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(llm_datadist_torch, m) {
-  m.def("watch_tensors(Tensor[] tensors, int guard) -> ()", &watch_tensors);
+void bind_tensor_watch(Module& module) {
+  module.function<&watch_tensors>("watch_tensors", {{"tensors"}, {"guard"}},
+                                  "Has the guard of this handle watch the tensors, and keep them.",
+                                  Gil::kKeep);
 }
 
 }  // namespace llmdd

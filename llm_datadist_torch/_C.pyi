@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the C++ extension; importing it also registers torch.ops.llm_datadist_torch."""
+"""Types of the C++ extension. It knows tensors by DLPack only, so one build serves every torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -17,17 +17,70 @@ def rebase(
     addrs: torch.Tensor, from_base: int, to_base: int, nbytes: int, extent: int
 ) -> torch.Tensor: ...
 def copy_runs(
-    dst_bases: torch.Tensor, src_bases: torch.Tensor, runs: torch.Tensor, deadline_ns: int = 0
-) -> int: ...
-
-# --- copies that involve device memory: device_copy.h
-
-def copy_runs_on_device(
     dst_bases: torch.Tensor,
     src_bases: torch.Tensor,
     runs: torch.Tensor,
-    dst_device: torch.device,
-    src_device: torch.device,
+    deadline_ns: int = 0,
+    threads: int = ...,
+) -> int: ...
+
+# --- what the copy ops do with their arguments: copy_plans.h ---
+
+class BlocksPlan:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], src_ids: torch.Tensor, dst_ids: torch.Tensor
+    ) -> None: ...
+    @property
+    def nothing(self) -> bool: ...
+    @property
+    def interfere(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
+    @property
+    def staging_bytes(self) -> int: ...
+    def copy(self, threads: int = ...) -> None: ...
+    def submit(self, stream: int) -> None: ...
+    def submit_in_order(self, staging: int, stream: int) -> None: ...
+
+class RowsPlan:
+    @staticmethod
+    def of_blocks(
+        dst: Sequence[torch.Tensor],
+        src: Sequence[torch.Tensor],
+        dst_ids: torch.Tensor,
+        src_ids: torch.Tensor,
+    ) -> RowsPlan: ...
+    @staticmethod
+    def of_bytes(
+        dst: Sequence[torch.Tensor],
+        src: Sequence[torch.Tensor],
+        dst_row: int,
+        src_row: int,
+        offset: int,
+        nbytes: int,
+    ) -> RowsPlan: ...
+    @property
+    def nothing(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
+    def copy(self, threads: int = ...) -> None: ...
+    def submit(self, stream: int) -> None: ...
+
+# --- copies that involve device memory: device_copy.h ---
+
+def use_device(index: int) -> None: ...
+def enable_peer_access(peer: int) -> None: ...
+def wait_for_stream(stream: int) -> None: ...
+def copy_runs_on_stream(
+    dst_bases: torch.Tensor,
+    src_bases: torch.Tensor,
+    runs: torch.Tensor,
+    kind: int,
+    stream: int,
     deadline_ns: int = 0,
 ) -> int: ...
 
@@ -52,11 +105,16 @@ class HostRegion:
         self, offsets: list[int], shape: list[int], dtype: torch.dtype
     ) -> list[torch.Tensor]: ...
 
+class Span:
+    @property
+    def address(self) -> int: ...
+
 class Arena:
     def __init__(self, region_base: torch.Tensor, page_shift: int) -> None: ...
     def allocate(
         self, count: int, shape: list[int], dtype: torch.dtype
     ) -> list[torch.Tensor] | None: ...
+    def spans(self, count: int, nbytes: int) -> list[Span] | None: ...
     def stats(self) -> tuple[int, int, int, int]: ...
 
 def tensor_over(address: int, shape: list[int], dtype: torch.dtype) -> torch.Tensor: ...
@@ -89,6 +147,8 @@ class CacheGuard:
     def leases(self) -> int: ...
     @property
     def handle(self) -> int: ...
+
+def watch_tensors(tensors: Sequence[torch.Tensor], guard: int) -> None: ...
 
 # ---- other processes of this host (bind_transfer.cpp)
 

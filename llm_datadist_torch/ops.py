@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between tensors as torch ops: typed wrappers, and the fakes that torch.compile needs.
+"""Copies between tensors as torch ops: typed wrappers; the kernels are in op_kernels.py.
 
 In every op dimension 0 of a tensor is its row or block. Tensors may be strided in dimension 0
 (views with gaps), each row must be contiguous. Everything is checked before the first byte moves,
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llm_datadist_torch import _C as _C  # registers torch.ops.llm_datadist_torch
+from llm_datadist_torch import op_kernels as op_kernels  # registers torch.ops.llm_datadist_torch
 from llm_datadist_torch import streams
 from llm_datadist_torch.values.checks import Ids
 from llm_datadist_torch.values.checks import as_ids as as_ids
@@ -107,11 +107,3 @@ def copy_rows(
     )
     if non_blocking:
         streams.keep_host_tensors([*dst, *src])
-
-
-def _writes_in_place(*arguments: object, non_blocking: bool = False) -> None:
-    """The fake kernel of every op here: it returns nothing, so there is no shape to work out."""
-
-
-for _name in ("copy_blocks", "swap_blocks", "copy_rows"):
-    torch.library.register_fake(f"llm_datadist_torch::{_name}", _writes_in_place)

@@ -50,13 +50,13 @@ def test_device_memory_without_torch_npu_is_a_typed_error() -> None:
     """In a process of its own, where surely nobody has imported torch_npu."""
     code = """
         import pytest, torch
-        from llm_datadist_torch import _C, LLMFeatureNotEnabledError
+        from llm_datadist_torch import LLMFeatureNotEnabledError, device_copies
         addresses, runs = torch.tensor([4096]), torch.tensor([[0, 0, 8]])
         device, host = torch.device("privateuseone:0"), torch.device("cpu")
         with pytest.raises(LLMFeatureNotEnabledError, match=r"no Ascend runtime.*import torch_npu"):
-            _C.copy_runs_on_device(addresses, addresses, runs, device, host)
+            device_copies.copy_runs(addresses, addresses, runs, device, host)
         with pytest.raises(ValueError, match="neither side is in device memory"):
-            _C.copy_runs_on_device(addresses, addresses, runs, host, host)
+            device_copies.copy_runs(addresses, addresses, runs, host, host)
     """
     environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     subprocess.run(

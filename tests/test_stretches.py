@@ -63,7 +63,7 @@ def test_what_no_memory_has_is_not_inside():
         ((ints(1), ints(1), ints(1), 8, 0, 0), "describe no tensor"),
         ((ints(1), ints(1), ints(1), 8, 4, 8), "describe no tensor"),
         ((ints(1).float(), ints(1), ints(1), 8, 8, 8), "int64"),
-        ((ints(1)[None], ints(1), ints(1), 8, 8, 8), "dimension"),
+        ((ints(1)[None], ints(1), ints(1), 8, 8, 8), "1-D int64"),
     ],
 )
 def test_no_such_stretches(args, text):
@@ -74,7 +74,7 @@ def test_no_such_stretches(args, text):
 @pytest.mark.parametrize(
     ("args", "text"),
     [
-        ((ints(1, 1, 1), (0, 0), 8, 8), "dimension"),
+        ((ints(1, 1, 1), (0, 0), 8, 8), "2-D int64"),
         ((ints(1, 1)[:, None], (0, 0), 8, 8), "3 rows"),
         ((ints(1, 1, 1)[:, None], (0, 0), 0, 8), "must be positive"),
         ((ints(1, 1, 1)[:, None], (0, 0), 8, 0), "must be positive"),

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from llm_datadist_torch import _C
+from llm_datadist_torch.memory.address import HOST, tensor_over
 from llm_datadist_torch.memory.allocate import (
     Allocation,
     CacheMemory,
@@ -97,6 +98,7 @@ class ArenaMemory(CacheMemory):
         base, self.region = reserve(pool.memory_size)
         self._page_shift = pool.page_shift
         self._settle = settle
+        self._device = base.device
         self._arena = _C.Arena(base, pool.page_shift)
 
     @property
@@ -119,12 +121,23 @@ class ArenaMemory(CacheMemory):
         tensors = None
         # What can't fit may not even be countable in 64 bits.
         if nbytes * count <= self.region.nbytes:
-            tensors = self._arena.allocate(count, list(shape), dtype)
+            tensors = self._tensors(count, shape, dtype, nbytes)
         if tensors is None:
             raise self._out_of_memory(count, nbytes)
         if self._settle is not None:
             self._settle()
         return Allocation(tuple(tensors), self.region)
+
+    def _tensors(
+        self, count: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int
+    ) -> list[torch.Tensor] | None:
+        """None if they don't fit."""
+        if self._device == HOST:
+            return self._arena.allocate(count, list(shape), dtype)
+        spans = self._arena.spans(count, nbytes)
+        if spans is None:
+            return None
+        return [_tensor_in(span, shape, dtype, self._device) for span in spans]
 
     def _out_of_memory(self, count: int, nbytes: int) -> LLMOutOfMemoryError:
         stats = self.stats
@@ -141,3 +154,15 @@ class ArenaMemory(CacheMemory):
             largest_free_bytes=stats.largest_free_bytes,
             remedy="deallocate caches and drop tensors taken from them, or raise memory_size.",
         )
+
+
+def _tensor_in(
+    span: _C.Span, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A tensor of device memory that gives the span back when its storage goes.
+
+    torch keeps the Python object of a storage, and so its attributes, for as long as the storage.
+    """
+    tensor = tensor_over(span.address, shape, dtype, device)
+    tensor.untyped_storage().llm_datadist_span = span  # type: ignore[attr-defined]
+    return tensor

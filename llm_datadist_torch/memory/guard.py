@@ -41,7 +41,7 @@ def make_guard(
     refuse = functools.partial(_refusal, name, cache_id)
     guard = _C.CacheGuard(addrs.tolist(), nbytes, refuse)
     if tensors:
-        torch.ops.llm_datadist_torch.watch_tensors(list(tensors), guard.handle)
+        _C.watch_tensors(list(tensors), guard.handle)
     return guard
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from llm_datadist_torch import _C, streams
+from llm_datadist_torch import _C, device_copies, streams
 
 _HOST = torch.device(streams.HOST)
 _BASE = torch.zeros(1, dtype=torch.int64)
@@ -63,4 +63,4 @@ def _copy(
         _C.copy_runs(_BASE, _BASE, runs)
     else:
         with streams.own_stream(device):
-            _C.copy_runs_on_device(_BASE, _BASE, runs, dst_device, src_device)
+            device_copies.copy_runs(_BASE, _BASE, runs, dst_device, src_device)

@@ -361,10 +361,10 @@ def test_other_threads_run_meanwhile(peer: Peer) -> None:
     [
         (addresses(1), addresses(1, 2), as_runs([]), "local_bases has 1 entries, remote_bases 2"),
         (addresses(1), addresses(1), torch.zeros(2, 2, dtype=torch.int64), "3 columns"),
-        (addresses(1), addresses(1), torch.zeros(3, dtype=torch.int64), "2 dimension"),
+        (addresses(1), addresses(1), torch.zeros(3, dtype=torch.int64), "runs must be a 2-D int64"),
         (addresses(1), addresses(1), as_runs([(0, 0, 1), (0, -1, 1)]), r"runs\[1\]=\(0, -1, 1\)"),
         (addresses(1), addresses(1), as_runs([(0, 0, -1)]), r"runs\[0\]"),
-        (torch.zeros(1), addresses(1), as_runs([]), "local_bases must be an int64"),
+        (torch.zeros(1), addresses(1), as_runs([]), "local_bases must be a 1-D int64"),
     ],
 )
 def test_arguments_that_make_no_sense(

@@ -90,13 +90,16 @@ def test_two_regions_are_two_files() -> None:
     assert one.fd != other.fd
 
 
-def test_tensors_share_one_storage_which_keeps_the_region() -> None:
+def test_the_storage_of_each_tensor_is_its_own_bytes_and_keeps_the_region() -> None:
     descriptors = open_descriptors()
     region = _C.HostRegion.create(4096)
     first, second = region.tensors([0, 64], [4, 4], torch.float32)
-    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    for tensor in (first, second):
+        assert tensor.untyped_storage().data_ptr() == tensor.data_ptr()
+        assert tensor.untyped_storage().nbytes() == 64
+    assert first.data_ptr() == region.address
     second.fill_(3)
-    del region, first
+    del region, first, tensor
     assert float(second.sum()) == 48
     assert open_descriptors() == descriptors + 1
     del second
@@ -104,7 +107,7 @@ def test_tensors_share_one_storage_which_keeps_the_region() -> None:
 
 
 def test_writing_one_tensor_is_no_write_to_its_neighbour() -> None:
-    """They share a storage, and yet autograd must not think that they alias."""
+    """They share a region, and yet autograd must not think that they alias."""
     (one, other), _ = allocate_tensors((4,), torch.float32, 2)
     version = other._version
     one.add_(1)

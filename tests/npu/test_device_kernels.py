@@ -17,7 +17,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch import _C, LLMDeviceError, LLMOutOfMemoryError, LLMStatusCode, ops
+from llm_datadist_torch import (
+    LLMDeviceError,
+    LLMOutOfMemoryError,
+    LLMStatusCode,
+    device_copies,
+    ops,
+)
 from tests import reference
 from tests import simulator_faults as faults
 from tests.test_ops import LAYOUT, Blocks, block_pairs
@@ -322,6 +328,6 @@ def test_a_wild_address_is_an_error() -> None:
     tensor = torch.zeros(1024, dtype=torch.uint8).npu()
     addresses = torch.tensor([tensor.data_ptr()]), torch.tensor([tensor.data_ptr() + (1 << 36)])
     with pytest.raises(LLMDeviceError):
-        _C.copy_runs_on_device(
+        device_copies.copy_runs(
             *addresses, torch.tensor([[0, 0, 1024]]), tensor.device, tensor.device
         )

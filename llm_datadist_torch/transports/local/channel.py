@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import torch
 
-from llm_datadist_torch import _C, streams
+from llm_datadist_torch import _C, device_copies, streams
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.transports.base import (
@@ -346,4 +346,4 @@ def _move(dst: Side, src: Side, runs: torch.Tensor, deadline: Deadline) -> int:
     if device.type == streams.HOST:
         return _C.copy_runs(dst[0], src[0], runs, deadline.at_ns)
     with streams.own_stream(device):
-        return _C.copy_runs_on_device(dst[0], src[0], runs, dst[1], src[1], deadline.at_ns)
+        return device_copies.copy_runs(dst[0], src[0], runs, dst[1], src[1], deadline.at_ns)
