@@ -13,6 +13,7 @@ from typing import Literal
 from llm_datadist_torch import __version__
 from llm_datadist_torch.cli import probes
 from llm_datadist_torch.environment import npu_is_simulated
+from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
 
 State = Literal["ok", "no", "note", "wrong"]
 
@@ -111,6 +112,9 @@ def _transports() -> list[Finding]:
 
 
 def _transport(name: str, reason: str) -> Finding:
+    if not reason and name == "nixl" and (crash := why_exit_crashes()):
+        detail, _, remedy = crash.rpartition(". ")
+        return Finding(name, "note", f"available; {detail}", remedy)
     if not reason:
         return Finding(name, "ok", "available")
     detail, _, remedy = reason.partition(": ")

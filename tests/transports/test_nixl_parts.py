@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import random
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -14,12 +15,13 @@ import pytest
 import torch
 
 from llm_datadist_torch import LLMException, LLMParamError, LLMRole, LLMStatusCode
+from llm_datadist_torch.cli import doctor
 from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import HOST_DEVICE, MemoryKind, MemorySpan
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.transports.local.host import HostIdentity
-from llm_datadist_torch.transports.nixl import NixlTransport
+from llm_datadist_torch.transports.nixl import NixlTransport, engine
 from llm_datadist_torch.transports.nixl import port as port_module
 from llm_datadist_torch.transports.nixl.messages import Expect, Stop, runs_in
 from llm_datadist_torch.transports.nixl.port import CHUNK_BYTES, CHUNK_RUNS, Port, _requests
@@ -276,3 +278,18 @@ def test_a_ticket_holds_until_its_memory_goes(monkeypatch: pytest.MonkeyPatch):
     port.hold([span(64, 128)])
     ticket(second)
     assert tickets[4:] == [b"3", b"3", b"4", b"5"]
+
+
+def test_where_rdma_providers_are_installed_it_is_said_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(engine, "_PROVIDERS", tmp_path)
+    monkeypatch.delenv("UCX_MODULES", raising=False)
+    assert engine.why_exit_crashes() == ""
+    assert doctor._transport("nixl", "").state == "ok"
+    (tmp_path / "mlx5.driver").write_text("driver mlx5\n")
+    assert "UCX_MODULES=^ib" in engine.why_exit_crashes()
+    finding = doctor._transport("nixl", "")
+    assert (finding.state, "UCX_MODULES=^ib" in finding.remedy) == ("note", True)
+    monkeypatch.setenv("UCX_MODULES", "^ib")
+    assert engine.why_exit_crashes() == ""

@@ -11,9 +11,10 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from llm_datadist_torch.environment import defaults
+from llm_datadist_torch.environment import defaults, environment_text
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 _PACKAGES = {"nixl_cu12": "nixl-cu12", "nixl_cu13": "nixl-cu13"}
@@ -25,7 +26,13 @@ _QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal", "UCX_ERROR_SIGNAL
 _WAKE_US = 20_000
 """How often the progress thread looks around without being woken. NIXL's own default, 0, spins."""
 
+_PROVIDERS = Path("/etc/libibverbs.d")
+"""Where the packages of RDMA providers name what they install."""
+
+logger = logging.getLogger("llm_datadist_torch")
+
 _loading = threading.Lock()
+_warned = False
 
 
 def why_not_installed() -> str | None:
@@ -39,6 +46,34 @@ def why_not_installed() -> str | None:
     if not version.startswith(_VERSION):
         return f"{_PACKAGES[module]} {version} is installed, {_VERSION}x is needed: {_FIX}"
     return None
+
+
+def why_exit_crashes() -> str:
+    """Why a process that has used NIXL will end with SIGSEGV here; "" if nothing speaks for it.
+
+    Where providers of RDMA are installed, the destructor of a library in NIXL's wheel faults when
+    the process exits, after all work is done: its exit status is wrong.
+    """
+    if environment_text("UCX_MODULES"):
+        return ""
+    found = min(_PROVIDERS.glob("*.driver"), default=None)
+    if found is None:
+        return ""
+    return (
+        f"RDMA providers are installed ({found}): a process that has used NIXL may end with SIGSEGV"
+        " after its work is done. UCX_MODULES=^ib in its environment prevents that where no RDMA"
+        " device is used"
+    )
+
+
+def _warn_of_exit() -> None:
+    """Once per process, before NIXL is loaded."""
+    global _warned
+    if not _warned:
+        _warned = True
+        reason = why_exit_crashes()
+        if reason:
+            logger.warning("%s", reason)
 
 
 def _installed() -> str | None:
@@ -96,6 +131,7 @@ class Agent:
 
     def __init__(self, *, receives: bool) -> None:
         with _loading, defaults(_QUIET):
+            _warn_of_exit()
             self._module = module = _bindings()
             config = module.nixlAgentConfig()
             config.useProgThread = receives
