@@ -19,7 +19,8 @@ MOVING_OPERATIONS = (
     "share_memory_() and sending a tensor through torch.multiprocessing,"
     " untyped_storage().resize_() and resize_(), set_(), and assigning to .data"
 )
-"""What replaces the memory of a tensor that somebody else refers to."""
+"""What replaces the memory of a tensor that somebody else refers to
+(findings/torch_share_memory_moves_views.sh)."""
 
 
 def make_guard(

@@ -58,7 +58,8 @@ class Cut(str, Enum):
     HEAD_MAJOR = "head-major"
     """``[H, N, D]``: a sub-block of a head is contiguous."""
     K_TRANSPOSED = "K transposed"
-    """``[H, (D, N) of K then (N, D) of V]``: a sub-block of a head is 2*D contiguous stretches."""
+    """``[H, (D, N) of K then (N, D) of V]``: a sub-block of a head is 2*D contiguous stretches
+    (findings/vllm_cpu_page_is_transposed.sh)."""
     OPAQUE = "opaque"
     """Not known: only whole pages can be moved."""
 

@@ -16,7 +16,8 @@ BlockIds = tuple[tuple[int, ...], ...]
 """A request's blocks: per KV cache group, in order from the first token on."""
 
 NULL_BLOCK = 0
-"""vLLM's block that belongs to nobody: it stands where a group needs no block."""
+"""vLLM's block that belongs to nobody: it stands where a group needs no block
+(findings/vllm_window_blocks_are_block_zero.sh)."""
 
 
 class Peer(msgspec.Struct, frozen=True, array_like=True):

@@ -21,7 +21,8 @@ from tests.transfer.tables import TABLE, WAIT_MS, device, members, server, statu
 @pytest.fixture
 def at_rest() -> Iterator[None]:
     """Afterwards there are no more sockets and threads than before."""
-    # The first store of a process leaves a pipe, once, which is torch's own.
+    # The first store of a process leaves a pipe, once, which is torch's own
+    # (findings/torch_first_tcpstore_leaves_a_pipe.sh).
     TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def counted() -> tuple[int, int]:

@@ -24,7 +24,8 @@ _FIX = 'pip install "llm_datadist_torch[nixl]"'
 _QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal", "UCX_ERROR_SIGNALS": ""}
 """Read by the libraries when they are loaded; what the user has set stays."""
 _WAKE_US = 20_000
-"""How often the progress thread looks around without being woken. NIXL's own default, 0, spins."""
+"""How often the progress thread looks around without being woken. NIXL's own default, 0, spins
+(findings/nixl_idle_agent_spins.sh)."""
 
 _PROVIDERS = Path("/etc/libibverbs.d")
 """Where the packages of RDMA providers name what they install."""
@@ -117,7 +118,8 @@ class Agent:
     """One NIXL agent with UCX, for one direction of one link.
 
     The only way to stop what NIXL has begun is to end its agent: ``releaseXferReq`` answers
-    "success" for a transfer under way, and its bytes go on landing.
+    "success" for a transfer under way, and its bytes go on landing
+    (findings/nixl_release_goes_on.sh).
 
     Thread safety: one thread at a time, except that ``deregister`` may come from any.
 
