@@ -149,12 +149,12 @@ class LinkCalls(ABC):
             raise TypeError(f"callback must be callable, but is {type(callback).__name__}")
         return instance.links.registry.events.add(callback)
 
-    def ask(self, remote_cluster_id: int, payload: bytes, timeout: int | None = None) -> bytes:
+    def request(self, remote_cluster_id: int, payload: bytes, timeout: int | None = None) -> bytes:
         """Ask the program of a linked peer something, and wait for its answer.
 
-        For what programs have to agree on besides the bytes of caches. Questions to one peer arrive
-        in order, also with regard to pulls and pushes that ask the peer. A lost link is made anew,
-        as by a pull. Not in the reference.
+        For what programs have to agree on besides the bytes of caches. Requests to one peer arrive
+        in order; pulls and pushes don't wait for them. A lost link is made anew, as by a pull. Not
+        in the reference.
 
         Args:
             remote_cluster_id: The peer.
@@ -168,18 +168,18 @@ class LinkCalls(ABC):
             LLMParamError: Too many bytes.
             LLMNotLinkedError: The peer isn't linked, or is lost meanwhile.
             LLMTimeoutError: No answer in time.
-            LLMFeatureNotEnabledError: The peer's program answers no questions.
+            LLMFeatureNotEnabledError: The peer's program answers no requests.
             LLMException: What the peer's handler raised, with its status (LLM_FAILED for other
                 errors) and text.
         """
         return asking.ask(self._check_is_inited(), remote_cluster_id, payload, timeout)
 
-    def tell(self, remote_cluster_id: int, payload: bytes) -> None:
-        """Ask the program of a linked peer something, without waiting for what it answers.
+    def send(self, remote_cluster_id: int, payload: bytes) -> None:
+        """Send the program of a linked peer something, without waiting for what it answers.
 
-        The peer's handler gets it as a question (:meth:`ask`), in order with those; its answer, or
-        error, goes nowhere. It may be lost with the link. Blocks only to make a lost link anew. Not
-        in the reference.
+        The peer's handler gets it as a request (:meth:`request`), in order with those; its answer,
+        or error, goes nowhere. It may be lost with the link. Blocks to make a lost link anew, and
+        while 16 earlier ones wait for the peer's handler. Not in the reference.
 
         Args:
             remote_cluster_id: The peer.
@@ -191,17 +191,20 @@ class LinkCalls(ABC):
             ValueError: An int outside its width.
             LLMParamError: Too many bytes.
             LLMNotLinkedError: The peer isn't linked.
+            LLMTimeoutError: The peer's handler has not dealt with earlier ones within
+                ``sync_kv_timeout``.
         """
         asking.tell(self._check_is_inited(), remote_cluster_id, payload)
 
-    def on_question(self, handler: QuestionHandler | None) -> None:
-        """Answer the questions of peers (:meth:`ask`) by this. Not in the reference.
+    def on_request(self, handler: QuestionHandler | None) -> None:
+        """Answer the requests of peers (:meth:`request`, :meth:`send`). Not in the reference.
 
         Args:
             handler: Called with the peer's cluster id and its payload; what it returns, at most 1
-                MiB, is the answer. It is called from the thread that serves all peers, one at a
-                time, and must neither block nor use this instance. None: nobody answers, as at
-                first.
+                MiB, is the answer. Whatever it raises ends that request alone. It is called from a
+                thread that does nothing else, one at a time: it may take its time, and use this
+                instance. None: nobody answers, as at first; requests that come in the first two
+                seconds of an instance wait for a handler.
 
         Raises:
             RuntimeError: Not initialised.
@@ -211,6 +214,18 @@ class LinkCalls(ABC):
         if handler is not None and not callable(handler):
             raise TypeError(f"handler must be callable, but is {type(handler).__name__}")
         instance.links.questions.set_handler(handler)
+
+    def ask(self, remote_cluster_id: int, payload: bytes, timeout: int | None = None) -> bytes:
+        """The old name of :meth:`request`; deprecated."""
+        return self.request(remote_cluster_id, payload, timeout)
+
+    def tell(self, remote_cluster_id: int, payload: bytes) -> None:
+        """The old name of :meth:`send`; deprecated."""
+        self.send(remote_cluster_id, payload)
+
+    def on_question(self, handler: QuestionHandler | None) -> None:
+        """The old name of :meth:`on_request`; deprecated."""
+        self.on_request(handler)
 
     def link(
         self,

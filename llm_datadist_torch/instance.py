@@ -101,6 +101,7 @@ class Instance:
             undo.pop_all()
 
     def _listen(self) -> None:
+        self.links.questions.enter_thread = self.device.enter_thread
         try:
             self.links.endpoint.start(self.config.listen, self.device.enter_thread)
         except ValueError as error:

@@ -118,5 +118,5 @@ class LinkEvents:
                     continue
                 try:
                     callback(event)
-                except Exception:
+                except BaseException:  # SystemExit, too, ends this call alone
                     logger.exception("a callback of on_link_event failed on %s", event)

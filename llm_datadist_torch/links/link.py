@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -33,6 +34,7 @@ from llm_datadist_torch.links.messages import (
     WriteBytes,
     encode,
 )
+from llm_datadist_torch.links.questions import TOLD_AT_ONCE
 from llm_datadist_torch.links.transfers import LinkTransfers
 from llm_datadist_torch.net.connection import Connection, Data
 from llm_datadist_torch.net.endpoint import Endpoint
@@ -84,8 +86,10 @@ class Pending:
         return self._answer
 
     def wait(self, deadline: Deadline) -> tuple[Body | LLMException, Data | None] | None:
-        """The answer, or None when the deadline has passed. To be called once."""
-        self._arrived.acquire(timeout=deadline.remaining_s())
+        """The answer, or None when the deadline has passed."""
+        if self._answer is None and self._arrived.acquire(timeout=deadline.remaining_s()):
+            # Another thread may wait, too.
+            self._arrived.release()
         return self._answer
 
 
@@ -175,6 +179,7 @@ class Link:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
     _held: HeldLeases = field(default_factory=HeldLeases)
+    _told: list[Pending] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -242,6 +247,35 @@ class Link:
         if isinstance(reply, Refused):
             raise error_for(code_2_status(reply.status), reply.text, peer=self.peer)
         return reply, payload
+
+    def send(self, body: Body, deadline: Deadline) -> None:
+        """Send a request whose answer nobody waits for.
+
+        Blocks while the peer has ``TOLD_AT_ONCE`` of them to deal with, so that one that is slow
+        slows the sender down.
+
+        Raises:
+            LLMTimeoutError: It took until the deadline.
+            LLMPeerLostError: The connection is gone.
+        """
+        while len(self._told) >= TOLD_AT_ONCE:
+            oldest = self._told[0]
+            if oldest.wait(deadline) is None:
+                raise error_for(
+                    LLMStatusCode.LLM_TIMEOUT,
+                    f"cluster {self.peer} did not deal with {TOLD_AT_ONCE} earlier messages within"
+                    f" {deadline.budget_ms} ms",
+                    peer=self.peer,
+                    remedy="make its handler faster, or raise sync_kv_timeout.",
+                )
+            with suppress(ValueError):
+                self._told.remove(oldest)
+        pending, number = Pending(), next(self._numbers)
+        with self._lock:
+            self.check_linked()
+            self._pending[number] = pending
+            self._told.append(pending)
+        self.connection.send(encode(Envelope(number, False, body)))
 
     def on_reply(self, number: int, body: Body, data: Data | None) -> None:
         """An answer has arrived."""

@@ -15,7 +15,6 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
-    Answer,
     Body,
     CacheView,
     Call,
@@ -251,6 +250,7 @@ class LinkTable:
             The write leases of peers that may still write, because their processes live.
         """
         self._handshake.cancel("the instance has been finalized")
+        self.questions.close()
         linked = [link for link in self.links() if link.state is LinkState.LINKED]
         for link in linked:
             link.leaving = True
@@ -304,6 +304,10 @@ class LinkTable:
                 self._owner.serve(
                     link, envelope.body, self._replier(connection, envelope.request_id)
                 )
+                return
+            if isinstance(envelope.body, Question) and link is not None:
+                reply = self._replier(connection, envelope.request_id)
+                self.questions.put(link.peer, envelope.body.payload, reply)
                 return
             answer = self._answer(link, connection, envelope.body, data, asked=asked)
         except LLMException as error:
@@ -365,8 +369,6 @@ class LinkTable:
         if isinstance(body, Release) and body.link:
             self.registry.late_writers.release(link.epoch, body.link, body.lease_id)
             return None
-        if isinstance(body, Question):
-            return Answer(self.questions.answer(link.peer, body.payload)), None
         answer = self._owner.answer(link, body, data)
         if answer is not None and isinstance(answer[0], CacheView) and link.leaving:
             # Whoever ends the link may not have seen this lease.

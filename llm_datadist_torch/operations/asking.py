@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ask`` and ``tell``: what the program of one instance says to that of another."""
+"""``request`` and ``send``: what the program of one instance says to that of another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 
 def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> bytes:
-    """Ask a peer, and wait for its answer; see ``LLMDataDist.ask``."""
+    """Ask a peer, and wait for its answer; see ``LLMDataDist.request``."""
     check_uint64("remote_cluster_id", peer)
     check_payload("payload", payload)
     deadline = instance.deadline(None if timeout is None else check_timeout_ms(timeout))
@@ -25,7 +25,8 @@ def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> b
 
 
 def tell(instance: Instance, peer: int, payload: bytes) -> None:
-    """Tell a peer something, without waiting; see ``LLMDataDist.tell``."""
+    """Send a peer something, without waiting for an answer; see ``LLMDataDist.send``."""
     check_uint64("remote_cluster_id", peer)
     check_payload("payload", payload)
-    instance.links.use(peer, instance.deadline(None)).post(Question(payload))
+    deadline = instance.deadline(None)
+    instance.links.use(peer, deadline).send(Question(payload), deadline)
