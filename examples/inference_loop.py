@@ -65,20 +65,14 @@ class Engine:
 
     def __init__(self, model: pm.LlamaForCausalLM, blocks: int, tokens: int, limit: int) -> None:
         self.tokens, self.limit = tokens, limit
-        config = ld.LLMConfig()
-        config.enable_cache_manager = True
-        self.datadist = ld.LLMDataDist(ld.LLMRole.MIX, 1)
-        self.datadist.init(config.generate_options())
-        self.manager = self.datadist.cache_manager
-
-        def desc(count: int, placement: ld.Placement) -> ld.CacheDesc:
-            shape = pm.cache_shape(model.config, count)
-            return ld.CacheDesc(pm.num_tensors(model.config), shape, torch.float32, placement)
-
+        self.node = ld.open()
+        layers, shape = model.config.num_hidden_layers, pm.block_shape(model.config)
         self.pool, self.host_pool = BlockPool(blocks), pm.BlockAllocator(range(blocks * limit))
-        self.device = self.manager.allocate_blocks_cache(desc(blocks, ld.Placement.DEVICE))
-        self.model = model.to(self.device.tensors[0].device)
-        self.host = self.manager.create_host_cache(desc(blocks * limit, ld.Placement.HOST))
+        self.device = self.node.allocate(layers=layers, blocks=blocks, shape=shape)
+        self.host = self.node.allocate(
+            layers=layers, blocks=blocks * limit, shape=shape, placement="host"
+        )
+        self.model = model.to(self.device.device)
         self.waiting: deque[Request] = deque()
         self.running: list[Running] = []  # oldest first
         self.swapped: list[Running] = []  # oldest first
@@ -202,11 +196,11 @@ class Engine:
     def move(self) -> None:
         """Carries out the plan. What goes out is read before its blocks are written again."""
         if self.swap_out:
-            self.manager.swap_blocks(self.device, self.host, torch.tensor(self.swap_out))
+            self.node.swap_blocks(self.device, self.host, torch.tensor(self.swap_out))
         if self.swap_in:
-            self.manager.swap_blocks(self.host, self.device, torch.tensor(self.swap_in))
+            self.node.swap_blocks(self.host, self.device, torch.tensor(self.swap_in))
         if self.copies:
-            self.manager.copy_blocks(self.device, self.copies)
+            self.node.copy_blocks(self.device, self.copies)
         self.plan_nothing()
 
     @torch.inference_mode()
@@ -275,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     model, requests = pm.load_model(), make_requests(args.requests)
     engine = Engine(model, args.blocks, args.tokens, args.running)
     began = time.monotonic()
-    with engine.datadist:  # finalizes it
+    with engine.node:  # closes it
         try:
             engine.run(requests)
         except pm.OutOfBlocksError as error:

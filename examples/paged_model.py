@@ -44,9 +44,14 @@ def num_tensors(config: LlamaConfig) -> int:
     return 2 * config.num_hidden_layers
 
 
+def block_shape(config: LlamaConfig, block_size: int = BLOCK_SIZE) -> list[int]:
+    """Returns the shape of one block in one tensor: [block_size, kv_heads, head_dim]."""
+    return [block_size, config.num_key_value_heads, config.head_dim]
+
+
 def cache_shape(config: LlamaConfig, num_blocks: int, block_size: int = BLOCK_SIZE) -> list[int]:
     """Returns the shape of one cache tensor: [num_blocks, block_size, kv_heads, head_dim]."""
-    return [num_blocks, block_size, config.num_key_value_heads, config.head_dim]
+    return [num_blocks, *block_shape(config, block_size)]
 
 
 def blocks_for(tokens: int, block_size: int = BLOCK_SIZE) -> int:

@@ -59,14 +59,15 @@ class Router:
 
     def start(self) -> None:
         """Waits until every process has its cache, and links each decode to each prefill."""
-        addresses: list[tuple[int, str, int]] = []
+        addresses: list[str] = []
         for event in self.fleet.collect("ready", len(self.fleet.names)):
             data = event.data
             self.clusters[event.sender] = data["cluster_id"]
             where = f"pid {data['pid']}"
-            if data["address"]:
-                addresses.append((data["cluster_id"], *data["address"]))
-                where += ", listens on {}:{}".format(*data["address"])
+            # Decode processes listen, too, but nobody connects to them.
+            if event.sender.startswith("prefill"):
+                addresses.append(data["address"])
+                where += f", listens on {data['address']}"
             self.say(
                 event.sender,
                 f"cluster {data['cluster_id']}: {data['num_blocks']} blocks of "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prefill and the decode process of `pd_generate.py`: what runs inside each of them.
 
-Each process is one `LLMDataDist` instance with one blocks cache.  It takes messages from its inbox
+Each process is one node with one blocks cache.  It takes messages from its inbox
 and sends events to the router; keys and values never pass through these queues, the library moves
 them from cache to cache.
 """
@@ -14,45 +14,34 @@ import queue
 import random
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from paged_model import (
     BlockAllocator,
     PagedCache,
+    block_shape,
     blocks_for,
-    cache_shape,
     decode,
     load_config,
     load_model,
-    num_tensors,
     prefill,
 )
 from pd_fleet import Event, Settings
 
-from llm_datadist_torch import (
-    BlocksCacheKey,
-    CacheDesc,
-    DataType,
-    LLMClusterInfo,
-    LLMConfig,
-    LLMDataDist,
-    LLMRole,
-    LLMStatusCode,
-)
+import llm_datadist_torch as ld
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
     from typing_extensions import Self
 
-HOST = "127.0.0.1"
-SYNC_TIMEOUT_MS = 10_000
+NAME = "kv"  # of the cache that each prefill process has
 PROGRESS_TOKENS = 64
 
 
 class Instance:
-    """One process's model, library instance and blocks cache; a context manager.
+    """One process's model, node and blocks cache; a context manager.
 
     Args:
         role: prefill or decode.
@@ -61,34 +50,38 @@ class Instance:
         settings: what is the same for every process.
     """
 
-    def __init__(self, role: LLMRole, cluster_id: int, place: int, settings: Settings) -> None:
+    def __init__(
+        self, role: Literal["prefill", "decode"], cluster_id: int, place: int, settings: Settings
+    ) -> None:
         self.cluster_id = cluster_id
-        self.datadist = LLMDataDist(role, cluster_id)
-        config = LLMConfig()
-        config.device = settings.device
-        config.device_id = place % max(1, torch.accelerator.device_count())
-        config.enable_cache_manager = True
-        config.sync_kv_timeout = SYNC_TIMEOUT_MS
-        # Port 0: any free one. Nobody links to a decode process, but HIXL needs an address.
-        config.listen_ip_info = f"{HOST}:0"
-        self.datadist.init(config.generate_options())
-        model_config = load_config()
-        shape = cache_shape(model_config, settings.num_blocks)
-        desc = CacheDesc(num_tensors(model_config), shape, DataType.DT_FLOAT)
-        self.cache_manager = self.datadist.cache_manager
-        self.cache = self.cache_manager.allocate_blocks_cache(desc, BlocksCacheKey(cluster_id, 0))
+        self.node = ld.open(
+            cluster_id=cluster_id,
+            role=role,
+            device=settings.device,
+            device_id=place % max(1, torch.accelerator.device_count()),
+            # Port 0: any free one. Nobody links to a decode process, but HIXL needs an address.
+            listen="127.0.0.1:0",
+        )
+        config = load_config()
+        self.cache = self.node.allocate(
+            layers=config.num_hidden_layers,
+            blocks=settings.num_blocks,
+            shape=block_shape(config),
+            dtype=torch.float32,
+            name=NAME,
+        )
         # Wherever the library has put the cache.
-        self.device = self.cache.tensors[0].device
+        self.device = self.cache.device
         self.model = load_model(device=self.device)
         self.bytes_per_block = self.cache.nbytes // settings.num_blocks
+        self.peers: dict[int, ld.Peer] = {}  # by cluster id
         self.pulled_from: set[int] = set()  # cluster ids
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.cache_manager.deallocate_blocks_cache(self.cache)
-        self.datadist.finalize()
+        self.node.close()
 
 
 def receive(inbox: Queue[Any], timeout_s: float) -> tuple[str, Any]:
@@ -110,11 +103,11 @@ def prefill_process(
     name: str, number: int, settings: Settings, inbox: Queue[Any], events: Queue[Any]
 ) -> None:
     """Reads prompts into blocks and keeps each one's blocks until the decode side has them."""
-    with Instance(LLMRole.PROMPT, 1 + number, number, settings) as instance:
+    with Instance("prefill", 1 + number, number, settings) as instance:
         allocator = BlockAllocator(range(settings.num_blocks))
         held: dict[int, PagedCache] = {}
         waiting: deque[dict[str, Any]] = deque()
-        events.put(Event(name, "ready", describe(instance, instance.datadist.listen_address)))
+        events.put(Event(name, "ready", describe(instance, instance.node.address)))
         while True:
             kind, data = receive(inbox, settings.timeout_s)
             if kind == "stop":
@@ -151,28 +144,29 @@ def decode_process(
 ) -> None:
     """Links to the prefill processes, pulls the blocks of each request and continues its text."""
     place = settings.num_prefill + number
-    with Instance(LLMRole.DECODER, 101 + number, place, settings) as instance:
+    with Instance("decode", 101 + number, place, settings) as instance:
         # From the top and shuffled: no block has the number that it had on the prefill side,
         # except by chance, so what is decoded depends on every block arriving where it should.
         order = list(range(settings.num_blocks))
         random.Random(number).shuffle(order)
         order.sort(key=lambda block: block < settings.num_blocks // 2)
         allocator = BlockAllocator(order)
-        links: list[LLMClusterInfo] = []
-        events.put(Event(name, "ready", describe(instance, None)))
+        events.put(Event(name, "ready", describe(instance, instance.node.address)))
         while True:
             kind, data = receive(inbox, settings.timeout_s)
             if kind == "stop":
                 break
             if kind == "link":
-                links.append(link(instance, *data))
-                events.put(Event(name, "linked", {"cluster_id": data[0]}))
+                peer = instance.node.connect(data)
+                instance.peers[peer.cluster_id] = peer
+                events.put(Event(name, "linked", {"cluster_id": peer.cluster_id}))
             else:
                 continue_text(name, instance, allocator, settings, data, events)
-        require_success("unlink_clusters", instance.datadist.unlink_clusters(links, 3000))
+        for peer in instance.peers.values():
+            peer.disconnect()
 
 
-def describe(instance: Instance, address: tuple[str, int] | None) -> dict[str, Any]:
+def describe(instance: Instance, address: str | None) -> dict[str, Any]:
     """Returns what the router shows of a process that has started."""
     return {
         "pid": os.getpid(),
@@ -186,23 +180,6 @@ def describe(instance: Instance, address: tuple[str, int] | None) -> dict[str, A
     }
 
 
-def link(instance: Instance, cluster_id: int, host: str, port: int) -> LLMClusterInfo:
-    """Links to one prefill process, and returns what the later unlink needs."""
-    info = LLMClusterInfo()
-    info.remote_cluster_id = cluster_id
-    info.append_local_ip_info(HOST, 0)
-    info.append_remote_ip_info(host, port)
-    require_success("link_clusters", instance.datadist.link_clusters([info], timeout=3000))
-    return info
-
-
-def require_success(what: str, result: tuple[LLMStatusCode, list[LLMStatusCode]]) -> None:
-    """Linking reports failures by status, not by exception; here a failure ends the process."""
-    overall, each = result
-    if overall != LLMStatusCode.LLM_SUCCESS:
-        raise RuntimeError(f"{what}: {overall}, per cluster {each}")
-
-
 def continue_text(
     name: str,
     instance: Instance,
@@ -214,9 +191,7 @@ def continue_text(
     """Pulls one request's blocks into our own ones and generates the rest of its tokens."""
     kv = PagedCache(instance.cache.tensors, allocator, length=job["length"])
     began = time.monotonic()
-    instance.cache_manager.pull_blocks(
-        BlocksCacheKey(job["cluster_id"], 0), instance.cache, job["blocks"], kv.blocks
-    )
+    instance.peers[job["cluster_id"]].pull(NAME, instance.cache, job["blocks"], kv.blocks)
     seconds = time.monotonic() - began
     if settings.damage:
         for tensor in instance.cache.tensors:
