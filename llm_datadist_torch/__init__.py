@@ -63,9 +63,13 @@ __all__ = [
     "RegisterMemStatus",
     "RequestKey",
     "RowKey",
+    "Stats",
     "Status",
     "TransferConfig",
     "TransferWithCacheKeyConfig",
+    "plot_links",
+    "plot_pool",
+    "plot_transfers",
 ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist_torch.memory.adopt import adopt, check_given
 from llm_datadist_torch.memory.guard import make_guard
+from llm_datadist_torch.observe import html
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement
@@ -307,6 +308,22 @@ class Cache:
             f"Cache(cache_id = {self._cache_id}, device_tensor_addrs = {len(self._tensors)},"
             f" is_blocks_cache = {self._layout.paged})"
         )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: shape, memory and a picture of neither data nor secrets."""
+        desc, layout = self._cache_desc, self._layout
+        unit = "blocks" if layout.paged else "rows"
+        facts = [
+            ("tensors", f"{desc.num_tensors} x {list(self._dims)} {desc.data_type.name}"),
+            ("layers", f"of {self._tensors_per_layer} tensors"),
+            (unit, f"{layout.rows} of {html.size(layout.row_bytes)} per tensor"),
+            ("bytes", html.size(self.nbytes)),
+            ("device", f"{self._device} ({desc.placement.name})"),
+            ("memory", "registered" if self._is_registered else "allocated"),
+        ]
+        if self.ended:
+            facts.append(("ended by", self._ended_by))
+        return html.facts_html(f"Cache {self._cache_id}", facts)
 
     def __repr__(self) -> str:
         """What the cache is and where, without its data."""

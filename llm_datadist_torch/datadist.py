@@ -7,13 +7,15 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from llm_datadist_torch.cache_manager import CacheManager
 from llm_datadist_torch.config import EngineConfig, role_to_str
 from llm_datadist_torch.datadist_links import LinkCalls
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.operations import linking
+from llm_datadist_torch.observe import html, metrics, tracing
+from llm_datadist_torch.observe.stats import Stats
+from llm_datadist_torch.operations import linking, statistics
 from llm_datadist_torch.values.checks import (
     check_isinstance,
     check_timeout_ms,
@@ -89,6 +91,9 @@ class LLMDataDist(LinkCalls):
                 return
             config = EngineConfig.from_options(self._role, options)
             instance = Instance(self._cluster_id, config)
+            instance.links.questions.answer_stats_by(
+                lambda: statistics.look(instance).to_json().encode()
+            )
             self._options = dict(options)
             self._manager = CacheManager(instance)
             self._instance = instance
@@ -189,6 +194,61 @@ class LLMDataDist(LinkCalls):
         """
         self._check_is_inited()
         raise param_error("kv_cache_manager needs the v1 mode", remedy="use cache_manager.")
+
+    # -- seeing -----------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Caches, pools, links, and what transfers have done so far. Not in the reference.
+
+        Does not block. Only transfers that this instance asked for are counted here.
+
+        Raises:
+            RuntimeError: Not initialised.
+        """
+        return statistics.look(self._check_is_inited())
+
+    def export_metrics(self, registry: Any = None) -> Any:  # noqa: ANN401
+        """Export :meth:`stats` as Prometheus metrics, until ``finalize``. Not in the reference.
+
+        Transfers pay nothing for it: everything is computed when Prometheus scrapes.
+
+        Args:
+            registry: A ``prometheus_client.CollectorRegistry``. None: its default.
+
+        Returns:
+            The collector, which ``registry.unregister`` takes back.
+
+        Raises:
+            RuntimeError: Not initialised.
+            LLMFeatureNotEnabledError: ``prometheus_client`` is not installed.
+        """
+        instance = self._check_is_inited()
+
+        def look() -> Stats | None:
+            return statistics.look(instance) if instance.open else None
+
+        return metrics.export(look, registry)
+
+    def trace_transfers(self, tracer_provider: Any = None) -> None:  # noqa: ANN401
+        """Make an OpenTelemetry span of each transfer from now on. Not in the reference.
+
+        Args:
+            tracer_provider: None: OpenTelemetry's global one.
+
+        Raises:
+            RuntimeError: Not initialised.
+            LLMFeatureNotEnabledError: ``opentelemetry-api`` is not installed.
+        """
+        instance = self._check_is_inited()
+        listener = tracing.span_listener(instance.cluster_id, tracer_provider)
+        instance.transfers.listen(listener)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: memory, links and the latest transfers."""
+        title = f"LLMDataDist {self._cluster_id} ({self._role!s})"
+        if self._instance is None:
+            return html.facts_html(title, [("state", "not initialised")])
+        return html.stats_html(title, self.stats())
 
     def check_link_status(self, remote_cluster_id: int) -> NoReturn:  # noqa: ARG002
         """A v1 call, which this mode doesn't have.

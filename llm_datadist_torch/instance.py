@@ -26,6 +26,7 @@ from llm_datadist_torch.memory.allocate import CacheMemory
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.net.descriptors import FOR_AN_INSTANCE, need_descriptors
+from llm_datadist_torch.observe.transfers import TransferLog
 from llm_datadist_torch.transports.base import MemorySpan, joined_spans
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports
@@ -60,6 +61,7 @@ class Instance:
         cluster_id: Its id.
         config: Its configuration.
         device: What ``Placement.DEVICE`` means.
+        transfers: Counts what its transfers do.
 
     Raises:
         LLMOutOfMemoryError: A pool could not be had.
@@ -75,6 +77,7 @@ class Instance:
         self._open = True
         self._pid = os.getpid()
         self.catalog = Catalog(self._on_free)
+        self.transfers = TransferLog()
         self.device = choose_device(config.device, config.device_id)
         self._memories: dict[Placement, CacheMemory] = {
             Placement.DEVICE: self.device.memory(config.device_pool),

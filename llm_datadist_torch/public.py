@@ -19,6 +19,10 @@ from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener
 from llm_datadist_torch.links.info import LinkInfo as LinkInfo
+from llm_datadist_torch.observe.plots import plot_links as plot_links
+from llm_datadist_torch.observe.plots import plot_pool as plot_pool
+from llm_datadist_torch.observe.plots import plot_transfers as plot_transfers
+from llm_datadist_torch.observe.stats import Stats as Stats
 from llm_datadist_torch.values.cache_desc import CacheDesc as CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo as LLMClusterInfo
 from llm_datadist_torch.values.data_type import DataType as DataType

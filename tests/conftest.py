@@ -127,6 +127,19 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
     ),
     "needs_hixl": ("HIXL's Python module", lambda: importlib.util.find_spec("hixl") is not None),
     "needs_netns": ("network namespaces: root, and the command ip", _has_netns),
+    "needs_rich": ("the package rich", lambda: importlib.util.find_spec("rich") is not None),
+    "needs_prometheus": (
+        "the package prometheus_client",
+        lambda: importlib.util.find_spec("prometheus_client") is not None,
+    ),
+    "needs_opentelemetry": (
+        "the package opentelemetry-sdk",
+        lambda: importlib.util.find_spec("opentelemetry") is not None,
+    ),
+    "needs_matplotlib": (
+        "the package matplotlib",
+        lambda: importlib.util.find_spec("matplotlib") is not None,
+    ),
     "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),
 }
 

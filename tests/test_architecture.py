@@ -18,7 +18,7 @@ LAYERS: list[list[set[str]]] = [
     [{"_C"}, {"environment"}],
     [{"ascend_sim"}],
     [{"values"}],
-    [{"deadline"}, {"net"}],
+    [{"deadline"}, {"net"}, {"observe"}],
     [{"in_flight", "streams"}, {"device_copies"}],
     [{"ops", "op_kernels"}, {"config", "secret_file"}, {"work", "workers"}],
     [{"memory", "catalog", "cache_entry", "cache"}],

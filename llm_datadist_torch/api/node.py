@@ -22,6 +22,8 @@ from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_manager import CacheManager
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
+from llm_datadist_torch.observe import html
+from llm_datadist_torch.observe.stats import Stats
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, check_uint64, param_error
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
@@ -113,6 +115,14 @@ class Node:
     def closed(self) -> bool:
         """Whether it has been closed."""
         return not self._datadist.initialised
+
+    def stats(self) -> Stats:
+        """Caches, pools, links, and what transfers have done so far; see ``LLMDataDist.stats``.
+
+        Raises:
+            RuntimeError: The node is closed.
+        """
+        return self._datadist.stats()
 
     # -- caches -----------------------------------------------------------------------------------
 
@@ -405,6 +415,13 @@ class Node:
             threading.Thread(target=self._datadist.finalize, name="llm_datadist_torch.drop").start()
         except RuntimeError:  # the interpreter is ending: no threads any more, nobody to wait for
             self._datadist.finalize()
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: memory, links and the latest transfers."""
+        title = f"Node {self.cluster_id}"
+        if self.closed:
+            return html.facts_html(title, [("state", "closed")])
+        return html.stats_html(title, self.stats())
 
     def __repr__(self) -> str:
         if self.closed:

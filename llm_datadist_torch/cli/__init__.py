@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``python -m llm_datadist_torch``: run, sim, shim-path, doctor.
+"""The commands of ``python -m llm_datadist_torch``: run, sim, shim-path, top, doctor.
 
 Only what a command needs is imported: ``sim`` must not import torch, ``doctor`` decides how.
 """
@@ -42,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.command == "shim-path":
         sys.stdout.write(shim_path(force=options.force) + "\n")
         return 0
+    if options.command == "top":
+        from llm_datadist_torch.cli import top
+
+        return top.run(options.address, options.interval, options.count)
     doctor = _import_doctor()
     report = doctor.examine()
     sys.stdout.write(doctor.as_json(report) if options.json else doctor.as_text(report))
@@ -78,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("sim", help=text)
     text = "print the directory that does the same on PYTHONPATH"
     _add_force(commands.add_parser("shim-path", help=text, description=text))
+    text = "show what a remote instance does, live: links, transfers, caches (needs rich)"
+    command = commands.add_parser("top", help=text, description=text)
+    command.add_argument("address", help="host:port of the instance")
+    command.add_argument("--interval", type=float, default=1.0, help="seconds (%(default)s)")
+    command.add_argument("--count", type=int, help="looks; without it until Ctrl-C")
     text = (
         "say what works on this machine, and why the rest doesn't; status 1 if something is wrong"
     )

@@ -30,6 +30,9 @@ _NOT_YET_S = 2.0
 """How long after the start of an instance a request waits for a handler to be set."""
 _CLOSE_S = 1.0
 
+STATS_QUERY = b"\0llm_datadist_torch.stats"
+"""A question of the library's own: what ``LLMDataDist.stats()`` returns there, as JSON."""
+
 QuestionHandler: TypeAlias = Callable[[int, bytes], bytes]
 
 
@@ -61,11 +64,16 @@ class Questions:
         self._bytes: collections.Counter[int] = collections.Counter()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._stats: Callable[[], bytes] | None = None
 
     def set_handler(self, handler: QuestionHandler | None) -> None:
         """Have this one answer from now on; None for nobody."""
         self._handler = handler
         self._handler_set.set()
+
+    def answer_stats_by(self, stats: Callable[[], bytes]) -> None:
+        """Have this answer :data:`STATS_QUERY`."""
+        self._stats = stats
 
     def put(self, peer: int, payload: bytes, reply: Callable[[Body], None]) -> None:
         """Have a peer's request answered, later.
@@ -116,6 +124,8 @@ class Questions:
 
     def _answer(self, peer: int, payload: bytes) -> Body:
         try:
+            if payload == STATS_QUERY and self._stats is not None:
+                return Answer(check_payload("the statistics", self._stats()))
             handler = self._handler
             if handler is None:
                 self._handler_set.wait(self._started_at + _NOT_YET_S - time.monotonic())

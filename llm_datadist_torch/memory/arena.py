@@ -96,6 +96,7 @@ class ArenaMemory(CacheMemory):
                 f"memory_size={pool.memory_size} is less than a page ({1 << pool.page_shift})",
             )
         base, self.region = reserve(pool.memory_size)
+        self.base = base.data_ptr()
         self._page_shift = pool.page_shift
         self._settle = settle
         self._device = base.device

@@ -244,6 +244,8 @@ class Layerwise:
 class _Layer(Push):
     """Tensors of one layer to one target."""
 
+    operation = "transfer_cache_async"
+
     def __init__(
         self,
         call: Layerwise,

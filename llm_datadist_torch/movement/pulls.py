@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.movement import arguments, geometry
@@ -24,6 +26,8 @@ _KEYS = (CacheKey, CacheKeyByIdAndIndex, BlocksCacheKey)
 
 class PullCache(Pull):
     """The first bytes of a peer's row into a row of ours; see ``CacheManager.pull_cache``."""
+
+    operation = "pull_cache"
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class PullCache(Pull):
 
 class PullBlocks(Pull):
     """A peer's blocks, or its row, into blocks of ours; see ``CacheManager.pull_blocks``."""
+
+    operation = "pull_blocks"
 
     def __init__(
         self,
@@ -146,3 +152,9 @@ class PullBlocks(Pull):
         else:
             runs = geometry.row_to_blocks(local, remote.layout, self._dst_blocks, remote.view.row)
         return (Plan(dst, src, runs),)
+
+    def _bytes_of(self, runs: torch.Tensor, local: Layout, remote: Layout) -> int:
+        """See :meth:`Transfer._bytes_of`."""
+        if self._from_blocks:
+            return len(self._dst_blocks) * local.row_bytes
+        return super()._bytes_of(runs, local, remote)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.movement import arguments, geometry
@@ -22,6 +24,8 @@ from llm_datadist_torch.values.layout import Layout
 
 class PushCache(Push):
     """A whole row of ours into a row of a peer; see ``CacheManager.push_cache``."""
+
+    operation = "push_cache"
 
     def __init__(
         self,
@@ -67,6 +71,8 @@ class PushCache(Push):
 class PushBlocks(Push):
     """Blocks of ours into a peer's blocks; see ``CacheManager.push_blocks``."""
 
+    operation = "push_blocks"
+
     def __init__(
         self,
         instance: Instance,
@@ -99,6 +105,10 @@ class PushBlocks(Push):
         if len(self._src_blocks) != len(self._dst_blocks):
             raise arguments.other_length(len(self._src_blocks), len(self._dst_blocks))
         geometry.check_rows("src_blocks", self._src_blocks, local)
+
+    def _bytes_of(self, runs: torch.Tensor, local: Layout, remote: Layout) -> int:  # noqa: ARG002
+        """See :meth:`Transfer._bytes_of`."""
+        return len(self._dst_blocks) * local.row_bytes
 
     def plan(self, local: Layout, remote: RemoteCache) -> Plans:
         """See :meth:`Transfer.plan`."""

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
+from torch.autograd.profiler import record_function
 
 from llm_datadist_torch import streams
 from llm_datadist_torch.cache import Cache
@@ -38,6 +39,7 @@ from llm_datadist_torch.values.status import (
 )
 from llm_datadist_torch.work import CacheTask, Work
 
+_profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # noqa: SLF001
 _BUSY_PAUSE_S = 0.001
 
 
@@ -69,6 +71,8 @@ class Transfer(ABC):
     """
 
     direction: ClassVar[Direction]
+    operation: ClassVar[str]
+    """Its public name, for statistics."""
 
     def __init__(self, instance: Instance, key: Key, cache: Cache, paged: bool | None) -> None:
         self._instance = instance
@@ -172,26 +176,34 @@ class Transfer(ABC):
                 remedy="register it with remote_accessible=True.",
             )
         deadline = instance.deadline(timeout_ms)
-        link = instance.links.use(self._peer, deadline)
-        if point is not None:
-            point.wait(deadline)
-        transfers = link.transfers
-        while True:
-            ticket = threading.Lock()
-            with ticket:
-                transfers.running.add(ticket)
-                if not (transfers.stopping and transfers.stopped):
-                    try:
-                        self._transfer(link, entry, deadline)
-                    finally:
-                        transfers.running.discard(ticket)
-                    return
-            if not transfers.wait_until_allowed(deadline):
-                raise error_for(
-                    LLMStatusCode.LLM_TIMEOUT,
-                    f"unlinking cluster {self._peer} took all of {deadline.budget_ms} ms",
-                    peer=self._peer,
-                )
+        try:
+            link = instance.links.use(self._peer, deadline)
+            if point is not None:
+                point.wait(deadline)
+            transfers = link.transfers
+            while True:
+                ticket = threading.Lock()
+                with ticket:
+                    transfers.running.add(ticket)
+                    if not (transfers.stopping and transfers.stopped):
+                        try:
+                            if _profiler_enabled():
+                                with record_function(f"llm_datadist_torch::{self.operation}"):
+                                    self._transfer(link, entry, deadline)
+                            else:
+                                self._transfer(link, entry, deadline)
+                        finally:
+                            transfers.running.discard(ticket)
+                        return
+                if not transfers.wait_until_allowed(deadline):
+                    raise error_for(
+                        LLMStatusCode.LLM_TIMEOUT,
+                        f"unlinking cluster {self._peer} took all of {deadline.budget_ms} ms",
+                        peer=self._peer,
+                    )
+        except LLMException as error:
+            instance.transfers.failed(self.operation, self._peer, error.status_code.name)
+            raise
 
     # -- moving -----------------------------------------------------------------------------------
 
@@ -215,7 +227,8 @@ class Transfer(ABC):
         view, addrs = remote.view, entry.addrs
         # Memory of the peer's user moves without changing the version: then only the owner knows.
         version = None if claim is not None and view.owner_validates else view.version
-        first = last = None
+        first = last = path = None
+        nbytes = 0
         try:
             for local, partners, runs in self.plan(entry.layout, remote):
                 first, last = partners.start if first is None else first, partners.stop
@@ -238,7 +251,8 @@ class Transfer(ABC):
                     version,
                     claim,
                 )
-                link.channel.move(movement, deadline)
+                path = link.channel.move(movement, deadline)
+                nbytes += len(local) * self._bytes_of(runs, entry.layout, remote.layout)
         except StaleCacheError:
             if claim is not None:
                 raise
@@ -254,7 +268,14 @@ class Transfer(ABC):
             raise
         # Bytes that were read after the peer's lease on them ended may be anybody's.
         link.check_linked()
+        if path is not None:
+            instance = self._instance
+            instance.transfers.record(self.operation, link.peer, path, nbytes, deadline.began_ns)
         return None if first is None or last is None else (first, last)
+
+    def _bytes_of(self, runs: torch.Tensor, local: Layout, remote: Layout) -> int:  # noqa: ARG002
+        """Bytes that runs move in each tensor; operations that know it better say so."""
+        return int(runs[:, 2].sum())
 
     def _move_leased(self, link: Link, entry: CacheEntry, deadline: Deadline) -> RemoteCache:
         """Ask the peer for its cache, with a lease, and move; the lease goes back in every case."""

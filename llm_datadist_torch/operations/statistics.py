@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``LLMDataDist.stats()``: look at every part of an instance, and at what its transfers counted."""
+
+from __future__ import annotations
+
+import time
+
+from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.info import LinkInfo
+from llm_datadist_torch.memory.arena import ArenaMemory
+from llm_datadist_torch.observe.stats import CacheStats, ErrorStats, LinkStats, PoolStats, Stats
+from llm_datadist_torch.values.enums import Placement
+
+
+def look(instance: Instance) -> Stats:
+    """Everything that there is to see. Does not block; parts are looked at one after the other."""
+    listening = instance.links.endpoint.listen_address
+    return Stats(
+        cluster_id=instance.cluster_id,
+        device=str(instance.device.device),
+        listen="" if listening is None else f"{listening[0]}:{listening[1]}",
+        time=time.time(),
+        monotonic_ns=time.monotonic_ns(),
+        caches=_caches(instance),
+        pools=tuple(_pool_stats(name, pool) for name, pool in _pools(instance).items()),
+        links=tuple(_link(LinkInfo.of(link)) for link in instance.links.links()),
+        transfers=tuple(instance.transfers.counters()),
+        errors=tuple(ErrorStats(*key, n) for key, n in instance.transfers.errors().items()),
+        recent=tuple(instance.transfers.recent()),
+    )
+
+
+def _pools(instance: Instance) -> dict[str, ArenaMemory]:
+    memories = {each.name.lower(): instance.memory(each) for each in Placement}
+    return {n: memory for n, memory in memories.items() if isinstance(memory, ArenaMemory)}
+
+
+def _pool_stats(name: str, pool: ArenaMemory) -> PoolStats:
+    stats = pool.stats
+    return PoolStats(name, stats.total_bytes, stats.free_bytes, stats.largest_free_bytes)
+
+
+def _caches(instance: Instance) -> tuple[CacheStats, ...]:
+    dropped = set(instance.caches_without_handle())
+    found = (instance.catalog.get(cache_id) for cache_id in instance.catalog.ids())
+    pools = _pools(instance)
+    return tuple(_cache(entry, pools, dropped) for entry in found if entry is not None)
+
+
+def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], dropped: set[int]) -> CacheStats:
+    layout = entry.layout
+    of_pool = [(name, pool) for name, pool in pools.items() if entry.region is pool.region]
+    name = of_pool[0][0] if of_pool else ""
+    spans: tuple[tuple[int, int], ...] = ()
+    if of_pool:
+        base = of_pool[0][1].base
+        addrs: list[int] = entry.addrs.tolist()
+        spans = tuple((address - base, layout.extent) for address in addrs)
+    return CacheStats(
+        cache_id=entry.cache_id,
+        names=tuple(str(key) for key in list(entry.keys)),
+        paged=layout.paged,
+        tensors=layout.num_tensors,
+        rows=layout.rows,
+        nbytes=layout.num_tensors * layout.rows * layout.row_bytes,
+        device=str(entry.device),
+        registered=not entry.owned,
+        leases=entry.leases,
+        dropped=entry.cache_id in dropped,
+        pool=name,
+        spans=spans,
+    )
+
+
+def _link(info: LinkInfo) -> LinkStats:
+    transports = {choice.memory: choice.transport or "" for choice in info.choices}
+    return LinkStats(info.peer, info.state, info.since, transports, info.reason)
