@@ -11,10 +11,23 @@
 #include "arena.h"
 #include "bindings.h"
 #include "host_region.h"
+#include "move_flag.h"
 #include "tensor_args.h"
 
 namespace llmdd {
 namespace {
+
+// ---- MoveFlag
+
+Held<MoveFlag> make_flag() { return std::make_shared<MoveFlag>(); }
+
+void flag_arm(const Held<MoveFlag>& flag, uint64_t word) {
+  check_value(word != 0 && word % sizeof(uint64_t) == 0, "word=", word,
+              " is not the address of a 64-bit word");
+  flag->arm(reinterpret_cast<uint64_t*>(word));
+}
+
+void flag_disarm(const Held<MoveFlag>& flag) { flag->disarm(); }
 
 // ---- HostRegion
 
@@ -25,11 +38,12 @@ uint64_t region_nbytes(const Region& region) { return region->nbytes(); }
 int region_fd(const Region& region) { return region->fd(); }
 uint64_t region_inode(const Region& region) { return region->inode(); }
 uint64_t region_device(const Region& region) { return region->device(); }
+uint64_t region_offset(const Region& region) { return region->offset(); }
 std::string region_reason(const Region& region) { return region->reason(); }
 
-std::vector<MemoryTensor> region_tensors(const Region& region, const std::vector<int64_t>& offsets,
-                                         const std::vector<int64_t>& shape,
-                                         const ElementType& dtype) {
+std::vector<MemoryTensor> watched_tensors(const Region& region, const std::vector<int64_t>& offsets,
+                                          const std::vector<int64_t>& shape,
+                                          const ElementType& dtype, const Held<MoveFlag>& flag) {
   const uint64_t nbytes = bytes_of(shape, dtype);
   for (size_t i = 0; i < offsets.size(); ++i) {
     check_value(offsets[i] >= 0 && offsets[i] % dtype.nbytes == 0, "offsets[", i, "]=", offsets[i],
@@ -42,9 +56,16 @@ std::vector<MemoryTensor> region_tensors(const Region& region, const std::vector
   std::vector<MemoryTensor> tensors;
   tensors.reserve(offsets.size());
   for (const int64_t offset : offsets) {
-    tensors.push_back({static_cast<char*>(region->data()) + offset, shape, dtype, region});
+    tensors.push_back({static_cast<char*>(region->data()) + offset, shape, dtype,
+                       std::make_shared<WatchedMemory>(region, flag)});
   }
   return tensors;
+}
+
+std::vector<MemoryTensor> region_tensors(const Region& region, const std::vector<int64_t>& offsets,
+                                         const std::vector<int64_t>& shape,
+                                         const ElementType& dtype) {
+  return watched_tensors(region, offsets, shape, dtype, nullptr);
 }
 
 // ---- Arena
@@ -59,8 +80,8 @@ struct ArenaMemory {
 
 // One span in use, free again when this goes, in whatever thread, with or without the GIL.
 struct Span {
-  Span(std::shared_ptr<ArenaMemory> memory, uint64_t start)
-      : arena(std::move(memory)), offset(start) {}
+  Span(std::shared_ptr<ArenaMemory> memory, uint64_t start, uint64_t size)
+      : arena(std::move(memory)), offset(start), nbytes(size) {}
   ~Span() { arena->arena.release(offset); }
   Span(const Span&) = delete;
   Span& operator=(const Span&) = delete;
@@ -69,6 +90,7 @@ struct Span {
 
   const std::shared_ptr<ArenaMemory> arena;
   const uint64_t offset;
+  const uint64_t nbytes;
 };
 
 Held<ArenaMemory> make_arena(const std::shared_ptr<HeldBytes>& region_base, int64_t page_shift) {
@@ -88,7 +110,7 @@ std::optional<std::vector<Held<Span>>> take_spans(const Held<ArenaMemory>& arena
   try {
     spans.reserve(offsets.size());
     for (; owned < offsets.size(); ++owned) {
-      spans.push_back(std::make_shared<Span>(arena, offsets[owned]));
+      spans.push_back(std::make_shared<Span>(arena, offsets[owned], nbytes));
     }
   } catch (...) {
     for (; owned < offsets.size(); ++owned) arena->arena.release(offsets[owned]);
@@ -97,18 +119,13 @@ std::optional<std::vector<Held<Span>>> take_spans(const Held<ArenaMemory>& arena
   return spans;
 }
 
-std::optional<std::vector<MemoryTensor>> allocate(const Held<ArenaMemory>& arena, int64_t count,
-                                                  const std::vector<int64_t>& shape,
-                                                  const ElementType& dtype) {
-  check_value(arena->memory->in_host_memory(), "the arena is not in host memory, use spans()");
-  auto spans = take_spans(arena, count, bytes_of(shape, dtype));
-  if (!spans) return std::nullopt;
-  std::vector<MemoryTensor> tensors;
-  tensors.reserve(spans->size());
-  for (Held<Span>& span : *spans) {
-    tensors.push_back({span->data(), shape, dtype, std::move(span)});
-  }
-  return tensors;
+MemoryTensor span_tensor(const Held<Span>& span, const std::vector<int64_t>& shape,
+                         const ElementType& dtype, const Held<MoveFlag>& flag) {
+  const Held<ArenaMemory>& arena = span->arena;
+  check_value(arena->memory->in_host_memory(), "the arena is not in host memory");
+  check_value(bytes_of(shape, dtype) <= span->nbytes, "the span has ", span->nbytes,
+              " bytes, the tensor needs ", bytes_of(shape, dtype));
+  return {span->data(), shape, dtype, std::make_shared<WatchedMemory>(span, flag)};
 }
 
 uint64_t span_address(const Held<Span>& span) { return reinterpret_cast<uint64_t>(span->data()); }
@@ -144,6 +161,14 @@ int64_t mapped(const Int64Vector& addresses, int64_t nbytes) {
 }  // namespace
 
 void bind_memory(Module& module) {
+  Class<MoveFlag>("MoveFlag",
+                  "Adds 1 to a counter when a storage lets go of memory that it was made with.")
+      .constructor<&make_flag>({})
+      .method<&flag_arm>("arm", {{"word"}}, "The counter's address, mapped until disarm().",
+                         Gil::kKeep)
+      .method<&flag_disarm>("disarm", {}, "Nothing is counted any more.", Gil::kKeep)
+      .finish(module);
+
   Class<HostRegion>("HostRegion",
                     "Zeroed host memory on a 2 MiB boundary, freed with its last reference.")
       .static_method<&HostRegion::create>("create", {{"nbytes"}, {"shareable", 1}},
@@ -153,21 +178,25 @@ void bind_memory(Module& module) {
       .property<&region_fd>("fd", "Descriptor that a peer can open; -1 = not shareable.")
       .property<&region_inode>("inode", "Inode of the descriptor.")
       .property<&region_device>("device", "st_dev of the descriptor.")
+      .property<&region_offset>("offset", "Where it starts in that file.")
       .property<&region_reason>("reason", "Why it is not shareable; \"\" if it is.")
       .method<&region_tensors>("tensors", {{"offsets"}, {"shape"}, {"dtype"}},
                                "Tensors at byte offsets, each of which keeps the region alive.")
+      .method<&watched_tensors>(
+          "watched_tensors", {{"offsets"}, {"shape"}, {"dtype"}, {"flag"}},
+          "The same; a storage raises the flag when it lets go of its memory.")
       .finish(module);
 
   Class<Span>("Span", "A stretch of an arena, free again with its last reference.")
       .property<&span_address>("address", "Where it starts.")
+      .method<&span_tensor>("tensor", {{"shape"}, {"dtype"}, {"flag"}},
+                            "A tensor at its start, which keeps it, and raises the flag when its "
+                            "storage lets go of that.")
       .finish(module);
 
-  Class<ArenaMemory>("Arena", "Page-granular best-fit allocator of tensors in one region.")
+  Class<ArenaMemory>("Arena", "Page-granular best-fit allocator in one region.")
       .constructor<&make_arena>({{"region_base"}, {"page_shift"}})
-      .method<&allocate>("allocate", {{"count"}, {"shape"}, {"dtype"}},
-                         "Tensors that return their spans when they die; None = doesn't fit.")
-      .method<&take_spans>("spans", {{"count"}, {"nbytes"}},
-                           "The same without tensors, also of device memory.")
+      .method<&take_spans>("spans", {{"count"}, {"nbytes"}}, "So many spans; None = doesn't fit.")
       .method<&arena_stats>("stats", {}, "(total, free, largest free) bytes, and spans in use.",
                             Gil::kKeep)
       .finish(module);

@@ -120,9 +120,9 @@ void mapping_close(const Held<PeerMapping>& mapping) { mapping->close(); }
 
 void bind_transfer(Module& module) {
   Class<PeerMapping>("PeerMapping", "A peer's shareable region, mapped into this process.")
-      .static_method<&PeerMapping::open>("open",
-                                         {{"pid"}, {"fd"}, {"inode"}, {"device"}, {"nbytes"}},
-                                         "Maps it; OSError if the descriptor is not that region.")
+      .static_method<&PeerMapping::open>(
+          "open", {{"pid"}, {"fd"}, {"inode"}, {"device"}, {"nbytes"}, {"offset", 0}},
+          "Maps it; OSError if the descriptor is not that region.")
       .property<&mapping_address>("address", "Where the region starts here; 0 once closed.")
       .property<&mapping_nbytes>("nbytes", "Bytes of the region.")
       .method<&mapping_close>("close", {},

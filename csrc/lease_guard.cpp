@@ -42,8 +42,8 @@ bool LeaseGuard::moved_locked(Move* move) const {
   for (size_t k = 0; k < count; ++k) {
     const TensorPlace place = tensors_->place(k);
     const size_t index = k % addrs_.size();
-    // A storage that was made smaller may be in the same place.
-    if (place.address == addrs_[index] && place.storage_end >= addrs_[index] + nbytes_) continue;
+    // A tensor that was made smaller may be in the same place.
+    if (place.address == addrs_[index] && place.end >= addrs_[index] + nbytes_) continue;
     *move = {index, addrs_[index], place.address};
     return true;
   }

@@ -15,12 +15,14 @@ namespace llmdd {
 
 // Where a tensor is now.
 struct TensorPlace {
-  uint64_t address;      // of its first element; 0 where its storage has no memory
-  uint64_t storage_end;  // first address behind its storage
+  uint64_t address;  // of its first element; 0 where its storage has no memory
+  uint64_t end;      // first address behind its last element
 };
 
 // The tensors that a guard watches. torch replaces the memory of a storage in place, and the
-// storage of a tensor, without telling anybody; so they are looked at again under each lease.
+// storage of a tensor, without telling anybody; so they are looked at again under each lease. A
+// list keeps the memory that its tensors have now, not what they had before: that must be seen to
+// go.
 class TensorList {
  public:
   virtual ~TensorList() = default;

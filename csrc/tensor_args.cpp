@@ -49,11 +49,6 @@ void check_is_tensor(PyObject* object, const char* name) {
   }
 }
 
-PyRef call_method(PyObject* object, const char* name) {
-  const PyRef method = attribute(object, name);
-  return PyRef::take(PyObject_CallObject(method.get(), nullptr));
-}
-
 std::string text_of_attribute(PyObject* object, const char* name) {
   const PyRef value = attribute(object, name);
   const PyRef text = PyRef::take(PyObject_Str(value.get()));
@@ -349,10 +344,6 @@ uint64_t bytes_of(const std::vector<int64_t>& shape, const ElementType& type) {
 
 namespace {
 
-uint64_t uint_of(PyObject* object, const char* method) {
-  return From<uint64_t>::get(call_method(object, method).get(), method);
-}
-
 uint64_t extent_of(const dlpack::Tensor& tensor) {
   int64_t last = 0;  // element
   for (int32_t d = 0; d < tensor.ndim; ++d) {
@@ -362,33 +353,18 @@ uint64_t extent_of(const dlpack::Tensor& tensor) {
   return static_cast<uint64_t>((last + 1) * nbytes_of(tensor.dtype));
 }
 
-uint64_t offset_in_storage(PyObject* tensor) {
-  return uint_of(tensor, "storage_offset") * uint_of(tensor, "element_size");
-}
-
 }  // namespace
 
-HeldTensor::HeldTensor(PyObject* object, const char* name) : offset_(0), extent_(0) {
+HeldTensor::HeldTensor(PyObject* object, const char* name) {
   check_is_tensor(object, name);
   tensor_ = PyRef::share(object);
-  storage_ = call_method(object, "untyped_storage");
-  offset_ = offset_in_storage(object);
-  dlpack::Tensor tensor;
-  if (look_at(object, &tensor)) extent_ = extent_of(tensor);
 }
 
-std::pair<uint64_t, uint64_t> HeldTensor::place() const {
-  static PyObject* nbytes = PyUnicode_InternFromString("nbytes");
+std::pair<uint64_t, uint64_t> HeldTensor::extent() const {
   dlpack::Tensor tensor;
   if (!look_at(tensor_.get(), &tensor)) return {0, 0};
-  const uint64_t address = reinterpret_cast<uint64_t>(tensor.data);
-  if (extent_of(tensor) < extent_) {  // it may have another storage, at the same address
-    const PyRef storage = call_method(tensor_.get(), "untyped_storage");
-    return {address, address - offset_in_storage(tensor_.get()) + uint_of(storage.get(), "nbytes")};
-  }
-  const PyRef size = PyRef::take(PyObject_CallMethodObjArgs(storage_.get(), nbytes, nullptr));
-  const uint64_t storage_nbytes = From<uint64_t>::get(size.get(), "nbytes");
-  return {storage_nbytes == 0 ? 0 : address, address - offset_ + storage_nbytes};
+  const uint64_t start = reinterpret_cast<uint64_t>(tensor.data);
+  return {start, start + extent_of(tensor)};
 }
 
 HeldBytes::HeldBytes(PyObject* object, const char* name) : tensor_(nullptr) {

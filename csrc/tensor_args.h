@@ -116,19 +116,16 @@ struct To<MemoryTensor> {
 // Bytes of a contiguous tensor; ValueError for what no memory can hold.
 uint64_t bytes_of(const std::vector<int64_t>& shape, const ElementType& type);
 
-// Any tensor, kept alive with its storage. Needs the GIL.
+// Any tensor, kept alive: where it is now, as far as torch says. This keeps the memory that the
+// tensor has now, and not what it had before. Needs the GIL.
 class HeldTensor {
  public:
   HeldTensor(PyObject* object, const char* name);
-  // Where it is now: the address of its first byte, 0 where it has no memory, and of the byte
-  // behind its storage. PythonError where torch can't say.
-  std::pair<uint64_t, uint64_t> place() const;
+  // Addresses of its first byte and of the byte behind its last; {0, 0} where it has no memory.
+  std::pair<uint64_t, uint64_t> extent() const;
 
  private:
   PyRef tensor_;
-  PyRef storage_;    // the one it had at first
-  uint64_t offset_;  // in that storage, in bytes
-  uint64_t extent_;  // from its first byte to its last, at first
 };
 
 template <>

@@ -73,6 +73,9 @@ class CacheEntry:
         held: Whether the user still holds the id.
         covered: Per key, the tensors that partial pulls have already fetched.
         generation: Tells peers when what they know of it is out of date; the catalog gives it.
+        flag: Raised by a storage that lets go of the cache's memory; None where torch tells nobody
+            of that, so that the owner must be asked.
+        owner: Keeps the memory of the cache, also when its tensors have other memory.
         guard: Counts its leases. Whoever uses the cache does so under one:
             ``with entry.guard.acquire(entry):``. Taking it is one C call, which raises
             LLMCacheNotFoundError where a tensor is not where ``addrs`` says any more. By default
@@ -92,6 +95,8 @@ class CacheEntry:
     held: bool = True
     covered: dict[KeyName, set[int]] = field(default_factory=dict)
     generation: Generation | None = None
+    flag: _C.MoveFlag | None = None
+    owner: object = None
     guard: _C.CacheGuard = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -110,6 +115,13 @@ class CacheEntry:
         """Let go of the tensors; where nobody else refers to them, the memory is free."""
         self.tensors = ()
         self.guard.forget()
+        self.owner = None
+
+    def publish(self, generation: Generation) -> None:
+        """Peers may learn of it from now on, and see by these counters what has changed."""
+        self.generation = generation
+        if self.flag is not None:
+            self.flag.arm(generation.region.address + generation.offset)
 
     @property
     def binding(self) -> int:
@@ -123,6 +135,8 @@ class CacheEntry:
 
     def freed(self) -> None:
         """Its memory may be somebody else's from now on."""
+        if self.flag is not None:
+            self.flag.disarm()
         if self.generation is not None:
             self.generation.freed()
 

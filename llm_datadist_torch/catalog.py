@@ -97,7 +97,7 @@ class Catalog:
                         f"{name} is bound to cache {bound.cache_id} already",
                         remedy=_how_to_unbind(bound),
                     )
-            entry.generation = self._generations.take()
+            entry.publish(self._generations.take())
             entry.keys = named
             self._entries[entry.cache_id] = entry
             self._by_address.add(entry, entry.addrs.tolist(), layout.extent)

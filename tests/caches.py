@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +189,26 @@ class Caches:
 
     def move_tensor(self, name: str, how: str, index: int) -> None:
         """Replace the memory of one tensor, the caller's own where it brought one."""
+        tensor = self._users(name)[index]
+        if how == "send":
+            # The bytes of it can be unpickled once, by another process.
+            self._sent = ForkingPickler.dumps(tensor)
+        else:
+            MOVES[how](tensor)
+
+    def _users(self, name: str) -> list[torch.Tensor]:
+        """The tensors that the user of a cache has in hand."""
         held = self.held[name]
-        tensor = (held.given or held.cache.tensors)[index]
-        MOVES[how](tensor)
+        return list(held.given or held.cache.tensors)
+
+    def paint_tensor(self, name: str, index: int, value: int) -> None:
+        self._users(name)[index].fill_(value)
+
+    def users_rows(self, name: str) -> list[list[int]]:
+        """The byte that each row is full of, per tensor."""
+        tensors = self._users(name)
+        assert all(bool((tensor == tensor[:, :1]).all()) for tensor in tensors), "a row is torn"
+        return [tensor[:, 0].tolist() for tensor in tensors]
 
     def churn(self, keys: int, rounds: int) -> None:
         """One piece of memory, registered again and again, each time painted with its key."""

@@ -59,7 +59,9 @@ def look_from_a_child() -> ChildView:
         mapping = region.reason
         if region.fd >= 0:
             try:
-                _C.PeerMapping.open(us, region.fd, region.inode, region.device, region.nbytes)
+                _C.PeerMapping.open(
+                    us, region.fd, region.inode, region.device, region.nbytes, region.offset
+                )
             except OSError as error:
                 mapping = f"{error}; {why_forbidden(error.errno or 0, us)}"
         _, number = _C.read_process(us, target, source, runs)

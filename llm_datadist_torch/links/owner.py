@@ -176,7 +176,7 @@ class Owner:
             foreign=entry.foreign,
             device=str(entry.device),
             version=_version(found),
-            owner_validates=not entry.owned,
+            owner_validates=entry.flag is None,
         )
 
     def _claimed(self, link: Link, lease_id: int, claim: Claim | None) -> int:
@@ -345,5 +345,11 @@ def _version(found: Resolved) -> CacheVersion | None:
 def view_of(region: Region) -> RegionView:
     """What a peer is told of a region."""
     return RegionView(
-        region.region_id, region.address, region.nbytes, region.fd, region.inode, region.device
+        region.region_id,
+        region.address,
+        region.nbytes,
+        region.fd,
+        region.inode,
+        region.device,
+        region.offset,
     )

@@ -33,10 +33,15 @@ class Allocation:
     Attributes:
         tensors: Contiguous tensors; each keeps its memory alive. Their contents are not defined.
         region: The region they all lie in; it may hold other caches too.
+        flag: Raised by a storage that lets go of its memory, so that peers notice; None where
+            storages can't.
+        owner: Keeps the memory, also where torch has given the tensors other memory.
     """
 
     tensors: tuple[torch.Tensor, ...]
     region: Region
+    flag: _C.MoveFlag | None = None
+    owner: object = None
 
 
 class CacheMemory(ABC):
@@ -62,7 +67,9 @@ class HostMemory(CacheMemory):
 
     def allocate(self, count: int, shape: Sequence[int], dtype: torch.dtype) -> Allocation:
         """See :meth:`CacheMemory.allocate`. Starts on a 2 MiB boundary, zeroed."""
-        return Allocation(*allocate_tensors(shape, dtype, count))
+        flag = _C.MoveFlag()
+        tensors, region = allocate_tensors(shape, dtype, count, flag=flag)
+        return Allocation(tensors, region, flag, region)
 
 
 def tensors_in(
@@ -85,7 +92,12 @@ def tensors_in(
 
 
 def allocate_tensors(
-    shape: Sequence[int], dtype: torch.dtype, count: int, *, shareable: bool = True
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    count: int,
+    *,
+    shareable: bool = True,
+    flag: _C.MoveFlag | None = None,
 ) -> tuple[tuple[torch.Tensor, ...], Region]:
     """Make tensors in one new region of zeroed host memory. Touches no page of it.
 
@@ -98,6 +110,7 @@ def allocate_tensors(
         count: Number of tensors, at least 1.
         shareable: Whether peers on this host shall be able to map it. Where the kernel refuses,
             the memory is private and ``region.reason`` says why.
+        flag: Raised when the storage of a tensor lets go of its memory.
 
     Returns:
         The tensors, each of which keeps the region's memory alive, and the region.
@@ -108,7 +121,9 @@ def allocate_tensors(
     """
     offsets, total = offsets_of(count, tensor_nbytes(shape, dtype), check_obtainable)
     host = _create_host_region(total, shareable=shareable)
-    return tuple(host.tensors(offsets, list(shape), dtype)), region_of(host)
+    if flag is None:
+        return tuple(host.tensors(offsets, list(shape), dtype)), region_of(host)
+    return tuple(host.watched_tensors(offsets, list(shape), dtype, flag)), region_of(host)
 
 
 def allocate_bytes(nbytes: int) -> tuple[torch.Tensor, Region]:
@@ -125,7 +140,14 @@ def allocate_bytes(nbytes: int) -> tuple[torch.Tensor, Region]:
 def region_of(host: _C.HostRegion) -> Region:
     """The region that ``host`` is; keeps it alive."""
     region = Region(
-        host.address, host.nbytes, host.fd, host.inode, host.device, host.reason, keepalive=host
+        host.address,
+        host.nbytes,
+        host.fd,
+        host.inode,
+        host.device,
+        host.offset,
+        host.reason,
+        keepalive=host,
     )
     send_as_shared_memory(region)
     return region

@@ -54,8 +54,9 @@ class ArenaMemory(CacheMemory):
     """Memory from one region, reserved at construction (reference API, 8.4).
 
     Each tensor is a span of whole pages at a page-aligned offset, from the smallest free span that
-    suffices. The span is free again as soon as the last reference to the tensor is gone. Memory is
-    not zeroed between uses. The region lives until the arena and all of its tensors are gone.
+    suffices. The span is free again as soon as neither the tensor nor the cache refers to it.
+    Memory is not zeroed between uses. The region lives until the arena and all of its tensors are
+    gone.
 
     Thread safety: all methods may be called from any thread.
     """
@@ -119,26 +120,22 @@ class ArenaMemory(CacheMemory):
             raise error_for(
                 LLMStatusCode.LLM_PARAM_INVALID, f"{count} tensors: at least 1 is needed"
             )
-        tensors = None
+        spans = None
         # What can't fit may not even be countable in 64 bits.
         if nbytes * count <= self.region.nbytes:
-            tensors = self._tensors(count, shape, dtype, nbytes)
-        if tensors is None:
+            spans = self._arena.spans(count, nbytes)
+        if spans is None:
             raise self._out_of_memory(count, nbytes)
         if self._settle is not None:
             self._settle()
-        return Allocation(tuple(tensors), self.region)
-
-    def _tensors(
-        self, count: int, shape: Sequence[int], dtype: torch.dtype, nbytes: int
-    ) -> list[torch.Tensor] | None:
-        """None if they don't fit."""
-        if self._device == HOST:
-            return self._arena.allocate(count, list(shape), dtype)
-        spans = self._arena.spans(count, nbytes)
-        if spans is None:
-            return None
-        return [_tensor_in(span, shape, dtype, self._device) for span in spans]
+        # A span is free when both have let go of it: the storage of its tensor, and the cache.
+        owner = tuple(spans)
+        if self._device != HOST:
+            tensors = tuple(_tensor_in(span, shape, dtype, self._device) for span in spans)
+            return Allocation(tensors, self.region, None, owner)
+        flag = _C.MoveFlag()
+        tensors = tuple(span.tensor(list(shape), dtype, flag) for span in spans)
+        return Allocation(tensors, self.region, flag, owner)
 
     def _out_of_memory(self, count: int, nbytes: int) -> LLMOutOfMemoryError:
         stats = self.stats

@@ -27,6 +27,7 @@ class Region:
             shared.
         inode: Inode of that file, 0 without one: proof that an opened descriptor is the right one.
         device: Device number (``st_dev``) of that file.
+        offset: Where it starts in that file, which may hold other regions too.
         reason: Why it can't be shared; empty where it can.
         keepalive: Owns the memory.
         region_id: Unique in this process.
@@ -37,6 +38,7 @@ class Region:
     fd: int = field(default=-1, compare=False)
     inode: int = field(default=0, compare=False)
     device: int = field(default=0, compare=False)
+    offset: int = field(default=0, compare=False)
     reason: str = field(default="", compare=False)
     keepalive: object = field(default=None, compare=False, repr=False)
     region_id: int = field(default_factory=next_region_id)

@@ -49,11 +49,11 @@ def _reduce(storage: torch.UntypedStorage) -> tuple[Callable[..., object], tuple
         reduced: tuple[Callable[..., object], tuple[Any, ...]] = reduce_storage(storage)  # type: ignore[no-untyped-call]
         return reduced
     region, offset = found
-    return _map, (DupFd(region.fd), offset, storage.nbytes())
+    return _map, (DupFd(region.fd), region.offset + offset, storage.nbytes())
 
 
 def _find(storage: torch.UntypedStorage) -> tuple[Region, int] | None:
-    """The region that all of a storage lies in, and where in its file."""
+    """The region that all of a storage lies in, and where in the region."""
     if storage.device.type != "cpu" or storage.nbytes() == 0:
         return None
     try:

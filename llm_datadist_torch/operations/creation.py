@@ -65,6 +65,8 @@ def _allocated_entry(instance: Instance, desc: CacheDesc, layout: Layout) -> Cac
         owned=True,
         remote_accessible=True,
         region=allocation.region,
+        flag=allocation.flag,
+        owner=allocation.owner,
         owns_region=not isinstance(memory, ArenaMemory),
     )
 

@@ -45,6 +45,7 @@ class RegionView(msgspec.Struct, frozen=True, array_like=True):
         fd: The owner's file descriptor of the memory, or -1 where it can't be shared.
         inode: Inode of that file: proof that an opened descriptor is the right one.
         device: Device number of that file.
+        offset: Where the region starts in that file.
     """
 
     region_id: int
@@ -53,6 +54,7 @@ class RegionView(msgspec.Struct, frozen=True, array_like=True):
     fd: int
     inode: int
     device: int
+    offset: int = 0
 
 
 class CacheVersion(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -227,12 +227,14 @@ def test_arenas(base: Held, shift: int, count: int, shape: list[int], dtype: tor
     attempt(_C.Arena, base.tensor, shift)
     memory = torch.full((8 << 10,), CANARY, dtype=torch.uint8)
     arena = _C.Arena(memory[2048:6144], 10)
-    tensors = attempt(arena.allocate, count if count < 10**6 else 2**62, shape, dtype) or []
-    for tensor in tensors:
-        tensor.zero_()
+    spans = attempt(arena.spans, count if count < 10**6 else 2**62, max(1, abs(shift) % 4096)) or []
+    for span in spans:
+        tensor = attempt(span.tensor, shape, dtype, _C.MoveFlag())
+        if tensor is not None:
+            tensor.zero_()
     assert bool((memory[:2048] == CANARY).all())
     assert bool((memory[6144:] == CANARY).all())
-    tensor = tensors = None
+    span = spans = tensor = None
     total, free, _, spans = arena.stats()
     assert (total, spans) == (free, 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import random
 import sys
 import threading
@@ -21,6 +22,16 @@ from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMParamError,
 
 PAGE_SHIFT = 10
 PAGE = 1 << PAGE_SHIFT
+
+
+def take(
+    arena: _C.Arena, count: int, shape: list[int], dtype: torch.dtype
+) -> list[torch.Tensor] | None:
+    """Tensors that alone keep their spans; None where they don't fit."""
+    spans = arena.spans(count, math.prod(shape) * dtype.itemsize)
+    if spans is None:
+        return None
+    return [span.tensor(shape, dtype, _C.MoveFlag()) for span in spans]
 
 
 class ModelArena:
@@ -86,7 +97,7 @@ def test_same_addresses_as_the_model(
         if what == "allocate":
             each = -(-nbytes // PAGE)
             starts = model.allocate(number, each)
-            tensors = arena.allocate(number, [nbytes], torch.uint8)
+            tensors = take(arena, number, [nbytes], torch.uint8)
             assert (tensors is None) == (starts is None)
             if tensors is not None and starts is not None:
                 offsets = [t.data_ptr() - base.data_ptr() for t in tensors]
@@ -119,7 +130,7 @@ def test_rollback_against_the_model_in_a_fragmented_arena() -> None:
             count, each = rng.randint(1, 5), rng.randint(1, 5)
             sizes = [pages // each for pages, _ in model.free_spans()]
             starts = model.allocate(count, each)
-            tensors = arena.allocate(count, [each * PAGE], torch.uint8)
+            tensors = take(arena, count, [each * PAGE], torch.uint8)
             assert (tensors is None) == (starts is None)
             enough_pages = count * each * PAGE <= arena.stats()[1]
             rolled_back += starts is None and enough_pages and sum(sizes) > 0
@@ -138,7 +149,7 @@ def make_arena(pages: int = 16) -> _C.Arena:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_free_in_every_order(order: tuple[int, ...]) -> None:
     arena = make_arena()
-    tensors: list[torch.Tensor | None] = list(arena.allocate(4, [PAGE], torch.uint8) or [])
+    tensors: list[torch.Tensor | None] = list(take(arena, 4, [PAGE], torch.uint8) or [])
     for done, index in enumerate(order, start=1):
         tensors[index] = None
         assert arena.stats()[1] == (12 + done) * PAGE
@@ -148,7 +159,7 @@ def test_free_in_every_order(order: tuple[int, ...]) -> None:
 
 def test_a_span_lives_as_long_as_any_reference_to_its_memory() -> None:
     arena = make_arena()
-    (tensor,) = arena.allocate(1, [4, PAGE // 4], torch.uint8) or []
+    (tensor,) = take(arena, 1, [4, PAGE // 4], torch.uint8) or []
     view, array = tensor[2:3], tensor.numpy()
     del tensor
     assert arena.stats()[3] == 1
@@ -172,7 +183,7 @@ def test_a_tensor_outlives_arena_and_region() -> None:
 
 def test_tensors_are_apart_and_have_the_shape() -> None:
     arena = make_arena(64)
-    tensors = arena.allocate(8, [3, 5, 7], torch.float32) or []
+    tensors = take(arena, 8, [3, 5, 7], torch.float32) or []
     for index, tensor in enumerate(tensors):
         assert tensor.shape == (3, 5, 7)
         assert tensor.is_contiguous()
@@ -184,24 +195,29 @@ def test_tensors_are_apart_and_have_the_shape() -> None:
 def test_tensors_made_in_inference_mode_can_be_written_outside_it() -> None:
     arena = make_arena()
     with torch.inference_mode():
-        (tensor,) = arena.allocate(1, [8], torch.float32) or []
+        (tensor,) = take(arena, 1, [8], torch.float32) or []
     tensor.add_(1)
     assert not tensor.is_inference()
 
 
-@pytest.mark.parametrize(
-    ("count", "shape"), [(0, [1]), (-1, [1]), (1, [0]), (1, [-1]), (1, [2**40, 2**40])]
-)
-def test_nonsense_is_refused(count: int, shape: list[int]) -> None:
+@pytest.mark.parametrize(("count", "nbytes"), [(0, 1), (-1, 1), (1, 0)])
+def test_nonsense_is_refused(count: int, nbytes: int) -> None:
     arena = make_arena()
-    with pytest.raises(ValueError, match=r"positive|int64"):
-        arena.allocate(count, shape, torch.uint8)
+    with pytest.raises(ValueError, match="positive"):
+        arena.spans(count, nbytes)
     assert arena.stats()[3] == 0
+
+
+@pytest.mark.parametrize("shape", [[PAGE + 1], [0], [-1], [2**40, 2**40]])
+def test_a_tensor_that_does_not_fit_its_span_is_refused(shape: list[int]) -> None:
+    (span,) = make_arena().spans(1, PAGE) or []
+    with pytest.raises(ValueError, match=r"the span has|positive|int64"):
+        span.tensor(shape, torch.uint8, _C.MoveFlag())
 
 
 @pytest.mark.parametrize("count", [17, 2**40, 2**62])
 def test_a_count_that_cannot_fit_is_answered_at_once(count: int) -> None:
-    assert make_arena().allocate(count, [1], torch.uint8) is None
+    assert take(make_arena(), count, [1], torch.uint8) is None
 
 
 @pytest.mark.parametrize(
@@ -226,7 +242,7 @@ def test_threads_share_an_arena() -> None:
         rng = random.Random(mark)
         alive: list[torch.Tensor] = []
         for _ in range(400):
-            tensors = arena.allocate(rng.randint(1, 3), [rng.randint(1, 4 * PAGE)], torch.uint8)
+            tensors = take(arena, rng.randint(1, 3), [rng.randint(1, 4 * PAGE)], torch.uint8)
             for tensor in tensors or []:
                 alive.append(tensor.fill_(mark))
             while len(alive) > 12 or (alive and tensors is None):
@@ -337,3 +353,14 @@ def test_a_pool_that_cannot_be_had(memory_size: int) -> None:
 def test_pool_refuses_nonsense(count: int, shape: tuple[int, ...]) -> None:
     with pytest.raises(LLMParamError, match=r"positive|at least 1"):
         ArenaMemory(pool(1 << 20)).allocate(count, shape, torch.uint8)
+
+
+def test_a_cache_keeps_pages_that_torch_has_left() -> None:
+    """A storage that was moved lets go of its span; the cache has it still."""
+    memory = ArenaMemory(pool(1 << 20))
+    allocation = memory.allocate(2, (1 << 16,), torch.uint8)
+    allocation.tensors[0].share_memory_()
+    assert memory.stats.spans_in_use == 2
+    del allocation
+    gc.collect()
+    assert memory.stats.spans_in_use == 0

@@ -20,9 +20,9 @@ from tests.peers import settle
 FOR_EVER = 0
 
 
-def guard_over(*tensors: torch.Tensor, nbytes: int | None = None) -> _C.CacheGuard:
+def guard_over(*tensors: torch.Tensor) -> _C.CacheGuard:
     addrs = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return make_guard("the cache", addrs, nbytes or tensors[0].nbytes, tensors)
+    return make_guard("the cache", addrs, tensors[0].nbytes, tensors)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def test_what_has_moved_is_named() -> None:
 def test_a_storage_that_shrank_in_its_place_is_noticed() -> None:
     memory = torch.zeros(64)
     tensor = memory[:32]
-    guard = guard_over(tensor, nbytes=256)
+    guard = guard_over(tensor)
     guard.check()
     tensor.set_(torch.from_numpy(memory.numpy()[:16]).untyped_storage(), 0, (16,))
     assert tensor.data_ptr() == memory.data_ptr()

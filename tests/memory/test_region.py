@@ -314,3 +314,39 @@ def test_region_of_foreign_memory() -> None:
     region = Region(4096, 10)
     assert not region.shareable
     assert (region.fd, region.inode, region.device) == (-1, 0, 0)
+
+
+def test_hundreds_of_regions_leave_descriptors_for_links() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4 * (opened + 10), hard))
+    try:
+        regions = [_C.HostRegion.create(10_000) for _ in range(300)]
+        assert len(list(Path("/proc/self/fd").iterdir())) < opened + 20
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(region.fd >= 0 for region in regions)
+    shared = [region for region in regions if region.offset]
+    assert len({(region.inode, region.offset) for region in regions}) == 300
+    assert len(shared) > 200
+    for number, region in enumerate(shared):
+        (tensor,) = region.tensors([0], [10_000], torch.uint8)
+        tensor.fill_(number % 251)
+        mapping = _C.PeerMapping.open(
+            os.getpid(), region.fd, region.inode, region.device, region.nbytes, region.offset
+        )
+        assert bytes_at(mapping.address, 10_000).unique().tolist() == [number % 251]
+        mapping.close()
+    last = shared[-1]
+    where = (os.getpid(), last.fd, last.inode, last.device, last.nbytes)
+    with pytest.raises(OSError, match="not the region"):
+        _C.PeerMapping.open(*where, last.offset + (1 << 40))
+    # Where a region has been, no other one comes: a late write of a peer hits nobody.
+    offset = last.offset
+    del last, region, regions, tensor
+    shared.pop()
+    assert _C.HostRegion.create(10_000).offset != offset or offset == 0
+
+
+def bytes_at(address: int, nbytes: int) -> torch.Tensor:
+    return _C.tensor_over(address, [nbytes], torch.uint8)

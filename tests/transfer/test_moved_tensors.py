@@ -40,7 +40,7 @@ class World:
         self.peers[peer].ask("drop", name)
 
 
-@pytest.fixture(scope="module", params=[False], ids=["two-sided"])
+@pytest.fixture(scope="module", params=[False, True], ids=["two-sided", "known"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     here = Service()
     remote = request.param

@@ -46,7 +46,12 @@ class PeerMappings:
                 if self._peer.is_here and not self._trusted:
                     raise PermissionError("the peer says that it is this process, and is not")
                 mapping = _C.PeerMapping.open(
-                    self._peer.pid, region.fd, region.inode, region.device, region.nbytes
+                    self._peer.pid,
+                    region.fd,
+                    region.inode,
+                    region.device,
+                    region.nbytes,
+                    region.offset,
                 )
                 self.by_region[region.region_id] = mapping
             return mapping
