@@ -26,6 +26,7 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.net import connection, unix
 from llm_datadist_torch.transports.choice import LinkChannel
+from llm_datadist_torch.transports.local.host import HostIdentity, start_time
 from tests.caches import Caches, Ref
 
 
@@ -145,6 +146,12 @@ class Service(Caches):
             sock = link.connection._sock
             if sock is not None:
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def say_that_it_is(self, pid: int) -> None:
+        """What this process tells of itself from now on."""
+        me = HostIdentity.of_this_process()
+        lie = HostIdentity(me.boot_id, me.pid_namespace, pid, start_time(pid))
+        HostIdentity.of_this_process = classmethod(lambda cls: lie)  # type: ignore[method-assign]
 
     def have_no_pidfd(self) -> None:
         """As on a kernel before 5.3."""

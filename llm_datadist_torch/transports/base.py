@@ -27,6 +27,7 @@ from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_
 if TYPE_CHECKING:
     from llm_datadist_torch.config import EngineConfig
     from llm_datadist_torch.deadline import Deadline
+    from llm_datadist_torch.net.process import PeerProcess
 
 __all__ = [
     "HOST_DEVICE",
@@ -73,7 +74,13 @@ class Relay(Protocol):
 
     Attributes:
         neighbour: The peer, where it is in this process. What its offer says is no proof of that.
+        process: The peer's process, as the kernel knows it by the connection; None where nothing
+            proves that it is on this host.
     """
+
+    @property
+    def process(self) -> PeerProcess | None:
+        """See above."""
 
     @property
     def neighbour(self) -> SameProcessPeer | None:

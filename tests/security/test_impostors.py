@@ -24,7 +24,7 @@ from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import CacheView, Envelope, encode
 from llm_datadist_torch.transports.base import RegionView
 from llm_datadist_torch.transports.local.host import HostIdentity, start_time
-from tests.peers import Ref, Service, settle
+from tests.peers import Peer, Ref, Service, settle
 from tests.wire import Listener, Speaker
 
 ME, LIAR, OTHER = 1, 66, 2
@@ -164,6 +164,23 @@ def test_a_thread_that_gets_the_pid_later(me: Service, monkeypatch: pytest.Monke
         monkeypatch.setattr(HostIdentity, "is_here", True)
         assert move(me, "pull_blocks", KEY, 0, 1) is None
         assert "ReadBytes" in peer.asked
+
+
+def test_a_pid_that_is_not_the_peers(here: Service, peers: Callable[[], Peer]) -> None:
+    """The kernel says which process has connected: nobody else's memory is written to."""
+    peer, victim = peers(), peers()
+    peer.ask("say_that_it_is", victim.pid)
+    port = peer.ask("start", OTHER)
+    peer.ask("register", "theirs", 1, ROWS, ROW_BYTES, paged=True, keys=BlocksCacheKey(OTHER, 0))
+    here.start(ME)
+    here.register("mine", 1, ROWS, ROW_BYTES, paged=True)
+    here.paint("mine", 7)
+    assert here.link(OTHER, port)[0] == "LLM_SUCCESS"
+    assert move(here, "push_blocks", BlocksCacheKey(OTHER, 0), 0, 1) is None
+    assert move(here, "pull_blocks", BlocksCacheKey(OTHER, 0), 1, 3) is None
+    assert here.held["mine"].cache.tensors[0][3].unique().tolist() == [7]
+    link = here.instance.links.find(OTHER)
+    assert link.channel._channels["local"]._peer.pid == peer.pid
 
 
 class Between:

@@ -147,10 +147,13 @@ def test_between_hosts_it_beats_the_relay():
         "nixl": msgspec.structs.replace(me, boot_id="another"),
         "local": msgspec.structs.replace(me, pid=1),
     }
+    # Only the kernel proves that a peer is on this host.
+    known = SimpleNamespace(pid=1)
     for expected, peer in peers.items():
         offer = msgspec.msgpack.encode(peer)
         channel = transports.connect(
-            {"local": offer, "nixl": offer}, SimpleNamespace(neighbour=None)
+            {"local": offer, "nixl": offer},
+            SimpleNamespace(neighbour=None, process=known if expected == "local" else None),
         )
         choice = channel.choice(MemoryKind.HOST)
         assert choice.transport == expected

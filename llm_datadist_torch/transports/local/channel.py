@@ -56,10 +56,13 @@ class LocalChannel(Channel):
     def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
         neighbour = relay.neighbour
         self._same_process = neighbour is not None
+        process = relay.process
+        self._unreachable = "" if self._same_process else peer.unreachable_from(here, process)
+        if process is not None and not self._unreachable:
+            peer = peer.seen_as(process.pid)
         self._peer = peer = here if self._same_process else peer
         self._reported: set[str] = set()
         self._mappings = PeerMappings(peer, trusted=self._same_process)
-        self._unreachable = "" if self._same_process else peer.unreachable_from(here)
         relayed = Relayed(relay)
         # The other paths between processes reach what the host's processors can read.
         self._device_paths: tuple[LocalPath, ...] = (relayed,)

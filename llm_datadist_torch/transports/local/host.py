@@ -8,12 +8,21 @@ import logging
 import os
 import select
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 logger = logging.getLogger("llm_datadist_torch")
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+class ConnectedProcess(Protocol):
+    """The process at the other end of a connection on this host, as the kernel knows it."""
+
+    @property
+    def pid(self) -> int:
+        """Its pid as seen from here; 0 where it is not visible."""
 
 
 class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
@@ -37,7 +46,7 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         """Read this process's identity."""
         pid = os.getpid()
         return cls(
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            _boot_id(),
             Path("/proc/self/ns/pid").stat().st_ino,
             pid,
             start_time(pid),
@@ -48,18 +57,36 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         """Whether this very process still runs (only meaningful in its pid namespace)."""
         return start_time(self.pid) == self.start_time
 
-    def unreachable_from(self, other: HostIdentity) -> str:
+    def unreachable_from(self, other: HostIdentity, process: ConnectedProcess | None) -> str:
         """Why ``other``, which is this process, must not reach the memory of a peer in another.
 
         Empty if nothing speaks against it.
+
+        Args:
+            other: This process.
+            process: The peer's process, as the kernel knows it by the connection. What a peer says
+                of itself is never enough: two clones of one machine have the same boot_id.
         """
-        if self.boot_id != other.boot_id:
-            return "the peer is on another host"
-        if self.pid_namespace != other.pid_namespace:
-            return "the peer is in another pid namespace (containers: share it with --pid)"
-        if self.is_here:
+        if self.is_here or (process is not None and process.pid == other.pid):
             return "the peer says that it is this process, and is not"
+        if process is None:
+            if self.boot_id != other.boot_id:
+                return "the peer is on another host"
+            return (
+                "nothing proves that the peer is on this host: its connection is no Unix socket"
+                " (containers: share the network namespace)"
+            )
+        if process.pid <= 0 or self.pid_namespace != other.pid_namespace:
+            return "the peer is in another pid namespace (containers: share it with --pid)"
         return ""
+
+    def seen_as(self, pid: int) -> HostIdentity:
+        """The process that the kernel says the peer is, whatever it says of itself."""
+        return (
+            self
+            if pid == self.pid
+            else HostIdentity(self.boot_id, self.pid_namespace, pid, start_time(pid))
+        )
 
     @property
     def is_here(self) -> bool:
@@ -116,6 +143,14 @@ class PeerProcess:
     def __del__(self) -> None:
         if self.pidfd >= 0:
             os.close(self.pidfd)
+
+
+def _boot_id() -> str:
+    """The running kernel's id; "" where it can't be had. It only makes a better message."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def start_time(pid: int) -> int:
