@@ -174,7 +174,13 @@ def sources(local: KVLayout, remote_tp: int, remote_pp: int = 1) -> list[int]:
         local: The worker that reads.
         remote_tp: Workers of a stage of the other engine.
         remote_pp: Its stages.
+
+    Raises:
+        LLMParamError: So many workers can't share the heads.
     """
+    for total in {part.total_heads for part in local.parts}:
+        if total % remote_tp and remote_tp % total:
+            raise param_error(f"{total} KV heads can't be shared by {remote_tp} workers")
     ranks = _asked_by(local, local.tp_rank, remote_tp)
     return [
         stage * remote_tp + rank

@@ -15,6 +15,8 @@ from llm_datadist_torch.values.checks import param_error
 BlockIds = tuple[tuple[int, ...], ...]
 """A request's blocks: per KV cache group, in order from the first token on."""
 
+_SHORTEST_LEASE_S, _LONGEST_LEASE_S = 0.1, 86400.0
+
 NULL_BLOCK = 0
 """vLLM's block that belongs to nobody: it stands where a group needs no block
 (findings/vllm_window_blocks_are_block_zero.sh)."""
@@ -98,6 +100,12 @@ class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
             raise param_error(
                 f"kv_transfer_params: {peers} peers, tensor parallel size {size},"
                 f" {found.remote_num_tokens} tokens"
+            )
+        # Written so that it refuses what is no number, too.
+        if not _SHORTEST_LEASE_S <= found.remote_lease_s <= _LONGEST_LEASE_S:
+            raise param_error(
+                f"kv_transfer_params: remote_lease_s={found.remote_lease_s} is out of range"
+                f" [{_SHORTEST_LEASE_S}, {_LONGEST_LEASE_S}]"
             )
         if not all(peer.life for peer in found.remote_peers):
             raise param_error(

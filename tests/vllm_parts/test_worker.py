@@ -16,7 +16,7 @@ import torch
 from llm_datadist_torch.vllm.layouts import Kind
 from llm_datadist_torch.vllm.params import RemoteBlocks
 from llm_datadist_torch.vllm.settings import Settings
-from llm_datadist_torch.vllm.steps import Pull, Step
+from llm_datadist_torch.vllm.steps import Hold, Pull, Step
 from llm_datadist_torch.vllm.worker.pulling import Done, Puller
 from tests.vllm_parts.workers import (
     BLOCK,
@@ -259,6 +259,19 @@ def test_settings() -> None:
     assert Settings.of({}) == Settings()
     given = {"mode": "push", "host": "10.0.0.1", "port": 7000, "lease_s": 5, "verify": True}
     assert dataclasses.asdict(Settings.of(given)) == dataclasses.asdict(Settings()) | given
+
+
+def test_so_many_workers_can_not_share_the_heads(
+    worker: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parameters come from clients: they end no engine."""
+    p, d = worker(8, 1), worker(8, 2)
+    remote = p.grant([1], 32)
+    remote = msgspec.structs.replace(remote, remote_peers=remote.remote_peers * 3, remote_tp_size=3)
+    d.half.step(Step(holds=[Hold("d", remote)]))
+    with caplog.at_level(logging.WARNING):
+        assert d.pull(remote, [3], 0, 32) == {3}
+    assert "2 KV heads can't be shared by 3 workers" in caplog.text
 
 
 def test_several_groups(worker: Callable[..., Worker]) -> None:

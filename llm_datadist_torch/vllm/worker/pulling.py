@@ -114,10 +114,15 @@ class Puller:
 
     def start(self, pull: Pull) -> None:
         """Fetch, in the background."""
-        workers = self.sources(pull.remote)
-        load = _Load(pull, TimeLimit(self._settings.timeout_s), len(workers))
+        load = _Load(pull, TimeLimit(self._settings.timeout_s), left=1)
         with self._lock:
             self._loads.add(load)
+        try:
+            workers = self.sources(pull.remote)
+        except LLMException as error:
+            self._end(load, error)
+            return
+        load.left = len(workers)
         for worker in workers:
             peer = pull.remote.remote_peers[worker]
             self._service.lanes.submit(
@@ -128,7 +133,11 @@ class Puller:
             )
 
     def sources(self, remote: RemoteBlocks) -> list[int]:
-        """Indices of the workers to read from."""
+        """Indices of the workers to read from.
+
+        Raises:
+            LLMParamError: As for :func:`~..mapping.sources`.
+        """
         size = remote.remote_tp_size
         return mapping.sources(self._layout, size, len(remote.remote_peers) // size)
 

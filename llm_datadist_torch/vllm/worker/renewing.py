@@ -57,7 +57,12 @@ class Renewer:
     def hold(self, hold: Hold) -> None:
         """Keep the lease of a request from now on."""
         interval_s = hold.remote.remote_lease_s / PER_LEASE
-        for worker in self._puller.sources(hold.remote):
+        try:
+            workers = self._puller.sources(hold.remote)
+        except LLMException:
+            # The pull will say so.
+            return
+        for worker in workers:
             peer = hold.remote.remote_peers[worker]
             if peer.life == self._service.life:
                 continue
