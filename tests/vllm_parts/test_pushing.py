@@ -202,7 +202,7 @@ def where(p: Worker, d: Worker, transfer_id: str = "t") -> Place:
 
 
 def ask(p: Worker, d: Worker, question: Asked) -> bytes:
-    return p.half._service.datadist.ask(d.half.address.cluster_id, encode(question))
+    return p.half._service.datadist.request(d.half.address.cluster_id, encode(question))
 
 
 def test_checksums_that_are_missing(worker: Callable[..., Worker]) -> None:

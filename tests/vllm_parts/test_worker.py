@@ -209,7 +209,7 @@ def test_questions_that_are_none(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(8, 2)
     assert not d.pull(p.grant([1], 32), [3], 0, 32)
     remote = p.grant([2], 32)
-    ask = d.half._service.datadist.ask
+    ask = d.half._service.datadist.request
     peer = remote.remote_peers[0]
     rows = torch.tensor([0, 8]).numpy().tobytes()
     sums = {

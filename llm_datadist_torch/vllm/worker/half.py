@@ -89,7 +89,7 @@ class WorkerHalf:
             in_engine = layout.pp_rank * layout.tp_size + layout.tp_rank
             self._sender = Sender(self._service, settings, in_engine, layout, device, digest)
             self._receiver = Receiver(self._service, settings, layout, pages, digest, self.record)
-        self._service.datadist.on_question(self._answer)
+        self._service.datadist.on_request(self._answer)
         self._service.datadist.on_link_event(self._on_link_event)
 
     @property

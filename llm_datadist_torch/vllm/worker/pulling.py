@@ -223,12 +223,12 @@ class Puller:
         numbers, count = (remote.remote_lease,), self.readers(remote, worker)
         # Not waited for: it comes before the release, whose answer says whether the lease was there
         # all the time.
-        self._service.tell(peer.cluster_id, Claim(peer.life, numbers, count))
+        self._service.send(peer.cluster_id, Claim(peer.life, numbers, count))
         try:
             self._check_fits(peer, told)
             self._fetch_from(peer, told.layout, load)
         except BaseException:
-            self._service.tell(peer.cluster_id, Release(peer.life, remote.remote_lease, count))
+            self._service.send(peer.cluster_id, Release(peer.life, remote.remote_lease, count))
             raise
         self._check_held(remote, self._release(peer, remote, count, load.limit))
 
@@ -248,7 +248,7 @@ class Puller:
         question = Release(peer.life, remote.remote_lease, count)
 
         def ask() -> bool | None:
-            answer = self._service.ask(peer.cluster_id, question, limit)
+            answer = self._service.request(peer.cluster_id, question, limit)
             return msgspec.msgpack.decode(answer, type=Verdict).held
 
         return until_known(ask, limit, _RETRY_S)
@@ -356,7 +356,7 @@ class Puller:
             )
 
     def _sums(self, peer: Peer, question: Checksums, limit: TimeLimit) -> list[int] | None:
-        answer = self._service.ask(peer.cluster_id, question, limit)
+        answer = self._service.request(peer.cluster_id, question, limit)
         return msgspec.msgpack.decode(answer, type=Sums).sums
 
 

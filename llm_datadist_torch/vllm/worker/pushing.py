@@ -330,7 +330,7 @@ class Sender:
             question = Where(
                 sending.push.transfer_id, self._service.address, self._process, len(numbers)
             )
-            answer = self._service.ask(peer.cluster_id, question, limit)
+            answer = self._service.request(peer.cluster_id, question, limit)
             place = msgspec.msgpack.decode(answer, type=Place)
             more = unpacked(place.blocks)
             numbers += more
@@ -419,7 +419,7 @@ class Sender:
             self._service.meet(peer, limit)
             if complete and place is not None and place.verify:
                 self._tell_sums(sending, peer, life, limit)
-            answer = self._service.ask(peer.cluster_id, pushed, limit)
+            answer = self._service.request(peer.cluster_id, pushed, limit)
         except LLMException as error:
             if sending.limit.over:
                 logger.warning(
@@ -445,7 +445,7 @@ class Sender:
                 question = PushedSums(
                     life, sending.push.transfer_id, cache, packed(some), packed(sums, "I")
                 )
-                self._service.ask(peer.cluster_id, question, limit)
+                self._service.request(peer.cluster_id, question, limit)
 
 
 def _by_group(numbers: Sequence[int], counts: Sequence[int]) -> BlockIds:

@@ -304,7 +304,7 @@ class Receiver:
         try:
             self._service.meet(writer.writer, limit)
             question = Stop(writer.writer.life, writer.transfer_id)
-            answer = self._service.ask(writer.writer.cluster_id, question, limit)
+            answer = self._service.request(writer.writer.cluster_id, question, limit)
         except LLMException as error:
             logger.debug("%s has not said that it stopped: %s", writer.writer, error)
             return self._ended(writer.process)

@@ -129,7 +129,7 @@ class Renewer:
         for readers in {each.readers for each in kept}:
             some = [each for each in kept if each.readers == readers]
             claim = Claim(peer.life, tuple(each.lease for each in some), readers)
-            answer = self._service.ask(peer.cluster_id, claim, limit)
+            answer = self._service.request(peer.cluster_id, claim, limit)
             held = msgspec.msgpack.decode(answer, type=Verdicts).held
             early |= None in held
             with self._lock:

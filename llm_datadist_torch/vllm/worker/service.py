@@ -150,7 +150,7 @@ class WorkerService:
         self.link(peer, limit)
         told = self._met.get(peer.cluster_id)
         if told is None:
-            answer = self.ask(peer.cluster_id, Describe(), limit)
+            answer = self.request(peer.cluster_id, Describe(), limit)
             told = msgspec.msgpack.decode(answer, type=Description)
             with self._lock:
                 self._met[peer.cluster_id] = told
@@ -248,21 +248,21 @@ class WorkerService:
     def _state(self, peer: int) -> str | None:
         return next((link.state for link in self.datadist.links() if link.peer == peer), None)
 
-    def ask(self, peer: int, question: Asked, limit: TimeLimit) -> bytes:
+    def request(self, peer: int, question: Asked, limit: TimeLimit) -> bytes:
         """Ask a linked peer, and wait for its answer.
 
         Raises:
-            LLMException: As for ``LLMDataDist.ask``.
+            LLMException: As for ``LLMDataDist.request``.
         """
-        return self.datadist.ask(peer, encode(question), limit.left_ms)
+        return self.datadist.request(peer, encode(question), limit.left_ms)
 
-    def tell(self, peer: int, question: Asked) -> None:
+    def send(self, peer: int, question: Asked) -> None:
         """Ask a linked peer, without waiting for its answer.
 
         Raises:
-            LLMException: As for ``LLMDataDist.tell``.
+            LLMException: As for ``LLMDataDist.send``.
         """
-        self.datadist.tell(peer, encode(question))
+        self.datadist.send(peer, encode(question))
 
     # -- bytes ------------------------------------------------------------------------------------
 
