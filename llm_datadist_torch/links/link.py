@@ -103,17 +103,35 @@ class Grant:
     write: bool
 
 
+class Turn:
+    """The right to link a lost link anew, which a thread has while it keeps this object.
+
+    Ctrl-C may come between any two steps, also between taking a lock and noting that it is taken.
+    So the right ends with this object, whatever ends its holder.
+
+    Attributes:
+        over: It has been given back.
+    """
+
+    __slots__ = ("__weakref__", "over")
+
+    def __init__(self) -> None:
+        self.over = False
+
+
 @dataclass(eq=False)
 class RelinkState:
     """How it stands with linking a lost link anew.
 
     Attributes:
-        turn: Whose turn it is to try.
+        lock: For ``turn``.
+        turn: Whose turn it is to try: the last one's, until it is over or its holder is no more.
         retry_at: Not to be tried before, on the monotonic clock.
         pause_s: How long to wait after the next try that fails.
     """
 
-    turn: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    turn: weakref.ref[Turn] | None = None
     retry_at: float = 0.0
     pause_s: float = 0.01
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.links.link import Link, LinkState, RelinkState, Turn
 from llm_datadist_torch.links.registry import LinkRegistry
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")
 
 _LONGEST_PAUSE_S = 0.5
+_TURN_RETRY_S = 0.002
 
 
 class Relinker:
@@ -64,9 +66,10 @@ class Relinker:
 
     def _relink(self, lost: Link, deadline: Deadline) -> None:
         state = lost.relink
-        if not state.turn.acquire(timeout=deadline.remaining_s()):
-            return
+        turn = Turn()
         try:
+            if not _take(state, turn, deadline):
+                return
             pause = state.retry_at - time.monotonic()
             # Somebody whose turn it was before, or the peer, may have linked meanwhile.
             if self._registry.get(lost.peer) is not lost or pause > deadline.remaining_s():
@@ -78,4 +81,17 @@ class Relinker:
                 state.retry_at = time.monotonic() + state.pause_s
                 state.pause_s = min(2 * state.pause_s, _LONGEST_PAUSE_S)
         finally:
-            state.turn.release()
+            turn.over = True
+
+
+def _take(state: RelinkState, turn: Turn, deadline: Deadline) -> bool:
+    """Wait for the turn to try; whether it has come before the deadline."""
+    while True:
+        with state.lock:
+            before = None if state.turn is None else state.turn()
+            if before is None or before.over:
+                state.turn = weakref.ref(turn)
+                return True
+        if deadline.expired:
+            return False
+        time.sleep(_TURN_RETRY_S)

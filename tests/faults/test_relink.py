@@ -9,8 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from llm_datadist_torch import LLMException
+from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import LinkState
+from llm_datadist_torch.links.link import LinkState, Turn
+from llm_datadist_torch.links.relink import _take
 from tests.faults.helpers import (
     ME,
     NYL,
@@ -177,3 +179,17 @@ def test_a_link_that_only_one_side_has_lost(here: Service, peers: Peers) -> None
     assert peer.ask("link_states") == {ME: "linked"}
     with pytest.raises(LLMException):
         link.check_linked()
+
+
+def test_an_interrupted_turn_is_not_lost(here: Service, peers: Peers) -> None:
+    """Ctrl-C comes when a thread has the turn to link anew, before it can say that it has."""
+    port = lose(here, peers)
+    link = here.instance.links.registry.get(PEER)
+    taken = Turn()
+    assert _take(link.relink, taken, Deadline.after_ms(100))
+    assert not _take(link.relink, Turn(), Deadline.after_ms(20))
+    # Its holder's frame is gone.
+    del taken
+    come_back(peers, port, 9)
+    assert settle(lambda: pull(here) is None)
+    assert here.colours("mine") == [9]
