@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are made in place: small ones with random weights, and a tokenizer.
 
-    python examples/vllm/tiny_model.py DIRECTORY [llama | gemma3 | mistral | deepseek]
+    python examples/vllm/tiny_model.py DIRECTORY [llama | gemma3 | mistral]
 
-"gemma3" has layers with a sliding window and layers without, "mistral" has only the former, and
-"deepseek" has multi-head latent attention (MLA).
+"gemma3" has layers with a sliding window and layers without, "mistral" has only the former.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
-    DeepseekV2Config,
-    DeepseekV2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -69,24 +66,7 @@ def _mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**_SIZES, head_dim=32, sliding_window=WINDOW))
 
 
-def _deepseek() -> PreTrainedModel:
-    sizes = _SIZES | {"num_key_value_heads": 4}
-    config = DeepseekV2Config(
-        **sizes,
-        kv_lora_rank=64,
-        q_lora_rank=None,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=32,
-        # All layers are dense: no experts are used.
-        first_k_dense_replace=4,
-        n_routed_experts=2,
-        num_experts_per_tok=1,
-    )
-    return DeepseekV2ForCausalLM(config)
-
-
-KINDS = {"llama": _llama, "gemma3": _gemma3, "mistral": _mistral, "deepseek": _deepseek}
+KINDS = {"llama": _llama, "gemma3": _gemma3, "mistral": _mistral}
 
 
 def save_tiny_model(directory: Path, kind: str = "llama") -> Path:

@@ -21,7 +21,7 @@ SIZES = {"block_size": 32, "kv_cache_memory_bytes": 32 << 20}
 LENGTHS = (33, 129, 300, 900)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "mistral", "deepseek"])
+@pytest.fixture(scope="module", params=["gemma3", "mistral"])
 def engines(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Engine]]:
