@@ -31,8 +31,8 @@ from llm_datadist_torch import (
     LLMDataDist,
     LLMRole,
 )
-from llm_datadist_torch.links.endpoint import Endpoint
 from llm_datadist_torch.links.table import LinkTable
+from llm_datadist_torch.net import connection
 
 COUNTS = (1, 16, 128)
 ME, FIRST_PEER = 1, 100
@@ -141,9 +141,9 @@ class Hosts:
 def counted_messages() -> Iterator[list[int]]:
     """Counts control messages that this process sends and gets meanwhile: [sent, got]."""
     counts = [0, 0]
-    send, on_message = Endpoint._send, LinkTable.on_message  # noqa: SLF001
+    send, on_message = connection.Connection.send, LinkTable.on_message
 
-    def counted_send(self: Endpoint, *args: Any) -> None:  # noqa: ANN401
+    def counted_send(self: connection.Connection, *args: Any) -> None:  # noqa: ANN401
         counts[0] += 1
         send(self, *args)
 
@@ -151,11 +151,11 @@ def counted_messages() -> Iterator[list[int]]:
         counts[1] += 1
         on_message(self, *args)
 
-    Endpoint._send, LinkTable.on_message = counted_send, counted_on_message  # type: ignore[method-assign]  # noqa: SLF001
+    connection.Connection.send, LinkTable.on_message = counted_send, counted_on_message  # type: ignore[method-assign]
     try:
         yield counts
     finally:
-        Endpoint._send, LinkTable.on_message = send, on_message  # type: ignore[method-assign]  # noqa: SLF001
+        connection.Connection.send, LinkTable.on_message = send, on_message  # type: ignore[method-assign]
 
 
 def timed_link(datadist: LLMDataDist, clusters: list[LLMClusterInfo]) -> float:
