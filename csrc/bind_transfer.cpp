@@ -3,11 +3,17 @@
 // them, process_vm_readv/writev, requests of engines, and the check of what a peer asks for.
 
 #include <algorithm>
+#include <cerrno>
+#include <limits>
+#include <optional>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings.h"
 #include "extents.h"
 #include "host_region.h"
+#include "mapped_copy.h"
 #include "process_memory.h"
 #include "tensor_args.h"
 #include "words.h"
@@ -15,35 +21,38 @@
 namespace llmdd {
 namespace {
 
-std::pair<uint64_t, int> move_bytes(Direction direction, int64_t pid,
-                                    const Int64Vector& local_bases, const Int64Vector& remote_bases,
-                                    const Int64Table& runs, int64_t deadline_ns) {
+// What to move. ValueError for numbers that no list of runs has.
+RemoteCopy checked_copy(const Int64Vector& local_bases, const Int64Vector& remote_bases,
+                        const Int64Table& runs) {
   check_value(runs.columns() == 3, "runs must have 3 columns, not ", runs.columns());
   check_value(local_bases.size() == remote_bases.size(), "local_bases has ", local_bases.size(),
               " entries, remote_bases ", remote_bases.size());
+  static_assert(sizeof(Run) == 3 * sizeof(int64_t), "a Run is a row of the table");
+  const int64_t tensors = std::max<int64_t>(1, static_cast<int64_t>(local_bases.size()));
+  const int64_t total =
+      checked_total(reinterpret_cast<const Run*>(runs.data()), static_cast<size_t>(runs.rows()));
+  check_value(total <= std::numeric_limits<int64_t>::max() / tensors,
+              "runs times tensors exceed 2**63 bytes");
+  return {local_bases.as_addresses(), remote_bases.as_addresses(), local_bases.size(), runs.data(),
+          static_cast<size_t>(runs.rows())};
+}
+
+pid_t checked_pid(int64_t pid) {
   check_value(pid > 0 && pid <= INT32_MAX, "pid=", pid, " is no process id");
-  for (int64_t i = 0; i < runs.rows(); ++i) {
-    const int64_t* row = runs.data() + 3 * i;
-    check_value(row[0] >= 0 && row[1] >= 0 && row[2] >= 0, "runs[", i, "]=(", row[0], ", ", row[1],
-                ", ", row[2], ") has a negative number");
+  return static_cast<pid_t>(pid);
+}
+
+std::pair<uint64_t, int> move_process(Direction direction, const PeerProcess& process,
+                                      const RemoteCopy& copy, int64_t deadline_ns,
+                                      const VersionCheck& version) {
+  if (!version.holds_before()) {
+    return {0, ESTALE};
   }
-  const RemoteCopy copy{local_bases.as_addresses(), remote_bases.as_addresses(), local_bases.size(),
-                        runs.data(), static_cast<size_t>(runs.rows())};
-  const RemoteCopyResult result =
-      copy_remote(static_cast<pid_t>(pid), direction, copy, deadline_ns);
+  RemoteCopyResult result = copy_remote(process, direction, copy, deadline_ns);
+  if (result.error == 0 && !version.holds_after()) {
+    result.error = ESTALE;
+  }
   return {result.bytes_done, result.error};
-}
-
-std::pair<uint64_t, int> read_process(int64_t pid, const Int64Vector& local_bases,
-                                      const Int64Vector& remote_bases, const Int64Table& runs,
-                                      int64_t deadline_ns) {
-  return move_bytes(Direction::kRead, pid, local_bases, remote_bases, runs, deadline_ns);
-}
-
-std::pair<uint64_t, int> write_process(int64_t pid, const Int64Vector& local_bases,
-                                       const Int64Vector& remote_bases, const Int64Table& runs,
-                                       int64_t deadline_ns) {
-  return move_bytes(Direction::kWrite, pid, local_bases, remote_bases, runs, deadline_ns);
 }
 
 uint64_t* word_at(uint64_t address) {
@@ -54,6 +63,42 @@ uint64_t* word_at(uint64_t address) {
 
 uint64_t load_word_at(uint64_t address) { return load_word(word_at(address)); }
 uint64_t bump_word_at(uint64_t address) { return bump_word(word_at(address)); }
+
+// `counters` is the address of the two counters, mapped here; 0: nothing is checked.
+VersionCheck version_check(uint64_t counters, bool leased, uint64_t lookup, uint64_t memory) {
+  if (counters == 0) {
+    return {};
+  }
+  return {word_at(counters), leased ? std::nullopt : std::optional(lookup), memory};
+}
+
+std::pair<uint64_t, int> read_process(int64_t pid, const Int64Vector& local_bases,
+                                      const Int64Vector& remote_bases, const Int64Table& runs,
+                                      int64_t deadline_ns, int32_t pidfd, int64_t start_time,
+                                      uint64_t counters, bool leased, uint64_t lookup,
+                                      uint64_t memory) {
+  return move_process(Direction::kRead, {checked_pid(pid), pidfd, start_time},
+                      checked_copy(local_bases, remote_bases, runs), deadline_ns,
+                      version_check(counters, leased, lookup, memory));
+}
+
+std::pair<uint64_t, int> write_process(int64_t pid, const Int64Vector& local_bases,
+                                       const Int64Vector& remote_bases, const Int64Table& runs,
+                                       int64_t deadline_ns, int32_t pidfd, int64_t start_time) {
+  return move_process(Direction::kWrite, {checked_pid(pid), pidfd, start_time},
+                      checked_copy(local_bases, remote_bases, runs), deadline_ns, {});
+}
+
+int32_t move_mapped(bool write, const Int64Vector& local_bases, const Int64Vector& remote_bases,
+                    const Int64Table& runs, uint64_t owner_base, uint64_t mapped_base,
+                    uint64_t nbytes, int64_t deadline_ns, uint64_t counters, bool leased,
+                    uint64_t lookup, uint64_t memory, const Threads& threads) {
+  const MoveState state =
+      copy_mapped(write ? Direction::kWrite : Direction::kRead,
+                  checked_copy(local_bases, remote_bases, runs), {owner_base, mapped_base, nbytes},
+                  version_check(counters, leased, lookup, memory), {threads.count, deadline_ns});
+  return static_cast<int32_t>(state);
+}
 
 // Addresses wrap, as in memory.
 int64_t offset_by(int64_t address, int64_t nbytes) {
@@ -129,12 +174,29 @@ void bind_transfer(Module& module) {
                               "Unmaps; idempotent. No copy may be under way in the mapping.")
       .finish(module);
 
+  const std::vector<Parameter> version = {
+      {"counters", 0}, {"leased", 1}, {"lookup", 0}, {"memory", 0}};
+  std::vector<Parameter> reading = {{"pid"},           {"local_bases"},    {"remote_bases"},
+                                    {"runs"},          {"deadline_ns", 0}, {"pidfd", -1},
+                                    {"start_time", -1}};
+  const std::vector<Parameter> writing = reading;
+  reading.insert(reading.end(), version.begin(), version.end());
   module.function<&read_process>(
-      "read_process", {{"pid"}, {"local_bases"}, {"remote_bases"}, {"runs"}, {"deadline_ns", 0}},
-      "(bytes_done, errno) of copying runs out of another process's memory.");
+      "read_process", reading,
+      "(bytes_done, errno) of copying runs out of another process's memory. ESRCH: the process has "
+      "ended; ESTALE: the counters are not what they must be.");
   module.function<&write_process>(
-      "write_process", {{"pid"}, {"local_bases"}, {"remote_bases"}, {"runs"}, {"deadline_ns", 0}},
-      "(bytes_done, errno) of copying runs into another process's memory.");
+      "write_process", writing,
+      "(bytes_done, errno) of copying runs into another process's memory. ESRCH: it has ended.");
+  std::vector<Parameter> mapped = {{"write"},  {"local_bases"}, {"remote_bases"},
+                                   {"runs"},   {"owner_base"},  {"mapped_base"},
+                                   {"nbytes"}, {"deadline_ns"}};
+  mapped.insert(mapped.end(), version.begin(), version.end());
+  mapped.push_back({"threads", 0});
+  module.function<&move_mapped>(
+      "move_mapped", mapped,
+      "Copies runs from or to a peer's region that is mapped here: 0 done, 1 late, 2 the counters "
+      "are not what they must be, 3 a tensor leaves the region.");
   module.function<&engine_request>(
       "engine_request", {{"runs"}, {"start"}, {"max_bytes"}, {"max_runs"}},
       "The tables (address, nbytes, 0), int64 [n, 3], of either side, for a request that begins at "

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "process_memory.h"
 
+#include <fcntl.h>
+#include <poll.h>
 #include <sched.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <thread>
 #include <vector>
@@ -79,18 +85,39 @@ class IovecList {
                                // start
 };
 
-// The cursor `position` bytes after the first one.
-Cursor cursor_at(const RemoteCopy& copy, uint64_t bytes_per_tensor, uint64_t position) {
-  Cursor cursor;
-  cursor.tensor = position / bytes_per_tensor;
-  uint64_t left = position % bytes_per_tensor;
-  while (left > 0) left -= cursor.advance(copy, left);
-  return cursor;
-}
+// Finds the cursor at a place in the sequence of all bytes without walking there: lists of runs may
+// have millions of entries, and each piece starts with a search.
+class Index {
+ public:
+  explicit Index(const RemoteCopy& copy) : copy_(copy), ends_(copy.num_runs) {
+    uint64_t end = 0;
+    for (size_t run = 0; run < copy.num_runs; ++run) {
+      end += static_cast<uint64_t>(copy.runs[3 * run + 2]);
+      ends_[run] = end;
+    }
+  }
+
+  uint64_t total() const { return bytes_per_tensor() * copy_.num_tensors; }
+
+  // `position` is less than total().
+  Cursor cursor_at(uint64_t position) const {
+    const uint64_t in_tensor = position % bytes_per_tensor();
+    const size_t run = static_cast<size_t>(std::upper_bound(ends_.begin(), ends_.end(), in_tensor) -
+                                           ends_.begin());
+    const uint64_t start = run == 0 ? 0 : ends_[run - 1];
+    return {static_cast<size_t>(position / bytes_per_tensor()), run, in_tensor - start};
+  }
+
+ private:
+  uint64_t bytes_per_tensor() const { return ends_.empty() ? 0 : ends_.back(); }
+
+  const RemoteCopy& copy_;
+  std::vector<uint64_t> ends_;  // of each run, counted over the runs of one tensor
+};
 
 // What the workers of one copy share: where the next piece starts, and whether to stop.
 struct Progress {
-  uint64_t bytes_per_tensor;
+  const Index& index;
   uint64_t total;
   std::atomic<uint64_t> next{0};
   std::atomic<bool> stop{false};
@@ -98,8 +125,9 @@ struct Progress {
 
 class Worker {
  public:
-  Worker(pid_t pid, Direction direction, const RemoteCopy& copy, int64_t deadline_ns)
-      : pid_(pid), direction_(direction), copy_(copy), deadline_ns_(deadline_ns) {}
+  Worker(const PeerProcess& process, Direction direction, const RemoteCopy& copy,
+         int64_t deadline_ns)
+      : process_(process), direction_(direction), copy_(copy), deadline_ns_(deadline_ns) {}
 
   // Takes piece after piece until none is left, one has failed, or the deadline has passed.
   RemoteCopyResult run(Progress* progress) {
@@ -109,7 +137,7 @@ class Worker {
     while (true) {
       const uint64_t begin = progress->next.fetch_add(kBytesPerCall);
       if (begin >= progress->total) return result;
-      if (begin != position) at = cursor_at(copy_, progress->bytes_per_tensor, begin);
+      if (begin != position) at = progress->index.cursor_at(begin);
       position = std::min(begin + kBytesPerCall, progress->total);
       for (uint64_t left = position - begin; left > 0;) {
         const bool late = deadline_passed(deadline_ns_);
@@ -149,17 +177,44 @@ class Worker {
   }
 
   ssize_t call() const {
+    if (!is_running(process_)) {
+      errno = ESRCH;
+      return -1;
+    }
     const auto vm_call = direction_ == Direction::kRead ? process_vm_readv : process_vm_writev;
-    return vm_call(pid_, local_.data(), local_.size(), remote_.data(), remote_.size(), 0);
+    return vm_call(process_.pid, local_.data(), local_.size(), remote_.data(), remote_.size(), 0);
   }
 
-  const pid_t pid_;
+  const PeerProcess& process_;
   const Direction direction_;
   const RemoteCopy& copy_;
   const int64_t deadline_ns_;
   IovecList local_;
   IovecList remote_;
 };
+
+// In clock ticks after boot; -1 if there is no such process any more.
+int64_t start_time(pid_t pid) {
+  char path[32];
+  std::snprintf(path, sizeof(path), "/proc/%d/stat", static_cast<int>(pid));
+  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  if (file < 0) return -1;
+  char text[1024];
+  const ssize_t size = read(file, text, sizeof(text) - 1);
+  close(file);
+  if (size <= 0) return -1;
+  text[size] = '\0';
+  // The name, in parentheses, may have spaces and parentheses in it; field 3 (the state) follows.
+  const char* field = std::strrchr(text, ')');
+  if (field == nullptr || field[1] != ' ' || field[2] == 'Z' || field[2] == 'X') return -1;
+  field += 2;
+  for (int number = 3; number < 22; ++number) {
+    field = std::strchr(field, ' ');
+    if (field == nullptr) return -1;
+    ++field;
+  }
+  return std::strtoll(field, nullptr, 10);
+}
 
 unsigned threads_for(uint64_t total) {
   const uint64_t worth = total / kBytesPerThread;
@@ -172,20 +227,25 @@ unsigned threads_for(uint64_t total) {
 
 }  // namespace
 
-RemoteCopyResult copy_remote(pid_t pid, Direction direction, const RemoteCopy& copy,
-                             int64_t deadline_ns) {
-  uint64_t bytes_per_tensor = 0;
-  for (size_t r = 0; r < copy.num_runs; ++r) {
-    bytes_per_tensor += static_cast<uint64_t>(copy.runs[3 * r + 2]);
+bool is_running(const PeerProcess& process) {
+  if (process.pidfd >= 0) {
+    pollfd ended{process.pidfd, POLLIN, 0};
+    return poll(&ended, 1, 0) == 0;
   }
-  const uint64_t total = bytes_per_tensor * copy.num_tensors;
+  return process.start_time < 0 || start_time(process.pid) == process.start_time;
+}
+
+RemoteCopyResult copy_remote(const PeerProcess& process, Direction direction,
+                             const RemoteCopy& copy, int64_t deadline_ns) {
+  const Index index(copy);
+  const uint64_t total = index.total();
   if (total == 0) return {0, 0};
 
   const unsigned num_workers = threads_for(total);
   std::vector<RemoteCopyResult> results(num_workers, RemoteCopyResult{0, 0});
-  Progress progress{bytes_per_tensor, total};
+  Progress progress{index, total};
   const auto work = [&](unsigned i) {
-    results[i] = Worker(pid, direction, copy, deadline_ns).run(&progress);
+    results[i] = Worker(process, direction, copy, deadline_ns).run(&progress);
   };
   std::vector<std::thread> threads;
   threads.reserve(num_workers);
@@ -204,6 +264,8 @@ RemoteCopyResult copy_remote(pid_t pid, Direction direction, const RemoteCopy& c
     sum.bytes_done += result.bytes_done;
     if (sum.error == 0) sum.error = result.error;
   }
+  // If it ended meanwhile, the last bytes may have been those of another process with its pid.
+  if (sum.error == 0 && !is_running(process)) sum.error = ESRCH;
   return sum;
 }
 

@@ -171,12 +171,33 @@ class PeerMapping:
     def nbytes(self) -> int: ...
     def close(self) -> None: ...
 
+def move_mapped(
+    write: bool,
+    local_bases: torch.Tensor,
+    remote_bases: torch.Tensor,
+    runs: torch.Tensor,
+    owner_base: int,
+    mapped_base: int,
+    nbytes: int,
+    deadline_ns: int,
+    counters: int = 0,
+    leased: int = 1,
+    lookup: int = 0,
+    memory: int = 0,
+    threads: int = 0,
+) -> int: ...
 def read_process(
     pid: int,
     local_bases: torch.Tensor,
     remote_bases: torch.Tensor,
     runs: torch.Tensor,
     deadline_ns: int = 0,
+    pidfd: int = -1,
+    start_time: int = -1,
+    counters: int = 0,
+    leased: int = 1,
+    lookup: int = 0,
+    memory: int = 0,
 ) -> tuple[int, int]: ...
 def engine_request(
     runs: torch.Tensor, start: tuple[int, int], max_bytes: int, max_runs: int
@@ -197,4 +218,6 @@ def write_process(
     remote_bases: torch.Tensor,
     runs: torch.Tensor,
     deadline_ns: int = 0,
+    pidfd: int = -1,
+    start_time: int = -1,
 ) -> tuple[int, int]: ...

@@ -72,6 +72,7 @@ class CacheEntry:
         keys: Key -> row.
         held: Whether the user still holds the id.
         covered: Per key, the tensors that partial pulls have already fetched.
+        rows_first: Whether dimension 0 of its tensors is the rows; else it can't be transferred.
         generation: Tells peers when what they know of it is out of date; the catalog gives it.
         flag: Raised by a storage that lets go of the cache's memory; None where torch tells nobody
             of that, so that the owner must be asked.
@@ -94,6 +95,7 @@ class CacheEntry:
     keys: dict[KeyName, int] = field(default_factory=dict)
     held: bool = True
     covered: dict[KeyName, set[int]] = field(default_factory=dict)
+    rows_first: bool = True
     generation: Generation | None = None
     flag: _C.MoveFlag | None = None
     owner: object = None

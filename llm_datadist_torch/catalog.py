@@ -116,8 +116,8 @@ class Catalog:
         Raises:
             LLMCacheNotFoundError: No such cache.
         """
-        entry = self.get(cache_id)
-        if entry is None:
+        entry = self._entries.get(cache_id)
+        if entry is None or not (entry.held or entry.keys):
             raise _not_found(
                 f"cache {cache_id} does not exist (never created, deallocated or unregistered)"
             )

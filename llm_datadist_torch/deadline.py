@@ -24,11 +24,6 @@ class Deadline:
         """The instant ``budget_ms`` milliseconds from now."""
         return cls(time.monotonic_ns() + budget_ms * 1_000_000, budget_ms)
 
-    @property
-    def began_ns(self) -> int:
-        """When it was set, on the same clock."""
-        return self.at_ns - self.budget_ms * 1_000_000
-
     def remaining_s(self) -> float:
         """Seconds left; 0.0 when the deadline has passed."""
         return max(0.0, (self.at_ns - time.monotonic_ns()) / 1e9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -158,7 +159,8 @@ class Instance:
 
     def deadline(self, timeout_ms: int | None = None) -> Deadline:
         """The time that one transfer has: its own, or ``sync_kv_timeout``."""
-        return Deadline.after_ms(self.config.sync_timeout_ms if timeout_ms is None else timeout_ms)
+        budget_ms = self.config.sync_timeout_ms if timeout_ms is None else timeout_ms
+        return Deadline(time.monotonic_ns() + budget_ms * 1_000_000, budget_ms)
 
     # -- the user's handles -----------------------------------------------------------------------
 
@@ -195,13 +197,14 @@ class Instance:
             LLMCacheNotFoundError: It has ended, or belongs to another instance, or to none; or one
                 of its tensors has moved.
         """
-        if not self.owns(cache):
+        if self._caches.get(cache.cache_id) is not cache:
             raise error_for(
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
                 f"{cache!r} is no cache of cluster {self.cluster_id}",
                 cache_id=cache.cache_id,
             )
-        return self.catalog.acquire(self.catalog.find(cache.cache_id))
+        entry = self.catalog.find(cache.cache_id)
+        return entry.guard.acquire(entry)
 
     # -- what transports must know ----------------------------------------------------------------
 

@@ -25,8 +25,12 @@ class KnownCaches(OrderedDict[Query, Any]):
     Thread safety: all methods may be called from any thread.
     """
 
-    def remember(self, query: Query, cache: object) -> None:
-        """Remember what the peer answered just now."""
+    def forget(self, query: Query) -> None:
+        """What the peer answered is out of date."""
+        self.pop(query, None)
+
+    def remember(self, query: Query, cache: object | None) -> None:
+        """Remember what the peer answered just now; None: it is to be asked each time."""
         self.pop(query, None)
         self[query] = cache
         while len(self) > MAX_KNOWN:

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from llm_datadist_torch.cache_entry import name_of
+from llm_datadist_torch.cache_entry import KeyKind, name_of
+from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.messages import CacheView, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
+from llm_datadist_torch.transports.base import Movement
 from llm_datadist_torch.values.checks import INT64_MAX
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.values.layout import Layout
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 ADDRESS_BYTES = 8
+BLOCKS = KeyKind.BLOCKS.value
 
 
 class AddressKey(NamedTuple):
@@ -35,14 +39,16 @@ class RemoteCache(NamedTuple):
         view: What the peer said of it.
         layout: Where its rows lie.
         addrs: Its tensors' addresses in the peer's process, int64 [num_tensors].
+        move: What moves bytes on the link to this peer; see ``LinkChannel.move``.
     """
 
     view: CacheView
     layout: Layout
     addrs: torch.Tensor
+    move: Callable[[Movement, Deadline], str]
 
     @classmethod
-    def of(cls, view: CacheView) -> RemoteCache:
+    def of(cls, view: CacheView, move: Callable[[Movement, Deadline], str]) -> RemoteCache:
         """The cache of a peer's answer.
 
         Raises:
@@ -53,7 +59,7 @@ class RemoteCache(NamedTuple):
         if (
             min(numbers) < 1
             or layout.row_stride_bytes < layout.row_bytes
-            or layout.extent > INT64_MAX
+            or (view.rows - 1) * view.pitch + view.row_bytes > INT64_MAX
             or len(view.addrs) != layout.num_tensors * ADDRESS_BYTES
         ):
             raise error_for(
@@ -61,7 +67,8 @@ class RemoteCache(NamedTuple):
                 f"the peer says of its cache {view.cache_id} what no cache is: {numbers} tensors,"
                 f" rows, bytes of a row and between two, and {len(view.addrs)} bytes of addresses",
             )
-        return cls(view, layout, torch.frombuffer(bytearray(view.addrs), dtype=torch.int64))
+        addrs = torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)
+        return cls(view, layout, addrs, move)
 
 
 def query_of(key: Key, *, paged: bool | None, write: bool) -> Resolve:

@@ -23,13 +23,14 @@ from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import Holder
-from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import CacheView, Claim
+from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
 from llm_datadist_torch.movement import background
-from llm_datadist_torch.movement.remote import Key, RemoteCache, query_of
+from llm_datadist_torch.movement.remote import BLOCKS, Key, RemoteCache, query_of
 from llm_datadist_torch.streams import Stream, StreamPoint
 from llm_datadist_torch.transports.base import Direction, Movement, StaleCacheError
 from llm_datadist_torch.values.checks import check_timeout_ms, param_error
+from llm_datadist_torch.values.keys import BlocksCacheKey
 from llm_datadist_torch.values.layout import Layout
 from llm_datadist_torch.values.status import (
     LLMException,
@@ -78,7 +79,11 @@ class Transfer(ABC):
         self._instance = instance
         self._peer = key.cluster_id
         self._cache = cache
-        self._query = query_of(key, paged=paged, write=self.direction is Direction.WRITE)
+        write = self.direction is Direction.WRITE
+        if isinstance(key, BlocksCacheKey):
+            self._query = Resolve(BLOCKS, 0, key.model_id, paged, write)
+        else:
+            self._query = query_of(key, paged=paged, write=write)
 
     @abstractmethod
     def check_local(self, local: Layout) -> None:
@@ -117,7 +122,8 @@ class Transfer(ABC):
         """
         if timeout is not None:
             timeout = check_timeout_ms(timeout)
-        self.check_peer()
+        if self._peer == self._instance.cluster_id:
+            self.check_peer()
         point = None
         if wait_stream is not None or torch.accelerator.current_accelerator() is not None:
             point = streams.point(wait_stream, self._cache.device)
@@ -164,7 +170,7 @@ class Transfer(ABC):
         ``point``: What must be done before a byte moves.
         """
         instance = self._instance
-        if self._cache.cache_desc.batch_dim != 0:
+        if not entry.rows_first:
             raise param_error(
                 f"batch_dim_index={self._cache.cache_desc.batch_dim}: only 0 can be copied or"
                 " transferred"
@@ -177,7 +183,9 @@ class Transfer(ABC):
             )
         deadline = instance.deadline(timeout_ms)
         try:
-            link = instance.links.use(self._peer, deadline)
+            link = instance.links.registry.by_peer.get(self._peer)
+            if link is None or link.state is not LinkState.LINKED:
+                link = instance.links.use(self._peer, deadline)
             if point is not None:
                 point.wait(deadline)
             transfers = link.transfers
@@ -245,13 +253,13 @@ class Transfer(ABC):
                     0 if claim is not None else view.lease_id,
                     entry.foreign,
                     view.foreign,
-                    entry.device,
+                    entry.tensors[0].device,
                     view.device,
                     view.cache_id,
                     version,
                     claim,
                 )
-                path = link.channel.move(movement, deadline)
+                path = remote.move(movement, deadline)
                 nbytes += len(local) * self._bytes_of(runs, entry.layout, remote.layout)
         except StaleCacheError:
             if claim is not None:
@@ -266,11 +274,13 @@ class Transfer(ABC):
             # Where the peer has gone, that is the news, and not what we met in its memory.
             link.check_linked()
             raise
-        # Bytes that were read after the peer's lease on them ended may be anybody's.
-        link.check_linked()
+        if link.state is not LinkState.LINKED:
+            # Bytes that were read after the peer's lease on them ended may be anybody's.
+            link.check_linked()
         if path is not None:
             instance = self._instance
-            instance.transfers.record(self.operation, link.peer, path, nbytes, deadline.began_ns)
+            began_ns = deadline.at_ns - deadline.budget_ms * 1_000_000
+            instance.transfers.record(self.operation, link.peer, path, nbytes, began_ns)
         return None if first is None or last is None else (first, last)
 
     def _bytes_of(self, runs: torch.Tensor, local: Layout, remote: Layout) -> int:  # noqa: ARG002
@@ -281,7 +291,7 @@ class Transfer(ABC):
         """Ask the peer for its cache, with a lease, and move; the lease goes back in every case."""
         ticket, fetched = Holder(), None
         try:
-            remote = RemoteCache.of(self._ask(link, ticket, deadline))
+            remote = RemoteCache.of(self._ask(link, ticket, deadline), link.channel.move)
             moved = self._move(link, entry, remote, deadline)
             # What a pull has completely read may consume the key.
             fetched = moved if self.direction is Direction.READ else None
@@ -324,9 +334,16 @@ class Pull(Transfer):
         known = link.known
         query = (self._query.kind, self._query.value, self._query.index, self._query.paged)
         remote = known.get(query)
-        if remote is None or not self._pull_known(link, entry, remote, deadline):
-            known.pop(query, None)
-            known.remember(query, self._move_leased(link, entry, deadline))
+        if remote is not None and self._pull_known(link, entry, remote, deadline):
+            return
+        if remote is not None:
+            known.forget(query)
+            if remote.view.owner_validates:
+                # Its bytes do not go through the owner: from now on it is asked at once.
+                known.remember(query, None)
+        answer = self._move_leased(link, entry, deadline)
+        if query not in known:
+            known.remember(query, answer)
 
     def _pull_known(
         self, link: Link, entry: CacheEntry, remote: RemoteCache, deadline: Deadline

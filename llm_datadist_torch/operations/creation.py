@@ -63,6 +63,7 @@ def _allocated_entry(instance: Instance, desc: CacheDesc, layout: Layout) -> Cac
         addrs=addrs,
         guard=_guard(cache_id, addrs, layout, allocation.tensors),
         owned=True,
+        rows_first=desc.batch_dim == 0,
         remote_accessible=True,
         region=allocation.region,
         flag=allocation.flag,
@@ -99,6 +100,7 @@ def register(
         addrs=adopted.addrs,
         guard=_guard(cache_id, adopted.addrs, adopted.layout, adopted.watched),
         owned=False,
+        rows_first=desc.batch_dim == 0,
         remote_accessible=remote_accessible,
         foreign=adopted.foreign,
     )

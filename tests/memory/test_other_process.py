@@ -391,3 +391,68 @@ def test_own_pages_can_be_unmapped() -> None:
     poke(address, b"x")
     assert peek(address, 1) == b"x"
     unmap(address, PAGE)
+
+
+# -- whose memory it is
+
+
+def start_ticks(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_another_process_with_the_pid_is_left_alone(peer: Peer, write: bool) -> None:
+    """The pid is the peer's, but the process that was meant started at another time."""
+    local = torch.full((PAGE,), 7, dtype=torch.uint8)
+    far = peer.ask("map_pages", PAGE)
+    peer.ask("poke", far, noise(PAGE, 1))
+    runs, bases = as_runs([(0, 0, PAGE)]), (addresses(local.data_ptr()), addresses(far))
+    call = _C.write_process if write else _C.read_process
+    started = start_ticks(peer.pid)
+    assert call(peer.pid, *bases, runs, 0, -1, started + 1) == (0, errno.ESRCH)
+    assert peer.ask("peek", far, PAGE) == noise(PAGE, 1)
+    assert local.unique().tolist() == [7]
+    assert call(peer.pid, *bases, runs, 0, -1, started) == (PAGE, 0)
+    peer.ask("unmap", far, PAGE)
+
+
+def test_the_pidfd_of_a_process_that_has_ended(peer: Peer) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    pidfd = os.pidfd_open(child)
+    os.waitpid(child, 0)
+    try:
+        # As if the peer had the pid now.
+        local = torch.zeros(PAGE, dtype=torch.uint8)
+        bases = addresses(local.data_ptr()), addresses(local.data_ptr())
+        runs = as_runs([(0, 0, 8)])
+        assert _C.write_process(peer.pid, *bases, runs, 0, pidfd) == (0, errno.ESRCH)
+    finally:
+        os.close(pidfd)
+
+
+def test_many_pieces_of_many_runs(peer: Peer) -> None:
+    """Pieces of 4 MiB begin anywhere in a list of runs, some of them empty, in several tensors."""
+    block, count = 1000, 9000
+    nbytes = block * count
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(count, generator=generator)
+    runs = torch.stack(
+        [torch.arange(count) * block, order * block, torch.full((count,), block)], dim=1
+    )
+    empty = torch.zeros((count, 3), dtype=torch.int64)
+    runs = torch.stack([runs, empty], dim=1).view(-1, 3).contiguous()
+    far = peer.ask("map_pages", -(-2 * nbytes // PAGE) * PAGE)
+    data = noise(2 * nbytes, 5)
+    peer.ask("poke", far, data)
+    local = torch.zeros(2 * nbytes, dtype=torch.uint8)
+    here = local.data_ptr()
+    done = _C.read_process(
+        peer.pid, addresses(here, here + nbytes), addresses(far, far + nbytes), runs
+    )
+    assert done == (2 * nbytes, 0)
+    source = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(2, count, block)
+    assert torch.equal(local.view(2, count, block), source[:, order])
+    peer.ask("unmap", far, -(-2 * nbytes // PAGE) * PAGE)

@@ -14,6 +14,7 @@ import pytest
 from llm_datadist_torch import _C, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.links import known_caches
 from llm_datadist_torch.links.known_caches import KnownCaches
+from llm_datadist_torch.transports.hixl.channel import HixlChannel
 from tests.peers import Peer, Ref, Service, settle
 from tests.transfer.helpers import OK, Peers, Services
 from tests.transfer.remote import BLOCKS, ME, PEER, SIZE, THEIRS, messages, pull, status
@@ -31,16 +32,34 @@ def just_after_the_bytes(
     monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]
 ) -> Iterator[None]:
     """The first movement meanwhile is followed by ``action``, before anybody can check anything."""
-    copy, left = _C.copy_runs, [action]
+    move, copy, by_engine, left = _C.move_mapped, _C.copy_runs, HixlChannel.move, [action]
+
+    def act() -> None:
+        if left:
+            left.pop()()
+
+    def moved(*args: Any) -> int:
+        *whole, counters, leased, lookup, memory = args
+        nothing = [*whole[:3], whole[3][:0], *whole[4:]]
+        state = move(*nothing, counters, leased, lookup, memory) or move(*whole)
+        act()
+        # The second look at the counters; the first has been taken.
+        return state or move(*nothing, counters, True, lookup, memory)
 
     def copied(*args: Any) -> int:
         done = copy(*args)
-        if left:
-            left.pop()()
+        act()
         return done
 
+    def moved_by_engine(*args: Any) -> str:
+        path = by_engine(*args)
+        act()
+        return path
+
     with monkeypatch.context() as patch:
-        patch.setattr(_C, "copy_runs", copied)
+        patch.setattr(_C, "move_mapped", moved)
+        patch.setattr(_C, "copy_runs", copied)  # within one process
+        patch.setattr(HixlChannel, "move", moved_by_engine)
         yield
     assert not left
 

@@ -28,7 +28,7 @@ from llm_datadist_torch.transports.base import (
     timed_out,
 )
 from llm_datadist_torch.transports.local.host import HostIdentity, PeerProcess, why_forbidden
-from llm_datadist_torch.transports.local.mappings import PeerMappings
+from llm_datadist_torch.transports.local.mappings import WORD_BYTES, PeerMappings
 from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed
 from llm_datadist_torch.values.status import (
     LLMException,
@@ -39,6 +39,8 @@ from llm_datadist_torch.values.status import (
 
 logger = logging.getLogger("llm_datadist_torch")
 
+_DONE, _LATE, _STALE = 0, 1, 2
+"""Answers of ``_C.move_mapped``; what else it says is that a tensor leaves the region."""
 _SWAPPED = torch.tensor([1, 0, 2])
 
 Side: TypeAlias = tuple[torch.Tensor, torch.device]
@@ -202,22 +204,26 @@ class SharedMapping(LocalPath):
         region = movement.region
         if region is None or region.fd < 0:
             raise PathUnavailable("the peer's cache is not in shareable memory")
-        # The local reference keeps the mapping in place while bytes move, even if the link ends
+        # The local references keep the mappings in place while bytes move, even if the link ends
         # meanwhile.
         mapping = self._mappings.by_region.get(region.region_id) or self._map(region)
-        _check_before(movement, self._mappings)
-        try:
-            remote_addrs = _C.rebase(
-                movement.remote_addrs,
-                region.address,
-                mapping.address,
-                mapping.nbytes,
-                movement.remote_extent,
-            )
-        except IndexError as error:
-            raise error_for(LLMStatusCode.LLM_FAILED, f"the peer's cache: {error}") from error
-        _copy(movement, remote_addrs, deadline)
-        _check_after(movement, self._mappings)
+        if movement.local_foreign:
+            check_alive(movement.local_addrs, movement.local_extent, movement.local_device)
+        write = movement.direction is Direction.WRITE
+        _mapped, version = (None, ()) if write else _version_of(movement, self._mappings)
+        state = _C.move_mapped(
+            write,
+            movement.local_addrs,
+            movement.remote_addrs,
+            movement.runs,
+            region.address,
+            mapping.address,
+            mapping.nbytes,
+            deadline.at_ns,
+            *version,
+        )
+        if state != _DONE:
+            raise _failure(state, movement, deadline)
 
     def _map(self, region: RegionView) -> _C.PeerMapping:
         try:
@@ -245,27 +251,21 @@ class ProcessMemory(LocalPath):
         """Let the kernel copy. A wild address on either side is an error here, never a crash."""
         # The local reference keeps the pidfd open, even if the link ends meanwhile.
         process = self._process or self._find()
-        if not process.alive:
-            raise self._error(movement, errno.ESRCH)
-        _check_before(movement, self._mappings)
-        call = _C.read_process if movement.direction is Direction.READ else _C.write_process
-        done, number = call(
-            process.pid,
-            movement.local_addrs,
-            movement.remote_addrs,
-            movement.runs,
-            deadline.at_ns,
-        )
-        if number == 0 and not process.alive:
-            # The pid may belong to somebody else by now, and the bytes with it.
-            number = errno.ESRCH
+        tables = (movement.local_addrs, movement.remote_addrs, movement.runs)
+        identity = (deadline.at_ns, process.pidfd, process.start_time)
+        if movement.direction is Direction.READ:
+            _mapped, version = _version_of(movement, self._mappings)
+            done, number = _C.read_process(process.pid, *tables, *identity, *version)
+        else:
+            done, number = _C.write_process(process.pid, *tables, *identity)
+        if number == errno.ESTALE:
+            raise StaleCacheError
         if number in (errno.EPERM, errno.ENOSYS, errno.EACCES) and done == 0:
             raise PathUnavailable(why_forbidden(number, process.pid), lasting=True)
         if number:
             raise self._error(movement, number)
         if done < movement.nbytes:
             raise timed_out(deadline)
-        _check_after(movement, self._mappings)
 
     def _find(self) -> PeerProcess:
         try:
@@ -290,6 +290,42 @@ class ProcessMemory(LocalPath):
     def close(self) -> None:
         """Let go of the pidfd; a movement under way keeps it."""
         self._process = None
+
+
+def _version_of(
+    movement: Movement, mappings: PeerMappings
+) -> tuple[_C.PeerMapping | None, tuple[int, ...]]:
+    """What the extension checks before and after the bytes of a READ.
+
+    Returns:
+        What keeps the counters mapped; and their address, whether there is a lease, and the values
+        they must have. Nothing where they can't be seen and the lease is enough.
+
+    Raises:
+        StaleCacheError: They would have to be checked, because there is no lease, and can't be.
+    """
+    version, leased = movement.version, movement.lease_id != 0
+    if version is not None:
+        region = version.region
+        mapping = mappings.by_region.get(region.region_id) or mappings.find(region)
+        if mapping is not None and 0 <= version.offset <= mapping.nbytes - 2 * WORD_BYTES:
+            address = mapping.address + version.offset
+            return mapping, (address, leased, version.lookup, version.memory)
+    if not leased:
+        raise StaleCacheError
+    return None, ()
+
+
+def _failure(state: int, movement: Movement, deadline: Deadline) -> Exception:
+    """What :class:`SharedMapping` raises where not all went well."""
+    if state == _STALE:
+        return StaleCacheError()
+    if state == _LATE:
+        return timed_out(deadline)
+    return error_for(
+        LLMStatusCode.LLM_FAILED,
+        f"the peer's cache {movement.cache_id} leaves the region that the peer says it lies in",
+    )
 
 
 def _check_before(movement: Movement, mappings: PeerMappings) -> None:

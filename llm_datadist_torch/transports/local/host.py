@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 from pathlib import Path
 from typing import Protocol
 
@@ -130,15 +129,6 @@ class PeerProcess:
                 f"process {peer.pid} is not the peer, whose pid it is said to be: it started at"
                 f" {start_time(peer.pid)} ticks after boot, not at {peer.start_time}"
             )
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs, so that its pid can't be another's."""
-        if self.pidfd < 0:
-            return start_time(self.pid) == self.start_time
-        ended = select.poll()
-        ended.register(self.pidfd, select.POLLIN)
-        return not ended.poll(0)
 
     def __del__(self) -> None:
         if self.pidfd >= 0:
