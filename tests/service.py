@@ -14,8 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
-
 from llm_datadist_torch import (
     LLMClusterInfo,
     LLMConfig,
@@ -273,12 +271,6 @@ class Service(Caches):
             or libc.mount(b"sysfs", b"/sys", b"sysfs", 0, None)
         ):
             raise OSError(ctypes.get_errno(), "the mounts of a network namespace")
-
-    def claim_pid(self, pid: int) -> None:
-        """Say from now on that this process has the pid of another one."""
-        me = HostIdentity.of_this_process()
-        said = msgspec.structs.replace(me, pid=pid)
-        HostIdentity.of_this_process = classmethod(lambda cls: said)  # type: ignore[assignment,method-assign]
 
     def become(self, user: int) -> None:
         """Gives up root: from now on the kernel keeps other users' memory from this process."""
