@@ -16,6 +16,7 @@ from typing import Any
 import hixl
 
 from ascend_sim import faults
+from ascend_sim.hixl import library
 
 runtime = ctypes.CDLL("libascendcl.so")
 engines: list[hixl.Hixl] = []
@@ -73,6 +74,8 @@ class Device:
 
 
 def engine(name: str, **options: str) -> hixl.Hixl:
+    """An engine that may connect to others on its device, unless the options say otherwise."""
+    options = {"LocalCommRes": '{"version": "1.3"}'} | options
     made = hixl.Hixl()
     engines.append(made)
     assert made.initialize(name, options) == hixl.SUCCESS
@@ -117,6 +120,11 @@ def in_thread(call: Any, device: int | None = None) -> Any:
     thread.start()
     thread.join()
     return results[0]
+
+
+def engine_limit(name: str, value: int) -> int:
+    """Changes a limit of the engine; returns what it was."""
+    return library.call("limit", name.encode(), value)
 
 
 def reset() -> None:

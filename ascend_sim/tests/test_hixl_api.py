@@ -204,11 +204,15 @@ def test_bad_engine_names(peer, name):
         ("EnableUseFabricMem", ["0", "1"], ["", "2", "true"]),
         ("AutoConnect", ["0", "1"], ["yes"]),
         ("BufferPool", ["4:8", "0:0"], ["", "4", "4:0", "0:8", "-1:8", "4:8:1"]),
-        ("RdmaTrafficClass", ["0", "132"], ["-1", "256", "x"]),
+        ("RdmaTrafficClass", ["0", "132"], ["-1", "256", "x", "130"]),
         ("RdmaServiceLevel", ["0", "7"], ["8"]),
         ("LocalCommRes", ["", '{"version": "1.3"}', '{"version": "1.0"}'], ["{", "[]"]),
-        ("GlobalResourceConfig", ["", "{}"], ["nonsense"]),
-        ("Unknown", ["ignored"], []),
+        (
+            "GlobalResourceConfig",
+            ["", "{}", '{"channel_pool.max_channel": 5}', '{"connect_pool": {"thread_num": 2}}'],
+            ["nonsense", '{"a": 1}', '{"connect_pool": {"threads": 2}}', '{"channel_pool.a": 1}'],
+        ),
+        ("Unknown", [], [""]),
     ],
 )
 def test_options(peer, key, good, bad):
@@ -248,6 +252,15 @@ def test_register_refuses(peer, addr, length, kind, status):
     peer("e = engine('127.0.0.1'); m = Host(bytes(64))")
     code = f"e.register_mem(hixl.MemDesc({addr}, length), hixl.MemType[kind])"
     assert peer(code, length=length, kind=kind) == (status, 0)
+
+
+def test_ranges_are_limited(peer):
+    code = """
+    m = Host(bytes(8 * 4097)); e = engine('127.0.0.1')
+    every = [hixl.MemDesc(m.addr + 8 * i, 8) for i in range(4097)]
+    [e.register_mem(one, hixl.MEM_HOST)[0] for one in every]
+    """
+    assert peer(code) == [0] * 4096 + [503900]
 
 
 def test_unaligned_device_memory_is_warned_of_once(peer):

@@ -116,6 +116,7 @@ def test_a_large_transfer_has_large_steps(here, there):
     big = there("big = Host(bytes([5]) * (64 << 20)); register(e, big); big.addr")
     code = """
     mine = Host(bytes(64 << 20)); register(e, mine)
+    e.disconnect(remote); e.connect(remote)
     before = faults.count('hixl.step')
     status = e.transfer_sync(remote, hixl.READ, descs((mine.addr, big, 64 << 20)), 60000)
     status, faults.count('hixl.step') - before, mine.data.count(5)

@@ -228,10 +228,9 @@ def test_auto_connect_of_many_threads(here, there):
 
 
 def test_heartbeat_drops_dead_links(here, there):
-    module = "__import__('ascend_sim.hixl.connections', fromlist=['x'])"
-    here(f"links = {module}; assert links.HEARTBEAT_S == 10; links.HEARTBEAT_S = 0.05")
+    assert here("engine_limit('heartbeat_ms', 50)") == 10_000
     client(here, AutoConnect="1")
-    here("links.HEARTBEAT_S = 10.0")
+    here("engine_limit('heartbeat_ms', 10_000)")
     remote, far = serve(there)
     assert here(READ, remote=remote, far=far) == 0
     there("e.finalize()")
@@ -241,21 +240,37 @@ def test_heartbeat_drops_dead_links(here, there):
 
 
 def test_limit_of_links(here, there):
-    code = """
-    from ascend_sim.hixl import constants
-    assert constants.MAX_LINKS == 512
-    constants.MAX_LINKS = 2
-    """
-    here(code)
+    assert here("engine_limit('links', 2)") == 512
     names = [free_name() for _ in range(3)]
-    there("others = [engine(name) for name in names]", names=names)
+    code = """
+    runtime.aclrtSetDevice(1)
+    others = [engine(name) for name in names]
+    runtime.aclrtSetDevice(0)
+    """
+    there(code, names=names)
     connect = "[e.connect(name) for name in names]"
-    client(here)
+    client(here, LocalCommRes="")
     assert here(connect, names=names) == [0, 0, 203900]
     assert here("e.disconnect(names[0]), e.connect(names[2])") == (0, 0)
-    client(here, LocalCommRes='{"version": "1.3"}')
+    client(here)
     assert here(connect) == [0, 0, 0]
-    here("constants.MAX_LINKS = 512")
+    here("engine_limit('links', 512)")
+
+
+def test_hccl_connects_no_engines_of_one_device(here, there):
+    """That is the engine behind it where LocalCommRes says nothing, or of another version."""
+    remote, far = serve(there)
+    for resources in ("", '{"version": "1.2"}'):
+        client(here, LocalCommRes=resources)
+        assert here("e.connect(remote)", remote=remote) == 503900
+    client(here, LocalCommRes="", EnableUseFabricMem="1")
+    assert here(f"e.connect(remote), {READ}", far=far) == (0, 0)
+
+
+def test_connecting_takes_a_while(here, there):
+    remote, _ = serve(there)
+    client(here)
+    assert here("e.connect(remote, 199), e.connect(remote, 200)", remote=remote) == (103901, 0)
 
 
 def test_notifies(here, there):

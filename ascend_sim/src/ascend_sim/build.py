@@ -48,6 +48,12 @@ class _Library:
     patterns: tuple[str, ...]
     compile_flags: tuple[str, ...] = ("-O2",)
     link_flags: tuple[str, ...] = ()
+    # Files that stand for libraries of the old C++ ABI.
+    old_abi: tuple[str, ...] = ()
+
+    def flags_of(self, source: Path) -> tuple[str, ...]:
+        abi = "-D_GLIBCXX_USE_CXX11_ABI=0" if source.name in self.old_abi else ""
+        return (*self.compile_flags, *filter(None, (abi,)))
 
     def sources(self) -> list[Path]:
         return sorted(path for pattern in self.patterns for path in SOURCES.glob(pattern))
@@ -144,6 +150,13 @@ def _libraries(packages: _Packages) -> list[_Library]:
     ]
     return [
         _Library("ascendcl", ("runtime/*.cpp",), link_flags=("-lpthread",)),
+        _Library(
+            "cann_hixl",
+            ("hixl/*.cpp",),
+            ("-O1",),
+            link_flags=("-lascendcl", "-lpthread"),
+            old_abi=("string.cpp",),
+        ),
         _Library("acl_op_compiler", ("stubs/acl_op_compiler.cpp",)),
         _Library("hccl", ("stubs/hccl.cpp",)),
         *empty,
@@ -177,7 +190,7 @@ def _headers(folder: Path) -> list[bytes]:
 def _key_of(libraries: Sequence[_Library], packages: _Packages) -> str:
     parts: list[bytes | str] = [*packages.versions, str(packages.torch), *_FLAGS]
     for library in libraries:
-        parts += [library.name, *library.compile_flags, *library.link_flags]
+        parts += [library.name, *library.compile_flags, *library.link_flags, *library.old_abi]
         for path in library.sources():
             parts += [path.name, path.read_bytes(), *_headers(path.parent)]
     return _digest(parts)
@@ -197,7 +210,7 @@ def _compile_all(
         made = [
             [
                 pool.submit(
-                    _compile, compiler, path, (*flags, *library.compile_flags), objects, packages
+                    _compile, compiler, path, (*flags, *library.flags_of(path)), objects, packages
                 )
                 for path in library.sources()
             ]

@@ -23,16 +23,3 @@ OPTION_BUFFER_POOL = "BufferPool"
 OPTION_GLOBAL_RESOURCE_CONFIG = "GlobalResourceConfig"
 OPTION_AUTO_CONNECT = "AutoConnect"
 OPTION_LOCAL_COMM_RES = "LocalCommRes"
-
-MAX_LINKS = 512
-"""Links of an engine, unless LocalCommRes is of version 1.3."""
-
-MAX_NOTIFY_CHARACTERS = 1024
-MAX_UNREAD_NOTIFIES = 4096
-"""Per link."""
-
-MAX_REQUESTS = 128
-"""Asynchronous transfers under way per engine: a stand-in for the streams of a device."""
-
-ALIGNMENT = 2 << 20
-"""What HCCS wants of the start of device memory that is not from aclrtMalloc."""
