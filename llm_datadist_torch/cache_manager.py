@@ -590,7 +590,8 @@ class CacheManager:
             layer_synchronizer: Called from another thread, as ``synchronize_layer(layer, None)``.
             transfer_configs: Where to send. Addresses must lie in caches that the peer lets others
                 write to, at a row's or block's beginning or inside; what is sent must fit there.
-            src_block_indices: Blocks of the source, required where it is a blocks cache.
+            src_block_indices: Blocks of the source. Of a blocks cache without indices all blocks
+                are sent, to blocks of the same numbers.
             dst_block_indices: Blocks at the peer, each once; counted from the address if given so.
             dst_block_memory_size: Bytes of a block at the peer, required with only
                 ``dst_block_indices``; with both, None, 0 or S.

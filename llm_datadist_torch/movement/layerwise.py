@@ -113,6 +113,9 @@ class Layerwise:
         if dst_block_memory_size is not None:
             dst_block_memory_size = check_uint64("dst_block_memory_size", dst_block_memory_size)
         _check_indices(self.src_ids, self.dst_ids, dst_block_memory_size)
+        if src_cache.is_blocks_cache and self.dst_ids is None:
+            # All of it, block by block; the reference sends the first block only.
+            self.src_ids = self.dst_ids = torch.arange(src_cache.layout.rows)
         check_isinstance(
             "layer_synchronizer", layer_synchronizer, LayerSynchronizer, allow_none=False
         )
@@ -429,8 +432,8 @@ def _target(name: str, config: Config, cache: Cache, *, with_blocks: bool) -> Ta
         target = _key_target(name, config, layers)
     if cache.is_blocks_cache and not with_blocks:
         raise param_error(
-            "src_cache is a blocks cache: which blocks are to be sent?",
-            remedy="give src_block_indices and dst_block_indices.",
+            "src_cache is a blocks cache, and dst_block_indices are given: which blocks are sent?",
+            remedy="give src_block_indices, too; or neither, for all blocks.",
         )
     return target
 

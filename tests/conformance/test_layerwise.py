@@ -103,6 +103,24 @@ def test_blocks(here: Service, far: Far, kind: str, config: Maker, size: int | N
     )
 
 
+@EVERY_WAY
+def test_all_blocks_without_indices(here: Service, far: Far, kind: str, config: Maker) -> None:
+    """To blocks of the same numbers, of which the peer may have more."""
+    source = Source(here, "src", 4, 5, 8, paged=True)
+    cache_id = far.make(kind, "dst", 6, 6, 8, paged=True)
+    assert run(here, source, [config("dst", cache_id, range(2), range(1, 3))]) == [SUCCESS]
+    far.expect("dst", *[(t + 2, 0, source.part(t, 0, 40)) for t in range(4)])
+
+
+def test_all_blocks_must_fit(here: Service, far: Far) -> None:
+    source = Source(here, "src", 2, 5, 8, paged=True)
+    fewer = far.make("allocated", "dst", 2, 4, 8, paged=True)
+    assert run(here, source, [_key(fewer)]) == [PI]
+    larger = far.make("allocated", "larger", 2, 5, 16, paged=True)
+    assert run(here, source, [_key(larger)]) == [PI]
+    far.expect("dst")
+
+
 def test_blocks_of_strided_views(here: Service, far: Far, config: Maker) -> None:
     """Rows apart on both sides, as in vLLM's interleaved caches."""
     source = Source(here, "src", 2, 5, 8, paged=True, pitch=24)
