@@ -10,9 +10,9 @@ NPU_BIN := $(NPU_VENV)/bin
 # All of .venv plus vLLM, kept apart because it is large and wants another transformers.
 VLLM_VENV := $(VENV)-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h) setup.py
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h) setup.py
 SIM_CSRC := ascend_sim/src/ascend_sim/csrc
-CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
+CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
 .PHONY: help demo test test-cpu test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
@@ -87,7 +87,7 @@ dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the 
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_C*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the one C++ extension; everything static is in pyproject.toml.
+"""Builds the C++ extension, and a library apart for HIXL; everything static is in pyproject.toml.
 
 The extension needs CPython's headers and a C++17 compiler, and nothing of torch: it is built for
 CPython's limited API, and tensors reach it by DLPack. One build serves every torch and Python.
@@ -68,6 +68,21 @@ def extension() -> Extension:
     )
 
 
+def hixl_library() -> Extension:
+    """The library `_hixl`, no module of Python's: what calls CANN's HIXL, where that is there."""
+    compile_args, link_args = compiler_flags()
+    folder = ROOT / "csrc" / "hixl"
+    return Extension(
+        name="llm_datadist_torch._hixl",
+        sources=sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.h")),
+        language="c++",
+        extra_compile_args=compile_args,
+        extra_link_args=[*link_args, "-ldl"],
+        py_limited_api=True,
+    )
+
+
 class ParallelBuild(build_ext):
     """Compiles the files of an extension side by side, and only those that have changed."""
 
@@ -103,7 +118,7 @@ class ParallelBuild(build_ext):
 
 
 setup(
-    ext_modules=[extension()],
+    ext_modules=[extension(), hixl_library()],
     cmdclass={"build_ext": ParallelBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -28,7 +28,7 @@ from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.net.descriptors import FOR_AN_INSTANCE, need_descriptors
 from llm_datadist_torch.observe.transfers import TransferLog
-from llm_datadist_torch.transports.base import MemorySpan, joined_spans
+from llm_datadist_torch.transports.base import MemorySpan, joined_spans, spans_in_storages
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports
 from llm_datadist_torch.values.checks import param_error
@@ -239,11 +239,16 @@ class Instance:
         # Nobody else may reach it in this mode, and we may not move it either.
         if self.config.remote_accessible and not entry.remote_accessible:
             return []
-        return joined_spans(entry.addrs.tolist(), entry.layout.extent, entry.device)
+        spans = joined_spans(entry.addrs.tolist(), entry.layout.extent, entry.device)
+        if entry.foreign:
+            return spans
+        storages = [tensor.untyped_storage() for tensor in entry.tensors]
+        return spans_in_storages(spans, [(each.data_ptr(), each.nbytes()) for each in storages])
 
     def _on_free(self, entry: CacheEntry) -> None:
         # First of all: the engines must not reach memory that is being freed.
-        self._transports.unregister(self._spans_of(entry))
+        keep = None if entry.foreign else entry.tensors
+        self._transports.unregister(self._spans_of(entry), keep)
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)
 

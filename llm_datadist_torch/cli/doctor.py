@@ -116,7 +116,8 @@ def _transport(name: str, reason: str) -> Finding:
         detail, _, remedy = crash.rpartition(". ")
         return Finding(name, "note", f"available; {detail}", remedy)
     if not reason:
-        return Finding(name, "ok", "available")
+        used = probes.hixl() if name == "hixl" else ""
+        return Finding(name, "ok", f"available, through {used}" if used else "available")
     detail, _, remedy = reason.partition(": ")
     return Finding(name, "no", detail, remedy)
 

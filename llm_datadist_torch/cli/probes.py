@@ -177,6 +177,18 @@ def transports() -> dict[str, str]:
         return why_unavailable(torch.device("cpu"))
 
 
+def hixl() -> str:
+    """Through what HIXL is called here, and what was not taken instead; "" if it can't be."""
+    try:
+        (used,) = _in_a_child(
+            "from llm_datadist_torch.transports.hixl.ports import describe",
+            "print(json.dumps([describe()]))",
+        )
+    except _ChildError:
+        return ""
+    return str(used)
+
+
 class _ChildError(Exception):
     """Why a program in a process of its own came to nothing."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ __all__ = [
     "StaleCacheError",
     "Transport",
     "joined_spans",
+    "spans_in_storages",
     "timed_out",
 ]
 
@@ -196,6 +198,13 @@ class Channel(ABC):
             LLMException: Anything else, typed.
         """
 
+    def move_at_last(self, movement: Movement, deadline: Deadline) -> str:
+        """As :meth:`move`, where no other channel serves: waits for what passes by itself.
+
+        Called after :meth:`move` has raised :class:`PathUnavailable`.
+        """
+        return self.move(movement, deadline)
+
     def read_version(self, version: CacheVersion) -> tuple[int, int] | None:  # noqa: ARG002
         """The counters of a version as they are now (lookup, memory), without asking the peer.
 
@@ -270,11 +279,20 @@ class Capabilities:
 
 
 class MemorySpan(NamedTuple):
-    """A stretch of this process's memory that peers may reach."""
+    """A stretch of this process's memory that peers may reach.
+
+    Attributes:
+        address: Its start.
+        nbytes: Its size.
+        device: Where it is.
+        storage: Address and bytes of the tensor's storage that it lies in, where there is one: an
+            engine that registers whole storages registers each once.
+    """
 
     address: int
     nbytes: int
     device: torch.device
+    storage: tuple[int, int] | None = None
 
     @property
     def kind(self) -> MemoryKind:
@@ -292,6 +310,22 @@ def joined_spans(addrs: Iterable[int], nbytes: int, device: torch.device) -> lis
         else:
             spans.append(MemorySpan(address, nbytes, device))
     return spans
+
+
+def spans_in_storages(
+    spans: Iterable[MemorySpan], storages: Iterable[tuple[int, int]]
+) -> list[MemorySpan]:
+    """The spans, each with the storage (address, nbytes) that it lies in, if there is one."""
+    order = sorted(set(storages))
+    starts = [start for start, _ in order]
+
+    def placed(span: MemorySpan) -> MemorySpan:
+        at = bisect_right(starts, span.address) - 1
+        if at < 0 or span.address + span.nbytes > sum(order[at]):
+            return span
+        return span._replace(storage=order[at])
+
+    return [placed(span) for span in spans]
 
 
 class Transport(ABC):
@@ -363,6 +397,15 @@ class Transport(ABC):
 
         Never fails.
         """
+
+    def retire(self, span: MemorySpan, keep: object) -> None:
+        """End one :meth:`register` of ``span``, whose memory nobody but ``keep`` owns any more.
+
+        For engines that can't end it at any time: they keep ``keep`` until it has ended. Never
+        fails; does not block.
+        """
+        del keep
+        self.unregister(span)
 
     @abstractmethod
     def close(self) -> None:

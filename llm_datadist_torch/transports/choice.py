@@ -64,7 +64,14 @@ class LinkChannel:
 
     def __init__(self, channels: Mapping[str, Channel]) -> None:
         self._channels = dict(channels)
-        self._movers = {name: _mover_of(self, channel) for name, channel in channels.items()}
+        self._movers = {
+            name: self._mover_of(channel, channel.move) for name, channel in channels.items()
+        }
+        self._last_movers = {
+            name: self._mover_of(channel, channel.move_at_last)
+            for name, channel in channels.items()
+            if type(channel).move_at_last is not Channel.move_at_last
+        }
         self._host_mover = self._bound(MemoryKind.HOST)
         self._device_mover = self._bound(MemoryKind.DEVICE)
 
@@ -98,6 +105,11 @@ class LinkChannel:
             else:
                 self._bind()
                 return path
+        for name in self._last_movers.keys() & reasons:
+            try:
+                return self._last_movers[name](movement, deadline)
+            except PathUnavailable as reason:
+                reasons[name] = str(reason)
         for name, channel in self._channels.items():
             reasons.setdefault(name, channel.fit(movement.kind).reason)
         raise error_for(
@@ -120,6 +132,9 @@ class LinkChannel:
             if best_level < level < refused.get(name, level + 1):
                 best, best_level = name, level
         return best
+
+    def _mover_of(self, channel: Channel, move: _Mover) -> _Mover:
+        return move if channel.validates_reads else functools.partial(self.move_validated, move)
 
     def _bind(self) -> None:
         self._host_mover = self._bound(MemoryKind.HOST)
@@ -216,12 +231,6 @@ class LinkChannel:
             channel.close()
 
 
-def _mover_of(link: LinkChannel, channel: Channel) -> _Mover:
-    if channel.validates_reads:
-        return channel.move
-    return functools.partial(link.move_validated, channel.move)
-
-
 class TransportSet:
     """The transports of one instance.
 
@@ -293,11 +302,20 @@ class TransportSet:
                     undo.callback(transport.unregister, span)
             undo.pop_all()
 
-    def unregister(self, spans: Iterable[MemorySpan]) -> None:
-        """Take back what :meth:`register` did for these spans."""
+    def unregister(self, spans: Iterable[MemorySpan], keep: object = None) -> None:
+        """Take back what :meth:`register` did for these spans.
+
+        Args:
+            spans: See :meth:`register`.
+            keep: What owns their memory, to be kept by engines that can't end a registration at
+                once; None if somebody else may free it as soon as this returns.
+        """
         for span in spans:
             for transport in self._registering(span):
-                transport.unregister(span)
+                if keep is None:
+                    transport.unregister(span)
+                else:
+                    transport.retire(span, keep)
 
     def close(self) -> None:
         """Close them all; idempotent."""

@@ -10,10 +10,15 @@ import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMException
 from llm_datadist_torch.environment import npu_is_simulated
+from llm_datadist_torch.transports.hixl.native import NativeLibrary
 from tests import simulator_faults as faults
 from tests.caches import Held
 from tests.devices import overwrite, raw
 from tests.peers import Failure, Peer, Service, spawn
+
+
+def without_library(_: type) -> NativeLibrary:
+    raise OSError("libcann_hixl.so can't be used: the test hides it")
 
 
 class NpuService(Service):
@@ -83,6 +88,23 @@ class NpuService(Service):
     def mend(self) -> None:
         if npu_is_simulated():
             faults.reset()
+
+    def use_the_module(self) -> None:
+        """HIXL's C++ class is not there, only its Python module is."""
+        NativeLibrary.load = classmethod(without_library)  # type: ignore[assignment]
+
+    def slow(self, function: str, seconds: float) -> None:
+        """Every call of a function takes longer."""
+        faults.delay(function, seconds, times=0)
+
+    def registered(self) -> int:
+        """How many ranges are registered with HIXL."""
+        transports = self.instance._transports._transports
+        return len(transports["hixl"]._memory.ranges)  # type: ignore[attr-defined]
+
+    def memory_allocated(self) -> int:
+        """Bytes of device memory that torch_npu has given out."""
+        return torch.npu.memory_allocated()  # type: ignore[attr-defined,no-any-return]
 
     def calls(self, function: str) -> int:
         """How often a function was called since the start of this service."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import re
 import threading
 from collections.abc import Callable
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey, Placement
+from llm_datadist_torch.transports.hixl.native import NativeLibrary
+from llm_datadist_torch.transports.hixl.ports import describe
 from tests.npu.hixl_pair import KEY, MINE, OK, Pair, blocks, give, here, pair, peers, pull
-from tests.npu.npu_service import NpuService
+from tests.npu.npu_service import NpuService, without_library
 from tests.peers import Peer, Ref, settle
 
 __all__ = ["here", "pair", "peers"]
@@ -192,6 +195,28 @@ def test_two_instances_of_one_process_need_no_engine(here: NpuService):
         other.finish()
 
 
+def test_the_library_is_used_where_there_is_one():
+    assert "the class hixl::Hixl of /" in describe()
+
+
+def test_through_the_python_module(
+    here: NpuService, peers: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch
+):
+    """One side through the module, the other through the class."""
+    monkeypatch.setattr(NativeLibrary, "load", classmethod(without_library))
+    assert re.search("the Python module hixl of .*, because .* the test hides it", describe())
+    there = peers()
+    port = there.ask("start", 2)
+    here.start(1)
+    assert here.link(2, port) == OK
+    data = blocks(give((here, there, port), 3000, 64), 3000, 64)
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    order = random.Random(8).sample(range(3000), 3000)
+    assert pull(here, order, range(3000)) is None
+    assert blocks(here.dump("mine"), 3000, 64) == [[tensor[r] for r in order] for tensor in data]
+    assert here.calls("hixl.transfer_async") == 3  # of 2048 descriptors at most
+
+
 # -- choosing it ----------------------------------------------------------------------------------
 
 
@@ -215,11 +240,26 @@ def test_with_the_references_backend_each_side_asks(pair: Pair):
     assert here.link_states() == there.ask("link_states") == {}
 
 
-def test_it_needs_an_address(here: NpuService):
-    with pytest.raises(RuntimeError, match="listen_ip_info"):
-        here.start(1, listen="0.0.0.0:0", options={"llm.Transport": "hixl"})
-    here.datadist = None
-    here.start(1, listen=None)
+@pytest.mark.parametrize("listen", [None, "0.0.0.0:0"])
+def test_an_instance_without_an_address_has_an_engine_too(
+    here: NpuService, peers: Callable[[], Peer], listen: str | None
+):
+    """A decoder that only dials: it pulls and is pushed to."""
+    there = peers()
+    port = there.ask("start", 2)
+    here.start(1, listen=listen, options={"llm.Transport": "hixl"})
+    assert here.link(2, port) == OK
+    assert here.transports(2) == ("hixl", "hixl")
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    here.paint("ours", 0)
+    source = blocks(give((here, there, port)), 8, 4096)
+    assert pull(here, range(8), range(8)) is None
+    assert blocks(here.dump("mine"), 8, 4096) == source
+    push = ("push_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [2], [3])
+    assert there.ask("attempt", *push) is None
+    assert [tensor[3] for tensor in blocks(here.dump("ours"), 8, 4096)] == [
+        tensor[2] for tensor in source
+    ]
 
 
 @pytest.mark.needs_two_npus

@@ -71,7 +71,10 @@ def test_doctor_says_what_is_there():
     alone = run("-m", "llm_datadist_torch", "doctor", TORCH_DEVICE_BACKEND_AUTOLOAD="1")
     assert "`import torch` loads torch_npu by itself, and fails" in alone.stdout
     assert "llm_datadist_torch sim" in alone.stdout
-    assert "SIMULATED" in simulate("-m", "llm_datadist_torch", "doctor").stdout
+    simulated = simulate("-m", "llm_datadist_torch", "doctor").stdout
+    assert "SIMULATED" in simulated
+    assert "hixl: available, through the class hixl::Hixl of /" in simulated
+    assert "libcann_hixl.so (CANN 9.1 or later)" in simulated
 
 
 def test_benchmarks_refuse_to_give_figures():

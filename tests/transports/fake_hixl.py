@@ -12,6 +12,8 @@ from collections import deque
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+from llm_datadist_torch.transports.hixl.ports import ModulePort
+
 
 class TransferStatus(enum.IntEnum):
     WAITING = 0
@@ -68,9 +70,12 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.script = Script()
-        self.module = self.hixl = self
+        self.port = ModulePort(self)
         self.address = "10.0.0.1:26000"
         self.requests = 0
+
+    def Hixl(self) -> FakeEngine:  # noqa: N802  as in the module
+        return self
 
     def on_device(self) -> Any:
         return nullcontext()

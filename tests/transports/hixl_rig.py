@@ -7,8 +7,10 @@ import torch
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import Direction, MemorySpan, Movement
+from llm_datadist_torch.transports.hixl import messages
 from llm_datadist_torch.transports.hixl.channel import HixlChannel
 from llm_datadist_torch.transports.hixl.connection import Connection
+from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.registrations import Registrations
 from tests.peers import settle
 from tests.transports.fake_hixl import FakeEngine, TransferStatus
@@ -27,11 +29,30 @@ class Rig:
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.script = self.engine.script
-        self.memory = Registrations(self.engine)  # type: ignore[arg-type]
+        self.memory = Registrations(self.engine, lambda: self.memory.settle())  # type: ignore[arg-type]
         self.memory.add(MemorySpan(BASE, SIZE, META))
-        self.connection = Connection(self.engine, REMOTE)  # type: ignore[arg-type]
-        self.channel = HixlChannel(self.engine, self.memory, self.connection)  # type: ignore[arg-type]
+        self.connection = Connection(self.engine, REMOTE, self.memory)  # type: ignore[arg-type]
+        self.said: list[messages.Message] = []
+        self.their_ranges = [RegisteredRange(1 << 40, SIZE, 1)]
+        self.channel = self.new_channel()
         self.script.calls.clear()
+
+    def new_channel(self) -> HixlChannel:
+        """To a peer that says what it has registered as soon as it is asked."""
+        return HixlChannel(self.engine, self.memory, self.connection, self)  # type: ignore[arg-type]
+
+    def post(self, transport: str, payload: bytes) -> None:
+        """As the control connection does, to the peer's channel."""
+        assert transport == "hixl"
+        message = messages.decode(payload)
+        self.said.append(message)
+        if isinstance(message, messages.Query):
+            self.tell(*self.their_ranges)
+
+    def tell(self, *ranges: RegisteredRange, whole: bool = True) -> None:
+        """The peer tells what it has registered."""
+        latest = max((one.generation for one in ranges), default=0)
+        self.connection.told(messages.Registered(latest, list(ranges), whole))
 
     def move(self, movement=None, ms=5000):
         return self.channel.move(movement or moved(), Deadline.after_ms(ms))
@@ -44,12 +65,19 @@ class Rig:
         return self.count("disconnect") == 1 and settle(lambda: self.count("connect") == 2)
 
 
-def moved(runs=((0, 0, 64),), tensors=2, direction=Direction.READ, region=None, local=BASE):
+def moved(
+    runs=((0, 0, 64),),
+    tensors=2,
+    direction=Direction.READ,
+    region=None,
+    local=BASE,
+    remote=1 << 40,
+):
     step = 4096
     return Movement(
         direction,
         torch.arange(tensors) * step + local,
-        torch.arange(tensors) * step + (1 << 40),
+        torch.arange(tensors) * step + remote,
         torch.tensor(runs),
         region,
         1,

@@ -22,6 +22,7 @@ from llm_datadist_torch.transports.base import (
     StaleCacheError,
     Transport,
     joined_spans,
+    spans_in_storages,
 )
 from llm_datadist_torch.transports.choice import LinkChannel, TransportSet
 
@@ -150,6 +151,24 @@ def test_a_channel_that_does_not_take_it_is_passed_over():
         channel.move(movement(), Deadline.after_ms(1000))
 
 
+class Patient(StubChannel):
+    """Serves after a while what it can't serve at once."""
+
+    def move_at_last(self, movement, deadline):
+        return f"{self.name}, at last"
+
+
+def test_a_channel_that_must_wait_is_waited_for_where_nothing_else_serves():
+    first, second = StubChannel("a", LAST, NO), Patient("b", GOOD, NO)
+    channel = LinkChannel({"a": first, "b": second})
+    second.refuses = "not yet"
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "a"
+    first.refuses = "never"
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "b, at last"
+    second.refuses = ""
+    assert channel.move(movement(), Deadline.after_ms(1000)) == "b"
+
+
 VERSION = CacheVersion(RegionView(1, 4096, 64, 3, 4, 5), 0, lookup=7, memory=8)
 
 
@@ -257,6 +276,16 @@ def test_host_memory_that_an_engine_refuses_is_left_to_others(caplog):
     engine.refuse = SPANS[1]
     with pytest.raises(LLMException, match="refused"):
         transports.register([SPANS[1]])
+
+
+def test_spans_know_the_storages_that_they_lie_in():
+    spans = [MemorySpan(100, 50, CPU), MemorySpan(150, 51, CPU), MemorySpan(400, 8, CPU)]
+    assert spans_in_storages(spans, [(400, 8), (100, 100), (100, 100)]) == [
+        MemorySpan(100, 50, CPU, (100, 100)),
+        MemorySpan(150, 51, CPU),
+        MemorySpan(400, 8, CPU, (400, 8)),
+    ]
+    assert spans_in_storages(spans, []) == spans
 
 
 def test_spans_of_tensors():

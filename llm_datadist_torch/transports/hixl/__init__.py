@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+import weakref
+from collections.abc import Callable
 
 import msgspec
 import torch
 
 from llm_datadist_torch.config import EngineConfig
+from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,
     Capabilities,
@@ -18,24 +22,20 @@ from llm_datadist_torch.transports.base import (
     Transport,
 )
 from llm_datadist_torch.transports.hixl.channel import HixlChannel
-from llm_datadist_torch.transports.hixl.connection import Connection
-from llm_datadist_torch.transports.hixl.engine import HixlEngine, import_hixl
+from llm_datadist_torch.transports.hixl.connection import OURS, Connection
+from llm_datadist_torch.transports.hixl.engine import HixlEngine
+from llm_datadist_torch.transports.hixl.messages import HixlOffer
+from llm_datadist_torch.transports.hixl.ports import describe
 from llm_datadist_torch.transports.hixl.registrations import Registrations
 from llm_datadist_torch.values.status import LLMException
 
 logger = logging.getLogger("llm_datadist_torch")
 
-_ANY_ADDRESS = {"", "0.0.0.0", "::"}  # noqa: S104  to refuse them
-
-
-class HixlOffer(msgspec.Struct, frozen=True, array_like=True):
-    """What a peer must know.
-
-    Attributes:
-        engine: The address of the engine, spelt as HIXL wants to hear it.
-    """
-
-    engine: str
+_QUIESCE_MS = 5_000
+"""How long peers have to disconnect when memory is to be deregistered."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+"""Between attempts to deregister, when somebody stays connected."""
+_POLL_S = 0.002
 
 
 class HixlTransport(Transport):
@@ -60,30 +60,25 @@ class HixlTransport(Transport):
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self._engine = HixlEngine(config, device)
-        self._memory = Registrations(self._engine)
+        self._memory = Registrations(self._engine, self._quiesce)
         self._lock = threading.Lock()
         self._connections: dict[str, Connection] = {}
-        self._closed = False
+        self._channels: weakref.WeakSet[HixlChannel] = weakref.WeakSet()
+        self._quiescing = threading.Lock()
+        self._settling = False
+        self._end = threading.Event()
 
     @classmethod
-    def availability(cls, config: EngineConfig, device: torch.device) -> str | None:
-        """It needs CANN's module, an NPU, and an address to listen on."""
+    def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
+        """It needs CANN's HIXL and an NPU."""
         try:
-            import_hixl()
+            describe()
         except ImportError as error:
-            return (
-                f"the Python module hixl can't be imported ({error}): install CANN with HIXL and"
-                " source its set_env.sh"
-            )
+            return f"HIXL is not found ({error}): install CANN 8.5 or later, source its set_env.sh"
         if device.type == HOST_DEVICE.type:
             return (
                 "it needs an NPU, and Placement.DEVICE means the CPU here: install torch_npu, or"
                 " see LLMConfig.device"
-            )
-        if config.listen is None or config.listen[0] in _ANY_ADDRESS:
-            return (
-                "its engine is named by the address that peers reach it at: set"
-                ' LLMConfig.listen_ip_info = "ip:port" with this machine\'s address'
             )
         return None
 
@@ -91,27 +86,125 @@ class HixlTransport(Transport):
         """The address of the engine."""
         return msgspec.msgpack.encode(HixlOffer(self._engine.address))
 
-    def connect(self, offer: bytes, relay: Relay) -> HixlChannel:  # noqa: ARG002
+    def connect(self, offer: bytes, relay: Relay) -> HixlChannel:
         """A channel; HIXL connects with its first movement."""
         remote = msgspec.msgpack.decode(offer, type=HixlOffer).engine
         with self._lock:
-            connection = self._connections.setdefault(remote, Connection(self._engine, remote))
-        return HixlChannel(self._engine, self._memory, connection)
+            connection = self._connections.get(remote)
+            if connection is None:
+                connection = Connection(self._engine, remote, self._memory)
+                self._connections[remote] = connection
+            channel = HixlChannel(self._engine, self._memory, connection, relay)
+            self._channels.add(channel)
+        return channel
+
+    # -- memory -----------------------------------------------------------------------------------
 
     def register(self, span: MemorySpan) -> None:
         """See :meth:`Transport.register`."""
-        self._memory.add(span)
+        new = self._memory.add(span)
+        if new:
+            for channel in self._open_channels():
+                channel.tell_new(new)
 
     def unregister(self, span: MemorySpan) -> None:
-        """See :meth:`Transport.unregister`."""
-        self._memory.remove(span)
+        """See :meth:`Transport.unregister`; blocks until nobody is connected any more.
+
+        The memory belongs to somebody who may free it as soon as this returns.
+        """
+        if self._memory.remove(span) and not self._quiesce():
+            logger.warning(
+                "%d bytes at %#x stay reachable by HIXL: somebody stays connected, and HIXL"
+                " deregisters nothing meanwhile; register tensors instead of addresses, which are"
+                " kept until they can be deregistered",
+                span.nbytes,
+                span.address,
+            )
+            self._settle_later()
+
+    def retire(self, span: MemorySpan, keep: object) -> None:
+        """See :meth:`Transport.retire`."""
+        if self._memory.remove(span, keep):
+            self._settle_later()
+
+    def _settle_later(self) -> None:
+        if not self._may_be_connected() and self._memory.settle():
+            self._tell_all()
+            return
+        with self._lock:
+            if self._settling or self._end.is_set():
+                return
+            self._settling = True
+        threading.Thread(target=self._settle, name="llmdd-hixl-deregister", daemon=True).start()
+
+    def _settle(self) -> None:
+        pause = _FIRST_PAUSE_S
+        try:
+            while not self._end.is_set() and not self._quiesce():
+                self._end.wait(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+        finally:
+            self._settling = False
+        if self._memory.unsettled:  # something came between the attempt and that line
+            self._settle_later()
+
+    def _quiesce(self) -> bool:
+        """Deregister what has no users any more; blocks until nobody is connected meanwhile.
+
+        Movements under way are waited for, here and at the peers; new ones go by another path, or
+        wait.
+
+        Returns:
+            False if somebody stays connected.
+        """
+        deadline = Deadline.after_ms(_QUIESCE_MS)
+        with self._quiescing:
+            if not self._may_be_connected() and self._memory.settle():
+                self._tell_all()
+                return True
+            with self._lock:
+                connections = list(self._connections.values())
+            channels = self._open_channels()
+            try:
+                for channel in channels:
+                    channel.ask_to_disconnect()
+                held = [connection.hold(OURS, deadline) for connection in connections]
+                if not all(held):
+                    return False
+                # The engine itself knows best, but releases before CANN 9.0 don't refuse.
+                return _until(
+                    lambda: (
+                        not any(channel.peer_may_be_connected for channel in channels)
+                        and self._memory.settle()
+                    ),
+                    deadline,
+                )
+            finally:
+                for connection in connections:
+                    connection.let(OURS)
+                self._tell_all()
+
+    def _may_be_connected(self) -> bool:
+        with self._lock:
+            connections = list(self._connections.values())
+        return any(connection.is_up for connection in connections) or any(
+            channel.peer_connects for channel in self._open_channels()
+        )
+
+    def _open_channels(self) -> list[HixlChannel]:
+        with self._lock:
+            return [channel for channel in self._channels if not channel.closed]
+
+    def _tell_all(self) -> None:
+        for channel in self._open_channels():
+            channel.tell_all()
 
     def close(self) -> None:
         """Disconnect, deregister and end the engine, in HIXL's order; idempotent."""
         with self._lock:
-            if self._closed:
+            if self._end.is_set():
                 return
-            self._closed = True
+            self._end.set()
             connections = list(self._connections.values())
         for connection in connections:
             try:
@@ -120,3 +213,11 @@ class HixlTransport(Transport):
                 logger.warning("%s", error)  # the end of the engine ends it, too
         self._memory.clear()
         self._engine.finalize()
+
+
+def _until(condition: Callable[[], bool], deadline: Deadline) -> bool:
+    while not condition():
+        if deadline.expired:
+            return False
+        time.sleep(_POLL_S)
+    return True

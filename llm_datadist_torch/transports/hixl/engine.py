@@ -3,36 +3,34 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import logging
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from typing import Any
 
 import torch
 
 from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.transports.hixl.statuses import SUCCESS, hixl_error
+from llm_datadist_torch.transports.hixl.ports import (
+    AUTO_CONNECT,
+    CLIENT_SERVER_COMM,
+    Port,
+    open_port,
+)
+from llm_datadist_torch.transports.hixl.statuses import PARAM_INVALID, SUCCESS, hixl_error
 from llm_datadist_torch.values.checks import param_error
-from llm_datadist_torch.values.status import LLMException
 
 logger = logging.getLogger("llm_datadist_torch")
 
-_NEAR_PORTS = 64
-"""Ports after the instance's own that the engine tries before it takes any."""
 _ATTEMPTS = 8
 """Others may take a free port between our look and the engine's start."""
-
-
-def import_hixl() -> Any:  # noqa: ANN401  CANN's module has no type information
-    """CANN's module ``hixl``, imported when first needed.
-
-    Raises:
-        ImportError: It isn't there, or what it needs isn't.
-    """
-    return importlib.import_module("hixl")
+_ANY_ADDRESS = {"", "0.0.0.0", "::"}  # noqa: S104  to replace them
+_SOMEWHERE = ("192.0.2.1", 9)
+"""An address that is nobody's (RFC 5737): the route to it tells this machine's own address."""
+_LOCAL_COMM_RES = "LocalCommRes"
+_CLIENT_SERVER = '{"version": "1.3"}'
+"""LocalCommRes of the engine without a limit of links, which peers on one device can use."""
 
 
 class HixlEngine:
@@ -42,7 +40,8 @@ class HixlEngine:
     ``with engine.on_device()``.
 
     Args:
-        config: ``listen`` says where; the options for HIXL are passed on.
+        config: ``listen`` says at which address, the port is any that is free; the options for
+            HIXL are passed on.
         device: The device whose memory it moves.
 
     Raises:
@@ -50,28 +49,30 @@ class HixlEngine:
     """
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self.module = import_hixl()
+        self.port = open_port()
         self._device = device
         self._device_module = torch.get_device_module(device)
-        self.hixl = self.module.Hixl()
-        if config.listen is None:
-            raise param_error("HIXL needs listen_ip_info")
-        host, port = config.listen
-        failure: LLMException | None = None
+        host = _address_of(config)
+        status = None
         with self.on_device():
-            for address in itertools.islice(_free_addresses(host, port), _ATTEMPTS):
-                status = self.hixl.initialize(address, _options(self.module, config))
-                if status == SUCCESS:
-                    self.address = address
-                    logger.debug("HIXL engine at %s, %s", address, device)
-                    return
-                failure = hixl_error(
-                    status,
-                    f"start an engine at {address} on {device}",
-                    remedy="look into CANN's log; check listen_ip_info, local_comm_res and"
-                    " global_resource_config.",
-                )
-        raise failure or param_error(f"{host} has no free port for HIXL")
+            # What this release is said to have may need a newer driver: then without it.
+            for options in _options(self.port, config):
+                for address in itertools.islice(_free_addresses(host), _ATTEMPTS):
+                    status = self.port.initialize(address, options)
+                    if status == SUCCESS:
+                        self.address = address
+                        logger.debug("HIXL engine at %s, %s, %s", address, device, options)
+                        return
+                    if status == PARAM_INVALID:
+                        break
+        if status is None:
+            raise param_error(f"{host} has no free port for HIXL")
+        raise hixl_error(
+            status,
+            f"start an engine at {host} on {device}",
+            remedy="look into CANN's log; check listen_ip_info, local_comm_res and"
+            " global_resource_config.",
+        )
 
     def on_device(self) -> AbstractContextManager[object]:
         """The engine's device set in this thread, and what was set before restored afterwards."""
@@ -81,34 +82,55 @@ class HixlEngine:
     def finalize(self) -> None:
         """End the engine; idempotent. Nothing moves any more when it returns."""
         with self.on_device():
-            self.hixl.finalize()
+            self.port.finalize()
 
 
-def _options(module: Any, config: EngineConfig) -> dict[str, str]:  # noqa: ANN401  see import_hixl
+def _address_of(config: EngineConfig) -> str:
+    """Where the engine listens: as the instance, or at the address that its machine goes out by."""
+    host = "" if config.listen is None else config.listen[0]
+    if host not in _ANY_ADDRESS:
+        return host
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect(_SOMEWHERE)  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _options(port: Port, config: EngineConfig) -> list[dict[str, str]]:
+    """What to try to start the engine with, the best first; what an administrator set stays."""
     given = {
-        module.OPTION_LOCAL_COMM_RES: config.local_comm_res,
-        module.OPTION_GLOBAL_RESOURCE_CONFIG: config.global_resource_config,
-        module.OPTION_RDMA_TRAFFIC_CLASS: config.rdma_traffic_class,
-        module.OPTION_RDMA_SERVICE_LEVEL: config.rdma_service_level,
+        _LOCAL_COMM_RES: config.local_comm_res,
+        "GlobalResourceConfig": config.global_resource_config,
+        "RdmaTrafficClass": config.rdma_traffic_class,
+        "RdmaServiceLevel": config.rdma_service_level,
         # No staging pool: everything is registered, and with one an address that isn't would be
         # taken for host memory instead of being refused.
-        module.OPTION_BUFFER_POOL: "0:0",
+        "BufferPool": "0:0",
     }
-    return {key: str(value) for key, value in given.items() if value is not None}
+    plain = {key: str(value) for key, value in given.items() if value is not None}
+    better = plain.copy()
+    if port.supports(CLIENT_SERVER_COMM):
+        better.setdefault(_LOCAL_COMM_RES, _CLIENT_SERVER)
+    if port.supports(AUTO_CONNECT):
+        better.setdefault("AutoConnect", "1")
+    return [better] if better == plain else [better, plain]
 
 
-def _free_addresses(host: str, port: int) -> Iterator[str]:
-    """Addresses where the engine may listen: near the instance's port, then anywhere.
+def _free_addresses(host: str) -> Iterator[str]:
+    """Addresses where the engine may listen, the port any that the system has.
 
-    Port 0 would make the engine a client only, so ports are looked for here.
+    Not one near the instance's: somebody may be told to listen there. Port 0 would make the engine
+    a client only, so ports are looked for here.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    near = range(port + 1, min(port + 1 + _NEAR_PORTS, 1 << 16)) if port else range(0)
-    for wanted in itertools.chain(near, itertools.repeat(0, _ATTEMPTS)):
+    while True:
         with closing(socket.socket(family)) as probe:
             try:
-                probe.bind((host, wanted))
+                probe.bind((host, 0))
             except OSError:
-                continue
+                return
             free = probe.getsockname()[1]
         yield f"[{host}]:{free}" if family == socket.AF_INET6 else f"{host}:{free}"

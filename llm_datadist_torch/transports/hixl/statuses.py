@@ -8,9 +8,11 @@ from typing import NamedTuple
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 SUCCESS = 0
+PARAM_INVALID = 103900
 TIMEOUT = 103901
 NOT_CONNECTED = 103902
 ALREADY_CONNECTED = 103903
+FAILED = 503900
 RESOURCE_EXHAUSTED = 203900
 
 
@@ -22,13 +24,13 @@ class _Meaning(NamedTuple):
 # HIXL code -> its name, and the status that the reference has for it (reference API, 11.6).
 _MEANINGS = {
     SUCCESS: _Meaning("SUCCESS", LLMStatusCode.LLM_SUCCESS),
-    103900: _Meaning("PARAM_INVALID", LLMStatusCode.LLM_PARAM_INVALID),
+    PARAM_INVALID: _Meaning("PARAM_INVALID", LLMStatusCode.LLM_PARAM_INVALID),
     TIMEOUT: _Meaning("TIMEOUT", LLMStatusCode.LLM_TIMEOUT),
     NOT_CONNECTED: _Meaning("NOT_CONNECTED", LLMStatusCode.LLM_NOT_YET_LINK),
     ALREADY_CONNECTED: _Meaning("ALREADY_CONNECTED", LLMStatusCode.LLM_ALREADY_LINK),
     103904: _Meaning("NOTIFY_FAILED", LLMStatusCode.LLM_FAILED),
     103905: _Meaning("UNSUPPORTED", LLMStatusCode.LLM_FEATURE_NOT_ENABLED),
-    503900: _Meaning("FAILED", LLMStatusCode.LLM_FAILED),
+    FAILED: _Meaning("FAILED", LLMStatusCode.LLM_FAILED),
     RESOURCE_EXHAUSTED: _Meaning("RESOURCE_EXHAUSTED", LLMStatusCode.LLM_FAILED),
 }
 

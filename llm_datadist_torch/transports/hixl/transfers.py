@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.transports.base import Direction, Movement, timed_out
+from llm_datadist_torch.transports.base import Movement, timed_out
 from llm_datadist_torch.transports.hixl.engine import HixlEngine
+from llm_datadist_torch.transports.hixl.ports import COMPLETED, WAITING
 from llm_datadist_torch.transports.hixl.statuses import (
     RESOURCE_EXHAUSTED,
     SUCCESS,
@@ -18,25 +18,10 @@ from llm_datadist_torch.transports.hixl.statuses import (
 )
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
-CHUNK = 2048
-"""Descriptors of one request: Python objects, made one by one.
-
-So many take about a millisecond, in which the engine works on the chunks before.
-"""
-
 MAX_REQUESTS = 8
 """Requests under way at a time: each holds resources of the engine."""
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 20e-6, 1e-3
-
-
-def descriptors(module: Any, movement: Movement) -> Iterator[list[object]]:  # noqa: ANN401
-    """The movement in HIXL's terms, chunk by chunk, each made when it is asked for."""
-    make = module.TransferOpDesc
-    columns = movement.expanded()
-    for at in range(0, len(columns[0]), CHUNK):
-        chunk = (column[at : at + CHUNK].tolist() for column in columns)
-        yield list(map(make, *chunk))
 
 
 class Requests:
@@ -66,18 +51,18 @@ class Requests:
             LLMTimeoutError: The deadline passed; requests may be under way.
             LLMException: A request failed; others may be under way.
         """
-        module = self._engine.module
-        op = {Direction.READ: module.TransferOp.READ, Direction.WRITE: module.TransferOp.WRITE}
-        for chunk in descriptors(module, movement):
+        total = len(movement.local_addrs) * len(movement.runs)
+        chunk = self._engine.port.chunk
+        for first in range(0, total, chunk):
             while len(self._pending) >= MAX_REQUESTS:
                 self._wait_a_little()
-            self._submit(op[movement.direction], chunk)
+            self._submit(movement, first, min(chunk, total - first))
         while self._pending:
             self._wait_a_little()
 
-    def _submit(self, op: object, chunk: list[object]) -> None:
+    def _submit(self, movement: Movement, first: int, count: int) -> None:
         while True:
-            status, request = self._engine.hixl.transfer_async(self._remote, op, chunk)
+            status, request = self._engine.port.transfer(self._remote, movement, first, count)
             if status == SUCCESS:
                 self._pending.append(request)
                 return
@@ -104,17 +89,16 @@ class Requests:
         self._nap_s = min(self._nap_s * 2, _LONGEST_NAP_S)
 
     def _take_done(self) -> bool:
-        statuses = self._engine.module.TransferStatus
         done = False
         while self._pending:
-            status, state = self._engine.hixl.get_transfer_status(self._pending[0])
+            status, state = self._engine.port.transfer_state(self._pending[0])
             if status != SUCCESS:
                 raise hixl_error(status, f"follow a transfer with {self._remote}")
-            if state == statuses.WAITING:
+            if state == WAITING:
                 break
             # HIXL has forgotten the request, which must not be asked for again.
             self._pending.popleft()
-            if state != statuses.COMPLETED:
+            if state != COMPLETED:
                 raise error_for(
                     LLMStatusCode.LLM_FAILED,
                     f"a transfer with {self._remote} failed; the destination may be partly written",
