@@ -118,8 +118,10 @@ def test_one_damaged_block_is_noticed(monkeypatch: Any, capsys: Any) -> None:
     swap = CacheManager.swap_blocks
     damaged = []
 
-    def damaging(self: CacheManager, src: Cache, dst: Cache, pairs: torch.Tensor) -> None:
-        swap(self, src, dst, pairs)
+    def damaging(
+        self: CacheManager, src: Cache, dst: Cache, pairs: torch.Tensor, **options: bool
+    ) -> None:
+        swap(self, src, dst, pairs, **options)
         if dst.cache_desc.placement == Placement.DEVICE and not damaged:
             damaged.append(int(pairs[0, 1]))
             for tensor in dst.block(damaged[0]):
@@ -133,7 +135,7 @@ def test_one_damaged_block_is_noticed(monkeypatch: Any, capsys: Any) -> None:
 
 def test_a_missing_copy_is_noticed(monkeypatch: Any, capsys: Any) -> None:
     """Without copy on write, forks continue on blocks that hold something else."""
-    monkeypatch.setattr(CacheManager, "copy_blocks", lambda *_: None)
+    monkeypatch.setattr(CacheManager, "copy_blocks", lambda *_, **__: None)
     assert loop.main(SMALL) == 1
     assert "DIFFERENT" in capsys.readouterr().out
 

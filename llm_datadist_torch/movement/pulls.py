@@ -105,7 +105,8 @@ class PullBlocks(Pull):
             raise arguments.is_contiguous("dst_cache")
         if not len(self._dst_blocks):
             raise arguments.is_empty("dst_blocks")
-        if type(tensor_num_per_layer) is not int or tensor_num_per_layer < 1:
+        # A number that is plainly right needs no call on this, the shortest way.
+        if type(tensor_num_per_layer) is not int or not 0 < tensor_num_per_layer < 1 << 32:
             tensor_num_per_layer = arguments.check_per_layer(tensor_num_per_layer)
         self._per_layer = tensor_num_per_layer
         self._from_blocks = isinstance(src_cache_key, BlocksCacheKey)

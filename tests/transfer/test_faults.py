@@ -207,7 +207,8 @@ def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: st
         sums = [int(tensor.view(-1)[::4096].cpu().sum()) for tensor in tensors]
         time.sleep(0.1)
         assert [int(tensor.view(-1)[::4096].cpu().sum()) for tensor in tensors] == sums
-    assert settle(lambda: transfer(here.attempt, "pull_blocks", THEIRS, "mine", [3]) is None)
+    # The link still works, for a call that has the time that a busy machine takes.
+    assert here.attempt("pull_blocks", THEIRS, Ref("mine"), [3], [3], timeout=10_000) is None
     assert here.held["mine"].cache.block(3)[0].cpu().unique().tolist() == [2]
     assert settle(lambda: peer.ask("counters")["leases"] == 0)
 
