@@ -21,6 +21,7 @@ from llm_datadist_torch import (
 from llm_datadist_torch.links.handshake import Handshake
 from llm_datadist_torch.net.loop import Loop
 from llm_datadist_torch.net.strangers import Strangers
+from llm_datadist_torch.transports.hixl.native import NativeLibrary
 from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.values.status import LLMStatusCode
 from tests.api.support import (
@@ -202,6 +203,10 @@ def test_init_refuses_and_may_be_retried(options, fault):
 
 
 def test_hixl_backend_is_refused_with_a_word(monkeypatch):
+    def missing() -> None:
+        raise OSError("no libcann_hixl.so")
+
+    monkeypatch.setattr(NativeLibrary, "load", missing)
     monkeypatch.setitem(sys.modules, "hixl", None)  # cannot be imported
     with raises(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, "not available"):
         LLMDataDist(LLMRole.PROMPT, 5).init(

@@ -111,8 +111,6 @@ ORDER: list[tuple[str, tuple[Any, ...], type[Exception]]] = [
         ("rows", Ready(), [by_key(range(1), range(1), cache_key=BLOCKS_KEY, src_batch_index=1)]),
         LLMParamError,
     ),
-    # Section 14, 9: which blocks?
-    ("blocks without indices", ("blocks", Ready(), [FOUR]), LLMParamError),
     ("blocks cut", ("blocks", Ready(), [FOUR], None, [0], 8), LLMParamError),
 ]
 

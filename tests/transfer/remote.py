@@ -11,6 +11,7 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links.link import Link
+from llm_datadist_torch.links.messages import Note
 from tests.peers import Ref, Service
 
 ME, PEER = 1, 2
@@ -29,14 +30,21 @@ def status(failure: Any) -> str:
 
 @contextmanager
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What this process says on its links meanwhile."""
+    """What this process says on its links meanwhile.
+
+    Without the first note of a transport on each link: an engine connects with its first movement.
+    """
     said: list[str] = []
+    connecting: set[str] = set()
 
     def noted(name: str) -> Callable[..., Any]:
         real = getattr(Link, name)
 
         def call(link: Link, body: Any, *args: Any) -> Any:
-            said.append(type(body).__name__)
+            if isinstance(body, Note) and link.name not in connecting:
+                connecting.add(link.name)
+            else:
+                said.append(type(body).__name__)
             return real(link, body, *args)
 
         return call
