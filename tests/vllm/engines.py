@@ -62,7 +62,8 @@ class Engine:
             told["kv_transfer_config"] = {
                 "kv_connector": name,
                 "kv_role": role,
-                "kv_connector_extra_config": connector,
+                # On a busy machine much time may pass before the consumer asks.
+                "kv_connector_extra_config": {"claim_s": 120.0} | connector,
                 "kv_load_failure_policy": policy,
             } | ({"kv_connector_module_path": module} if module else {})
         self.log = log
