@@ -197,6 +197,8 @@ def test_memory_that_is_freed_while_it_is_read(
     with just_after_the_bytes(monkeypatch, free_and_reuse):
         failure = pull(here)
     if failure is None:
+        # Only where the owner is asked, as for memory of an NPU, does a lease keep the bytes.
+        assert here.held["mine"].cache.tensors[0].device.type != "cpu"
         assert read.isdisjoint(other.held["others"].cache.tensor_addrs)
         assert here.colours("mine") == [7]
     else:
