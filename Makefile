@@ -69,6 +69,7 @@ lint: $(VENV)/.built  ## Check style, types, sizes, and that the C++ compiles fo
 	$(BIN)/pyright
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/python scripts/check_budgets.py
+	$(BIN)/python scripts/check_words.py
 	scripts/cross_compile.sh
 
 format: $(VENV)/.built  ## Format Python and C++

@@ -49,13 +49,13 @@ def by_epoll(pair: tuple[socket.socket, socket.socket], count: int) -> float:
     epoll = select.epoll()
     epoll.register(ours.fileno(), select.EPOLLIN)
 
-    def ask() -> None:
+    def round_trip() -> None:
         ours.send(MESSAGE)
         epoll.poll()
         ours.recv(4096)
 
     with ours:
-        return timed(ask, count)
+        return timed(round_trip, count)
 
 
 def tcp_pair() -> tuple[socket.socket, socket.socket]:
@@ -110,11 +110,11 @@ def by_zeromq(count: int) -> float | None:
     dealer = zmq.Context().socket(zmq.DEALER)
     dealer.connect(f"tcp://127.0.0.1:{int.from_bytes(ours.recv(4), 'big')}")
 
-    def ask() -> None:
+    def round_trip() -> None:
         dealer.send(MESSAGE)
         dealer.recv()
 
-    result = timed(ask, count)
+    result = timed(round_trip, count)
     ours.close()
     return result
 

@@ -84,7 +84,7 @@ class Process:
     port: int = 0
     samples: list[dict[str, float]] = field(default_factory=list)
 
-    def ask(self, command: str, argument: object = None) -> Any:  # noqa: ANN401
+    def call(self, command: str, argument: object = None) -> Any:  # noqa: ANN401
         self.pipe.send((command, argument))
         return self.answer()
 
@@ -108,7 +108,7 @@ class Soak:
             Plan(n + 1, 1, 0, workers, threads, seed, pause_s, options) for n in range(workers)
         ]
         self.workers = [self._start(plan) for plan in plans]
-        self._tell()
+        self._report()
         for worker in self.workers:
             worker.pipe.send(("run", None))
 
@@ -121,7 +121,7 @@ class Soak:
         started.port = started.answer()
         return started
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         peers = {w.plan.number: (w.port, w.plan.generation) for w in self.workers}
         for worker in self.workers:
             worker.pipe.send(("peers", peers))
@@ -129,7 +129,7 @@ class Soak:
     def kill_the_last(self) -> None:
         """Kill the last worker, and start another one in its place, at the same port."""
         old = self.workers[-1]
-        self._count(old.ask("report"))
+        self._count(old.call("report"))
         old.process.kill()
         old.process.join()
         self.kills += 1
@@ -137,7 +137,7 @@ class Soak:
             self.board[slot] = 0
         fields = {**vars(old.plan), "generation": old.plan.generation + 1, "port": old.port}
         self.workers[-1] = self._start(Plan(**fields))
-        self._tell()
+        self._report()
         self.workers[-1].pipe.send(("run", None))
 
     def _count(self, report: Report) -> None:
@@ -149,7 +149,7 @@ class Soak:
         """Take a sample of each worker, and ask whether all is well."""
         for worker in self.workers:
             worker.samples.append(sample(worker.process.pid))
-            report = worker.ask("report")
+            report = worker.call("report")
             if report.error:
                 self.problems.append(report.error)
 

@@ -17,12 +17,12 @@
 namespace llmdd {
 namespace {
 
-NewInt64 block_runs(const Int64Vector& dst_ids, const Int64Vector& src_ids, int64_t dst_pitch,
-                    int64_t src_pitch, int64_t nbytes) {
+NewInt64 block_runs(const Int64Vector& dst_ids, const Int64Vector& src_ids,
+                    int64_t dst_row_stride_bytes, int64_t src_row_stride_bytes, int64_t nbytes) {
   check_value(dst_ids.size() == src_ids.size(), "dst_ids has ", dst_ids.size(),
               " ids, but src_ids ", src_ids.size());
-  const std::vector<Run> runs =
-      merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(), {dst_pitch, src_pitch, nbytes});
+  const std::vector<Run> runs = merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(),
+                                             {dst_row_stride_bytes, src_row_stride_bytes, nbytes});
   static_assert(sizeof(Run) == 3 * sizeof(int64_t), "a Run is a row of the tensor");
   const int64_t* values = reinterpret_cast<const int64_t*>(runs.data());
   return {std::vector<int64_t>(values, values + 3 * runs.size()), 3};
@@ -90,7 +90,8 @@ void check_ids(const std::string& name, const Int64Vector& ids, int64_t rows, bo
 
 void bind_copy(Module& module) {
   module.function<&block_runs>(
-      "block_runs", {{"dst_ids"}, {"src_ids"}, {"dst_pitch"}, {"src_pitch"}, {"nbytes"}},
+      "block_runs",
+      {{"dst_ids"}, {"src_ids"}, {"dst_row_stride_bytes"}, {"src_row_stride_bytes"}, {"nbytes"}},
       "The runs, int64 [R, 3], that copy block src_ids[i] to block dst_ids[i].");
   module.function<&measure_runs>("measure_runs", {{"runs"}},
                                  "Bytes of the runs, and where they end in dst and in src.",

@@ -143,15 +143,16 @@ std::tuple<NewInt64, NewInt64, Cursor> engine_request(const Int64Table& runs, co
 
 // -1 unless all stretches lie inside rows of the tensors.
 int64_t bytes_in_rows(const Int64Vector& starts, const Int64Vector& sizes, const Int64Vector& bases,
-                      int64_t extent, int64_t pitch, int64_t row_bytes) {
+                      int64_t extent, int64_t row_stride_bytes, int64_t row_bytes) {
   check_value(starts.size() == sizes.size(), "starts has ", starts.size(), " entries, sizes ",
               sizes.size());
-  check_value(extent >= 0 && row_bytes > 0 && pitch >= row_bytes, "extent=", extent,
-              ", pitch=", pitch, ", row_bytes=", row_bytes, " describe no tensor");
+  check_value(extent >= 0 && row_bytes > 0 && row_stride_bytes >= row_bytes, "extent=", extent,
+              ", row_stride_bytes=", row_stride_bytes, ", row_bytes=", row_bytes,
+              " describe no tensor");
   std::vector<uint64_t> sorted(bases.as_addresses(), bases.as_addresses() + bases.size());
   std::sort(sorted.begin(), sorted.end());
-  return bytes_inside(sorted, {extent, pitch, row_bytes}, starts.as_addresses(), sizes.data(),
-                      starts.size())
+  return bytes_inside(sorted, {extent, row_stride_bytes, row_bytes}, starts.as_addresses(),
+                      sizes.data(), starts.size())
       .value_or(-1);
 }
 
@@ -202,7 +203,8 @@ void bind_transfer(Module& module) {
       "The tables (address, nbytes, 0), int64 [n, 3], of either side, for a request that begins at "
       "start=(run, byte); and where the next one begins.");
   module.function<&bytes_in_rows>(
-      "bytes_inside", {{"starts"}, {"sizes"}, {"bases"}, {"extent"}, {"pitch"}, {"row_bytes"}},
+      "bytes_inside",
+      {{"starts"}, {"sizes"}, {"bases"}, {"extent"}, {"row_stride_bytes"}, {"row_bytes"}},
       "The bytes of all stretches, or -1 unless each has some and lies inside a row.");
   module.function<&load_word_at>("load_word", {{"address"}},
                                  "The counter at a mapped address, ordered after what was read "

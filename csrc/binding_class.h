@@ -15,7 +15,7 @@ namespace detail {
 
 // A Python object that holds a C++ one.
 template <class T>
-struct Holder {
+struct PyObjectOf {
   PyObject_HEAD std::shared_ptr<T>* held;
 };
 
@@ -94,7 +94,8 @@ class Class {
         {Py_tp_new, reinterpret_cast<void*>(make_)},
         {0, nullptr},
     };
-    PyType_Spec spec{full.c_str(), sizeof(detail::Holder<T>), 0, Py_TPFLAGS_DEFAULT, slots.data()};
+    PyType_Spec spec{full.c_str(), sizeof(detail::PyObjectOf<T>), 0, Py_TPFLAGS_DEFAULT,
+                     slots.data()};
     const PyRef type = PyRef::take(PyType_FromSpec(&spec));
     module.add(name_, type);
     Py_INCREF(type.get());
@@ -104,7 +105,7 @@ class Class {
  private:
   static void dealloc(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
-    delete reinterpret_cast<detail::Holder<T>*>(self)->held;
+    delete reinterpret_cast<detail::PyObjectOf<T>*>(self)->held;
     PyObject_Free(self);
     Py_DECREF(reinterpret_cast<PyObject*>(type));
   }
@@ -132,7 +133,7 @@ struct From<std::shared_ptr<T>> {
       PyErr_Format(PyExc_TypeError, "%s must be a %R, got %R", name, detail::type_of<T>, object);
       throw PythonError();
     }
-    return *reinterpret_cast<detail::Holder<T>*>(object)->held;
+    return *reinterpret_cast<detail::PyObjectOf<T>*>(object)->held;
   }
 };
 
@@ -141,7 +142,7 @@ struct To<std::shared_ptr<T>> {
   static PyRef make(std::shared_ptr<T> value) {
     auto held = std::make_unique<std::shared_ptr<T>>(std::move(value));
     PyRef object = PyRef::take(PyType_GenericAlloc(detail::type_of<T>, 0));
-    reinterpret_cast<detail::Holder<T>*>(object.get())->held = held.release();
+    reinterpret_cast<detail::PyObjectOf<T>*>(object.get())->held = held.release();
     return object;
   }
 };

@@ -43,10 +43,10 @@ namespace {
 class Orderer {
  public:
   Orderer(const int64_t* dst_ids, const int64_t* src_ids, size_t count, const IdTable& dst_table,
-          int64_t pitch, int64_t nbytes)
+          int64_t row_stride_bytes, int64_t nbytes)
       : dst_ids_(dst_ids),
         src_ids_(src_ids),
-        pitch_(pitch),
+        row_stride_bytes_(row_stride_bytes),
         nbytes_(nbytes),
         writer_(count),
         readers_(count, 0) {
@@ -92,7 +92,7 @@ class Orderer {
   bool writes_itself(size_t i) const { return dst_ids_[i] == src_ids_[i]; }
 
   void copy(int64_t at) {
-    const Run run{dst_ids_[at] * pitch_, src_ids_[at] * pitch_, nbytes_};
+    const Run run{dst_ids_[at] * row_stride_bytes_, src_ids_[at] * row_stride_bytes_, nbytes_};
     std::vector<OrderedStep>& steps = order_.steps;
     if (!steps.empty() && steps.back().kind == OrderedStep::Kind::kCopy &&
         extend(steps.back().run, run)) {
@@ -104,7 +104,8 @@ class Orderer {
   // The pair at `first` overwrites what the ring's last pair reads: save that, go round, restore.
   void cut_ring(int64_t first, std::vector<bool>& done) {
     order_.staging_bytes = nbytes_;
-    order_.steps.push_back({OrderedStep::Kind::kSave, {0, dst_ids_[first] * pitch_, nbytes_}});
+    order_.steps.push_back(
+        {OrderedStep::Kind::kSave, {0, dst_ids_[first] * row_stride_bytes_, nbytes_}});
     int64_t at = first;
     while (writer_[at] != first) {
       copy(at);
@@ -112,12 +113,13 @@ class Orderer {
       at = writer_[at];
     }
     done[at] = true;
-    order_.steps.push_back({OrderedStep::Kind::kRestore, {dst_ids_[at] * pitch_, 0, nbytes_}});
+    order_.steps.push_back(
+        {OrderedStep::Kind::kRestore, {dst_ids_[at] * row_stride_bytes_, 0, nbytes_}});
   }
 
   const int64_t* dst_ids_;
   const int64_t* src_ids_;
-  int64_t pitch_;
+  int64_t row_stride_bytes_;
   int64_t nbytes_;
   std::vector<int64_t> writer_;  // by pair: the pair that writes the block this one reads, or kNone
   std::vector<int64_t>
@@ -142,8 +144,8 @@ bool pairs_interfere(const int64_t* dst_ids, const int64_t* src_ids, size_t coun
 }
 
 BlockOrder order_blocks(const int64_t* dst_ids, const int64_t* src_ids, size_t count,
-                        const IdTable& dst_table, int64_t pitch, int64_t nbytes) {
-  return Orderer(dst_ids, src_ids, count, dst_table, pitch, nbytes).order();
+                        const IdTable& dst_table, int64_t row_stride_bytes, int64_t nbytes) {
+  return Orderer(dst_ids, src_ids, count, dst_table, row_stride_bytes, nbytes).order();
 }
 
 }  // namespace llmdd

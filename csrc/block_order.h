@@ -55,6 +55,6 @@ bool pairs_interfere(const int64_t* dst_ids, const int64_t* src_ids, size_t coun
 // Orders the pairs: who reads a block comes before who writes it. Destinations must be distinct.
 // Pairs that copy a block to itself are dropped.
 BlockOrder order_blocks(const int64_t* dst_ids, const int64_t* src_ids, size_t count,
-                        const IdTable& dst_table, int64_t pitch, int64_t nbytes);
+                        const IdTable& dst_table, int64_t row_stride_bytes, int64_t nbytes);
 
 }  // namespace llmdd

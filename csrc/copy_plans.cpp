@@ -56,7 +56,7 @@ std::vector<Rows> segments(const TensorRows& tensors, int64_t row, int64_t offse
   result.reserve(tensors.bases.size());
   for (uint64_t base : tensors.bases) {
     result.push_back(
-        {base + static_cast<uint64_t>(row * tensors.pitch + offset), 1, nbytes, nbytes});
+        {base + static_cast<uint64_t>(row * tensors.row_stride_bytes + offset), 1, nbytes, nbytes});
   }
   return result;
 }
@@ -65,7 +65,7 @@ std::vector<Rows> segments(const TensorRows& tensors, int64_t row, int64_t offse
 
 std::vector<Run> BlocksPlan::runs() const {
   std::vector<Run> runs = merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(),
-                                       {all.pitch, all.pitch, all.nbytes});
+                                       {all.row_stride_bytes, all.row_stride_bytes, all.nbytes});
   runs.erase(
       std::remove_if(runs.begin(), runs.end(), [](const Run& run) { return run.dst == run.src; }),
       runs.end());
@@ -73,7 +73,8 @@ std::vector<Run> BlocksPlan::runs() const {
 }
 
 BlockOrder BlocksPlan::order() const {
-  return order_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(), table, all.pitch, all.nbytes);
+  return order_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(), table, all.row_stride_bytes,
+                      all.nbytes);
 }
 
 BlocksPlan plan_copy_blocks(TensorRows tensors, Ids src_ids, Ids dst_ids) {
@@ -110,7 +111,7 @@ RowsPlan plan_swap_blocks(TensorRows dst, TensorRows src, const Ids& dst_ids, co
   }
   if (!to.bases.empty() && !dst_ids.empty() && to.nbytes > 0) {
     plan.runs = merge_blocks(dst_ids.data(), src_ids.data(), dst_ids.size(),
-                             {to.pitch, from.pitch, to.nbytes});
+                             {to.row_stride_bytes, from.row_stride_bytes, to.nbytes});
   }
   return plan;
 }

@@ -23,22 +23,22 @@ std::string text_of(const Parts&... parts) {
   return text.str();
 }
 
-// Throws Error with the text of all parts unless `holds`.
+// Throws Error with the text of all parts unless `condition`.
 template <class Error, class... Parts>
-inline void check(bool holds, const Parts&... parts) {
-  if (!holds) {
+inline void check(bool condition, const Parts&... parts) {
+  if (!condition) {
     throw Error(text_of(parts...));
   }
 }
 
 template <class... Parts>
-inline void check_value(bool holds, const Parts&... parts) {
-  check<std::invalid_argument>(holds, parts...);
+inline void check_value(bool condition, const Parts&... parts) {
+  check<std::invalid_argument>(condition, parts...);
 }
 
 template <class... Parts>
-inline void check_index(bool holds, const Parts&... parts) {
-  check<std::out_of_range>(holds, parts...);
+inline void check_index(bool condition, const Parts&... parts) {
+  check<std::out_of_range>(condition, parts...);
 }
 
 }  // namespace llmdd

@@ -9,7 +9,8 @@ namespace llmdd {
 namespace {
 
 uint64_t end_of(const Rows& t) {
-  return t.base + static_cast<uint64_t>((t.rows - 1) * t.pitch) + static_cast<uint64_t>(t.nbytes);
+  return t.base + static_cast<uint64_t>((t.rows - 1) * t.row_stride_bytes) +
+         static_cast<uint64_t>(t.nbytes);
 }
 
 bool is_empty(const Rows& t) { return t.rows == 0 || t.nbytes == 0; }
@@ -18,14 +19,14 @@ bool is_empty(const Rows& t) { return t.rows == 0 || t.nbytes == 0; }
 bool is_inside(const std::vector<uint64_t>& bases, const RowShape& shape, uint64_t start,
                int64_t size) {
   const uint64_t extent = static_cast<uint64_t>(shape.extent);
-  const bool dense = shape.pitch == shape.nbytes;
+  const bool dense = shape.row_stride_bytes == shape.nbytes;
   for (auto next = std::upper_bound(bases.begin(), bases.end(), start); next != bases.begin();) {
     const uint64_t offset = start - *--next;
     if (offset >= extent) {
       return false;
     }
     const int64_t at = static_cast<int64_t>(offset);
-    const int64_t room = dense ? shape.extent - at : shape.nbytes - at % shape.pitch;
+    const int64_t room = dense ? shape.extent - at : shape.nbytes - at % shape.row_stride_bytes;
     if (size <= room) {
       return true;
     }
@@ -39,15 +40,16 @@ bool disjoint(const Rows& a, const Rows& b) {
   if (is_empty(a) || is_empty(b) || end_of(a) <= b.base || end_of(b) <= a.base) {
     return true;
   }
-  if (a.pitch != b.pitch) {
+  if (a.row_stride_bytes != b.row_stride_bytes) {
     return false;
   }
-  // Both repeat every `pitch` bytes: look at one period, from a row of `a` on.
-  const uint64_t pitch = static_cast<uint64_t>(a.pitch);
-  const uint64_t ahead =
-      b.base >= a.base ? (b.base - a.base) % pitch : pitch - 1 - (a.base - b.base - 1) % pitch;
+  // Both repeat every `row_stride_bytes` bytes: look at one period, from a row of `a` on.
+  const uint64_t row_stride_bytes = static_cast<uint64_t>(a.row_stride_bytes);
+  const uint64_t ahead = b.base >= a.base
+                             ? (b.base - a.base) % row_stride_bytes
+                             : row_stride_bytes - 1 - (a.base - b.base - 1) % row_stride_bytes;
   return ahead >= static_cast<uint64_t>(a.nbytes) &&
-         pitch - ahead >= static_cast<uint64_t>(b.nbytes);
+         row_stride_bytes - ahead >= static_cast<uint64_t>(b.nbytes);
 }
 
 std::optional<std::pair<size_t, size_t>> find_overlap(const std::vector<Rows>& tensors) {
@@ -75,12 +77,12 @@ std::optional<std::pair<size_t, size_t>> find_block_overlap(const Rows& dst, con
   std::vector<std::pair<uint64_t, size_t>> starts;
   starts.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    starts.emplace_back(dst.base + static_cast<uint64_t>(dst_ids[i] * dst.pitch), i);
+    starts.emplace_back(dst.base + static_cast<uint64_t>(dst_ids[i] * dst.row_stride_bytes), i);
   }
   std::sort(starts.begin(), starts.end());
   const uint64_t dst_bytes = static_cast<uint64_t>(dst.nbytes);
   for (size_t i = 0; i < count; ++i) {
-    const uint64_t first = src.base + static_cast<uint64_t>(src_ids[i] * src.pitch);
+    const uint64_t first = src.base + static_cast<uint64_t>(src_ids[i] * src.row_stride_bytes);
     // The first destination that ends after our start shares a byte with us if it starts before our
     // end.
     const auto hit = std::partition_point(starts.begin(), starts.end(), [&](const auto& start) {

@@ -12,15 +12,15 @@
 
 namespace llmdd {
 
-// The bytes of a tensor: `rows` stretches of `nbytes`, whose starts are `pitch` apart.
+// The bytes of a tensor: `rows` stretches of `nbytes`, whose starts are `row_stride_bytes` apart.
 struct Rows {
   uint64_t base;
   int64_t rows;
-  int64_t pitch;
+  int64_t row_stride_bytes;
   int64_t nbytes;
 };
 
-// True if the two share no byte. For different pitches the answer may be a pessimistic false.
+// True if the two share no byte. For different row strides the answer may be a pessimistic false.
 bool disjoint(const Rows& a, const Rows& b);
 
 // Positions of two entries that share memory, or nothing.
@@ -36,7 +36,7 @@ std::optional<std::pair<size_t, size_t>> find_block_overlap(const Rows& dst, con
 // rows in between.
 struct RowShape {
   int64_t extent;
-  int64_t pitch;
+  int64_t row_stride_bytes;
   int64_t nbytes;
 };
 

@@ -18,17 +18,18 @@ void TensorRowsBuilder::add(const Rows& layout) {
   if (index == 0) {
     all_.rows = layout.rows;
     all_.nbytes = layout.nbytes;
-    all_.pitch = layout.pitch;
+    all_.row_stride_bytes = layout.row_stride_bytes;
   }
   check_value(layout.nbytes == all_.nbytes, name_, "[", index, "] has rows of ", layout.nbytes,
               " bytes, but ", name_, "[0] of ", all_.nbytes);
   if (layout.rows > 1) {
-    if (index > 0 && all_.tensors[pitch_from_].rows <= 1) {
-      pitch_from_ = index;
-      all_.pitch = layout.pitch;
+    if (index > 0 && all_.tensors[stride_from_].rows <= 1) {
+      stride_from_ = index;
+      all_.row_stride_bytes = layout.row_stride_bytes;
     }
-    check_value(layout.pitch == all_.pitch, name_, "[", index, "] has rows ", layout.pitch,
-                " bytes apart, but ", name_, "[", pitch_from_, "] ", all_.pitch);
+    check_value(layout.row_stride_bytes == all_.row_stride_bytes, name_, "[", index, "] has rows ",
+                layout.row_stride_bytes, " bytes apart, but ", name_, "[", stride_from_, "] ",
+                all_.row_stride_bytes);
   }
   all_.rows = std::min(all_.rows, layout.rows);
   all_.tensors.push_back(layout);

@@ -24,9 +24,9 @@ struct Place {
 struct TensorRows {
   std::vector<Rows> tensors;
   std::vector<uint64_t> bases;
-  int64_t rows = 0;    // of the shortest tensor
-  int64_t pitch = 0;   // bytes from one row to the next
-  int64_t nbytes = 0;  // bytes of one row
+  int64_t rows = 0;              // of the shortest tensor
+  int64_t row_stride_bytes = 0;  // bytes from one row to the next
+  int64_t nbytes = 0;            // bytes of one row
   Place place{1, 0};
 };
 
@@ -41,7 +41,8 @@ class TensorRowsBuilder {
  private:
   const char* name_;
   TensorRows all_;
-  size_t pitch_from_ = 0;  // the tensor whose pitch counts: the first of more than one row
+  size_t stride_from_ =
+      0;  // the tensor whose row_stride_bytes counts: the first of more than one row
 };
 
 using Ids = std::vector<int64_t>;

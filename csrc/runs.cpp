@@ -16,17 +16,18 @@ void check_geometry(const BlockGeometry& g) {
   if (g.nbytes <= 0) {
     throw std::invalid_argument("nbytes=" + std::to_string(g.nbytes) + " must be positive");
   }
-  for (int64_t pitch : {g.dst_pitch, g.src_pitch}) {
-    if (pitch < g.nbytes) {
-      throw std::invalid_argument("pitch " + std::to_string(pitch) +
+  for (int64_t row_stride_bytes : {g.dst_row_stride_bytes, g.src_row_stride_bytes}) {
+    if (row_stride_bytes < g.nbytes) {
+      throw std::invalid_argument("row_stride_bytes " + std::to_string(row_stride_bytes) +
                                   " is smaller than the block of " + std::to_string(g.nbytes) +
                                   " bytes");
     }
   }
 }
 
-void check_ids(const char* name, const int64_t* ids, size_t count, int64_t pitch, int64_t nbytes) {
-  const int64_t limit = (kMax - nbytes) / pitch;
+void check_ids(const char* name, const int64_t* ids, size_t count, int64_t row_stride_bytes,
+               int64_t nbytes) {
+  const int64_t limit = (kMax - nbytes) / row_stride_bytes;
   for (size_t i = 0; i < count; ++i) {
     if (ids[i] < 0 || ids[i] > limit) {
       throw std::invalid_argument(std::string(name) + "[" + std::to_string(i) +
@@ -55,13 +56,13 @@ void append_merged(std::vector<Run>& runs, const Run& next) {
 std::vector<Run> merge_blocks(const int64_t* dst_ids, const int64_t* src_ids, size_t count,
                               const BlockGeometry& geometry) {
   check_geometry(geometry);
-  check_ids("dst_ids", dst_ids, count, geometry.dst_pitch, geometry.nbytes);
-  check_ids("src_ids", src_ids, count, geometry.src_pitch, geometry.nbytes);
+  check_ids("dst_ids", dst_ids, count, geometry.dst_row_stride_bytes, geometry.nbytes);
+  check_ids("src_ids", src_ids, count, geometry.src_row_stride_bytes, geometry.nbytes);
   std::vector<Run> runs;
   runs.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    append_merged(
-        runs, {dst_ids[i] * geometry.dst_pitch, src_ids[i] * geometry.src_pitch, geometry.nbytes});
+    append_merged(runs, {dst_ids[i] * geometry.dst_row_stride_bytes,
+                         src_ids[i] * geometry.src_row_stride_bytes, geometry.nbytes});
   }
   return runs;
 }

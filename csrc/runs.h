@@ -18,10 +18,11 @@ struct Run {
   int64_t nbytes;
 };
 
-// How blocks lie in the two tensors: block i starts at i * pitch, and `nbytes` of it move.
+// How blocks lie in the two tensors: block i starts at i * row_stride_bytes, and `nbytes` of it
+// move.
 struct BlockGeometry {
-  int64_t dst_pitch;
-  int64_t src_pitch;
+  int64_t dst_row_stride_bytes;
+  int64_t src_row_stride_bytes;
   int64_t nbytes;
 };
 
@@ -33,8 +34,8 @@ void append_merged(std::vector<Run>& runs, const Run& next);
 
 // The runs that copy block src_ids[i] to block dst_ids[i], in the order given.
 //
-// Throws std::invalid_argument if an id is negative, or if a pitch is smaller than the block, or if
-// an offset does not fit in 63 bits.
+// Throws std::invalid_argument if an id is negative, or if a row_stride_bytes is smaller than the
+// block, or if an offset does not fit in 63 bits.
 std::vector<Run> merge_blocks(const int64_t* dst_ids, const int64_t* src_ids, size_t count,
                               const BlockGeometry& geometry);
 

@@ -79,7 +79,7 @@ int64_t nbytes_of(const dlpack::DataType& type) {
   return (int64_t{type.bits} * type.lanes + 7) / 8;
 }
 
-int64_t stride(const dlpack::Tensor& tensor, int32_t dim) {
+int64_t stride_of(const dlpack::Tensor& tensor, int32_t dim) {
   if (tensor.strides != nullptr) return tensor.strides[dim];
   int64_t elements = 1;
   for (int32_t d = dim + 1; d < tensor.ndim; ++d) elements *= tensor.shape[d];
@@ -90,7 +90,7 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
   int64_t expected = 1;
   for (int32_t d = tensor.ndim; d-- > 0;) {
     if (tensor.shape[d] == 0) return true;
-    if (tensor.shape[d] != 1 && stride(tensor, d) != expected) return false;
+    if (tensor.shape[d] != 1 && stride_of(tensor, d) != expected) return false;
     expected *= tensor.shape[d];
   }
   return true;
@@ -114,21 +114,22 @@ Rows rows_of_tensor(PyObject* object, const dlpack::Tensor& tensor, const char* 
   Rows layout{0, tensor.shape[0], 0, itemsize};
   for (int32_t d = 1; d < tensor.ndim; ++d) layout.nbytes *= tensor.shape[d];
   // A single row may have any stride; it is never used.
-  layout.pitch = layout.rows > 1 ? stride(tensor, 0) * itemsize : layout.nbytes;
+  layout.row_stride_bytes = layout.rows > 1 ? stride_of(tensor, 0) * itemsize : layout.nbytes;
   if (layout.rows == 0 || layout.nbytes == 0) {
-    layout.pitch = layout.nbytes;
+    layout.row_stride_bytes = layout.nbytes;
     return layout;
   }
   int64_t expected = 1;
   for (int32_t d = tensor.ndim - 1; d >= 1; --d) {
-    if (tensor.shape[d] != 1 && stride(tensor, d) != expected) {
+    if (tensor.shape[d] != 1 && stride_of(tensor, d) != expected) {
       throw std::invalid_argument(text_of(name, "[", index, "] of ", description(object),
                                           " has rows that are not contiguous"));
     }
     expected *= tensor.shape[d];
   }
-  check_value(layout.pitch >= layout.nbytes, name, "[", index, "] has rows of ", layout.nbytes,
-              " bytes only ", layout.pitch, " bytes apart, so they overlap");
+  check_value(layout.row_stride_bytes >= layout.nbytes, name, "[", index, "] has rows of ",
+              layout.nbytes, " bytes only ", layout.row_stride_bytes,
+              " bytes apart, so they overlap");
   layout.base = reinterpret_cast<uint64_t>(tensor.data);
   check_value(layout.base != 0, name, "[", index, "] has no memory (data_ptr() is 0)");
   return layout;
@@ -231,11 +232,11 @@ void Int64Values::read(PyObject* object, const char* name, int32_t dims) {
 
 void Int64Values::copy_strided(const dlpack::Tensor& tensor) {
   const int64_t columns = tensor.ndim == 2 ? tensor.shape[1] : 1;
-  const int64_t step = tensor.ndim == 2 ? stride(tensor, 1) : 0;
+  const int64_t step = tensor.ndim == 2 ? stride_of(tensor, 1) : 0;
   copy_.reserve(size());
   for (int64_t row = 0; row < tensor.shape[0]; ++row) {
     for (int64_t column = 0; column < columns; ++column) {
-      copy_.push_back(data_[row * stride(tensor, 0) + column * step]);
+      copy_.push_back(data_[row * stride_of(tensor, 0) + column * step]);
     }
   }
 }
@@ -272,8 +273,8 @@ TensorRows From<TensorRows>::get(PyObject* object, const char* name) {
 
 Threads From<Threads>::get(PyObject* object, const char* name) {
   if (object != nullptr) return {From<int>::get(object, name)};
-  static PyObject* ask = attribute(import("torch").get(), "get_num_threads").release();
-  return {From<int>::get(PyRef::take(PyObject_CallObject(ask, nullptr)).get(), name)};
+  static PyObject* get_num_threads = attribute(import("torch").get(), "get_num_threads").release();
+  return {From<int>::get(PyRef::take(PyObject_CallObject(get_num_threads, nullptr)).get(), name)};
 }
 
 // ---- new tensors
@@ -348,7 +349,7 @@ uint64_t extent_of(const dlpack::Tensor& tensor) {
   int64_t last = 0;  // element
   for (int32_t d = 0; d < tensor.ndim; ++d) {
     if (tensor.shape[d] == 0) return 0;
-    last += (tensor.shape[d] - 1) * stride(tensor, d);
+    last += (tensor.shape[d] - 1) * stride_of(tensor, d);
   }
   return static_cast<uint64_t>((last + 1) * nbytes_of(tensor.dtype));
 }

@@ -115,7 +115,7 @@ class Engine:
             while self.swapped and self.has_room(len(self.swapped[0].host_blocks), 1):
                 self.resume(self.swapped.pop(0))
             if self.waiting and not self.swapped:
-                self.admit(self.waiting[0])  # one prompt per step: running ones are not held up
+                self.start(self.waiting[0])  # one prompt per step: running ones are not held up
 
     def make_room(self, sequence: Running) -> None:
         """Sees to the block that the next token goes to, if need be at the youngest's expense."""
@@ -169,7 +169,7 @@ class Engine:
         self.counts["blocks swapped in elsewhere"] += moved
         self.say(f"{sequence} swapped in: host blocks {from_host} to blocks {blocks}")
 
-    def admit(self, request: Request) -> None:
+    def start(self, request: Request) -> None:
         """Starts a request if its prompt fits, beginning with blocks that others have computed."""
         prompt = request.prompt
         shared = self.pool.find(block_hashes(prompt[:-1]))  # the last token gives us logits

@@ -9,7 +9,11 @@ import torch
 # --- copies: runs.h, copy_engine.h ---
 
 def block_runs(
-    dst_ids: torch.Tensor, src_ids: torch.Tensor, dst_pitch: int, src_pitch: int, nbytes: int
+    dst_ids: torch.Tensor,
+    src_ids: torch.Tensor,
+    dst_row_stride_bytes: int,
+    src_row_stride_bytes: int,
+    nbytes: int,
 ) -> torch.Tensor: ...
 def check_ids(name: str, ids: torch.Tensor, rows: int, unique: bool = False) -> None: ...
 def measure_runs(runs: torch.Tensor) -> tuple[int, int, int]: ...
@@ -207,7 +211,7 @@ def bytes_inside(
     sizes: torch.Tensor,
     bases: torch.Tensor,
     extent: int,
-    pitch: int,
+    row_stride_bytes: int,
     row_bytes: int,
 ) -> int: ...
 def load_word(address: int) -> int: ...

@@ -51,7 +51,7 @@ class Cache:
         layout: Layout,
         *,
         is_registered: bool,
-        is_foreign: bool = False,
+        is_unowned: bool = False,
         guard: _C.CacheGuard | None = None,
         end: Callable[[Cache], None] | None = None,
     ) -> None:
@@ -60,7 +60,7 @@ class Cache:
         self._tensors: tuple[torch.Tensor, ...] = tuple(tensors)
         self._layout = layout
         self._is_registered = is_registered
-        self._is_foreign = is_foreign
+        self._is_unowned = is_unowned
         self._guard = guard
         self._end = end
         self._device = self._tensors[0].device
@@ -133,7 +133,7 @@ class Cache:
             adopted.tensors,
             adopted.layout,
             is_registered=True,
-            is_foreign=adopted.foreign,
+            is_unowned=adopted.unowned,
             guard=make_guard(
                 "the host cache", adopted.addrs, adopted.layout.extent, adopted.watched
             ),
@@ -249,9 +249,9 @@ class Cache:
         return self._is_registered
 
     @property
-    def is_foreign(self) -> bool:
+    def is_unowned(self) -> bool:
         """Whether its memory was given as bare addresses, so that nothing keeps it alive."""
-        return self._is_foreign
+        return self._is_unowned
 
     @property
     def ended(self) -> bool:

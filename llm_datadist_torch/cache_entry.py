@@ -68,7 +68,7 @@ class CacheEntry:
         remote_accessible: Whether peers may read and write it.
         region: The region that all its tensors lie in, or None for memory that isn't ours.
         owns_region: The region is this cache's alone, and ends with it (else it is a pool's).
-        foreign: Registered as bare addresses: nothing keeps that memory alive.
+        unowned: Registered as bare addresses: nothing keeps that memory alive.
         keys: Key -> row.
         held: Whether the user still holds the id.
         covered: Per key, the tensors that partial pulls have already fetched.
@@ -91,7 +91,7 @@ class CacheEntry:
     remote_accessible: bool
     region: Region | None = None
     owns_region: bool = False
-    foreign: bool = False
+    unowned: bool = False
     keys: dict[KeyName, int] = field(default_factory=dict)
     held: bool = True
     covered: dict[KeyName, set[int]] = field(default_factory=dict)

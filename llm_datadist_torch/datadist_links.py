@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -172,7 +173,7 @@ class LinkCalls(ABC):
             LLMException: What the peer's handler raised, with its status (LLM_FAILED for other
                 errors) and text.
         """
-        return asking.ask(self._check_is_inited(), remote_cluster_id, payload, timeout)
+        return asking.request(self._check_is_inited(), remote_cluster_id, payload, timeout)
 
     def send(self, remote_cluster_id: int, payload: bytes) -> None:
         """Send the program of a linked peer something, without waiting for what it answers.
@@ -194,7 +195,7 @@ class LinkCalls(ABC):
             LLMTimeoutError: The peer's handler has not dealt with earlier ones within
                 ``sync_kv_timeout``.
         """
-        asking.tell(self._check_is_inited(), remote_cluster_id, payload)
+        asking.send(self._check_is_inited(), remote_cluster_id, payload)
 
     def on_request(self, handler: QuestionHandler | None) -> None:
         """Answer the requests of peers (:meth:`request`, :meth:`send`). Not in the reference.
@@ -217,14 +218,17 @@ class LinkCalls(ABC):
 
     def ask(self, remote_cluster_id: int, payload: bytes, timeout: int | None = None) -> bytes:
         """The old name of :meth:`request`; deprecated."""
+        _warn_of_old_name("ask", "request")
         return self.request(remote_cluster_id, payload, timeout)
 
     def tell(self, remote_cluster_id: int, payload: bytes) -> None:
         """The old name of :meth:`send`; deprecated."""
+        _warn_of_old_name("tell", "send")
         self.send(remote_cluster_id, payload)
 
     def on_question(self, handler: QuestionHandler | None) -> None:
         """The old name of :meth:`on_request`; deprecated."""
+        _warn_of_old_name("on_question", "on_request")
         self.on_request(handler)
 
     def link(
@@ -316,3 +320,12 @@ class LinkCalls(ABC):
             LLMNotLinkedError: There is no such communicator.
         """
         return communicating.query_register_mem_status(self._check_is_inited(), comm_id)
+
+
+def _warn_of_old_name(old: str, new: str) -> None:
+    """Warn the caller of a method that its name will go in the next release."""
+    warnings.warn(
+        f"LLMDataDist.{old} is now called {new}; the old name goes in the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )

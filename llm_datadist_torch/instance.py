@@ -240,14 +240,14 @@ class Instance:
         if self.config.remote_accessible and not entry.remote_accessible:
             return []
         spans = joined_spans(entry.addrs.tolist(), entry.layout.extent, entry.device)
-        if entry.foreign:
+        if entry.unowned:
             return spans
         storages = [tensor.untyped_storage() for tensor in entry.tensors]
         return spans_in_storages(spans, [(each.data_ptr(), each.nbytes()) for each in storages])
 
     def _on_free(self, entry: CacheEntry) -> None:
         # First of all: the engines must not reach memory that is being freed.
-        keep = None if entry.foreign else entry.tensors
+        keep = None if entry.unowned else entry.tensors
         self._transports.unregister(self._spans_of(entry), keep)
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)

@@ -33,7 +33,7 @@ def copy_blocks(
     Every destination gets what its source held before the call, also in chains, fans and cycles.
 
     Args:
-        tensors: Tensors of equal block size and pitch, written in place.
+        tensors: Tensors of equal block size and row stride, written in place.
         src_ids: Blocks read, [n].
         dst_ids: Blocks written, [n], all different.
         non_blocking: Leave the copies on the device's current stream.
@@ -59,7 +59,7 @@ def swap_blocks(
 
     Args:
         dst: Tensors written.
-        src: As many tensors of the same block size; their pitch may differ.
+        src: As many tensors of the same block size; their row stride may differ.
         dst_ids: Blocks written, [n], all different.
         src_ids: Blocks read, [n].
         non_blocking: Leave the copies on the device's current stream.

@@ -54,7 +54,7 @@ class Span(NamedTuple):
     starts: tuple[int, ...]
     rows: int
     row_bytes: int
-    pitch: int
+    row_stride_bytes: int
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Caches:
         else:
             cache = self.manager.allocate_cache(desc, keys or ())
         region = self.instance.catalog.find(cache.cache_id).region
-        self._hold(name, cache, region.address, region.nbytes)
+        self._keep(name, cache, region.address, region.nbytes)
         return cache.cache_id
 
     def register(
@@ -123,45 +123,52 @@ class Caches:
         *,
         paged: bool,
         keys: tuple[CacheKey, ...] | BlocksCacheKey | None = None,
-        pitch: int | None = None,
+        row_stride_bytes: int | None = None,
         ints: bool = False,
         accessible: bool | None = None,
         placement: Placement = Placement.DEVICE,
     ) -> int:
-        pitch = pitch or row_bytes
-        step = rows * pitch + GAP
-        address, nbytes, keepalive = self._take(GAP + count * step, placement, foreign=ints)
+        row_stride_bytes = row_stride_bytes or row_bytes
+        step = rows * row_stride_bytes + GAP
+        address, nbytes, keepalive = self._take(GAP + count * step, placement, unowned=ints)
         starts = [GAP + at * step for at in range(count)]
         given: list[Any] = [address + start for start in starts]
         if not ints:
-            given = [keepalive.as_strided((rows, row_bytes), (pitch, 1), start) for start in starts]
+            given = [
+                keepalive.as_strided((rows, row_bytes), (row_stride_bytes, 1), start)
+                for start in starts
+            ]
         desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8, placement)
         make = self.manager.register_blocks_cache if paged else self.manager.register_cache
         cache = make(desc, given, (None if paged else ()) if keys is None else keys, accessible)
-        self._hold(name, cache, address, nbytes, keepalive)
+        self._keep(name, cache, address, nbytes, keepalive)
         self.held[name].given = given
         return cache.cache_id
 
     def _take(
-        self, nbytes: int, placement: Placement, *, foreign: bool
+        self, nbytes: int, placement: Placement, *, unowned: bool
     ) -> tuple[int, int, torch.Tensor | None]:
         """Address, size and owner of memory; foreign host memory is nothing torch knows of."""
         device = self.instance.device_of(placement)
-        if foreign and device.type == "cpu":
+        if unowned and device.type == "cpu":
             nbytes = -(-nbytes // 4096) * 4096
             return map_pages(nbytes), nbytes, None
         memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         finish_kernels()
         return memory.data_ptr(), nbytes, memory
 
-    def make(self, way: str, name: str, *args: Any, pitch: int | None = None, **kwargs: Any) -> int:
+    def make(
+        self, way: str, name: str, *args: Any, row_stride_bytes: int | None = None, **kwargs: Any
+    ) -> int:
         """A cache of the kind ``allocated``, ``tensors`` or ``ints``."""
         if way == "allocated":
             return self.allocate(name, *args, **kwargs)
         ints = way == "ints"
-        return self.register(name, *args, ints=ints, pitch=None if ints else pitch, **kwargs)
+        return self.register(
+            name, *args, ints=ints, row_stride_bytes=None if ints else row_stride_bytes, **kwargs
+        )
 
-    def _hold(
+    def _keep(
         self, name: str, cache: Cache, address: int, nbytes: int, keepalive: Any = None
     ) -> None:
         layout = cache.layout

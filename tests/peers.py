@@ -16,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.caches import Ref, Span
-from tests.service import Failure, Service, cluster, settle
+from tests.service import Failure, Service, cluster, eventually
 
-__all__ = ["Failure", "NearPeer", "Peer", "Ref", "Service", "Span", "cluster", "settle", "spawn"]
+__all__ = [
+    "Failure",
+    "NearPeer",
+    "Peer",
+    "Ref",
+    "Service",
+    "Span",
+    "cluster",
+    "eventually",
+    "spawn",
+]
 
 TIMEOUT_S = 60
 
@@ -36,7 +46,7 @@ class Peer:
     def pid(self) -> int:
         return self.process.pid
 
-    def ask(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the service; its failure is ours, with its traceback."""
         self.begin(name, *args, **kwargs)
         return self.answer()
@@ -71,7 +81,9 @@ class Peer:
         """The process sleeps meanwhile (SIGSTOP), all of its threads."""
         self.signal(signal.SIGSTOP)
         stats = [task / "stat" for task in Path(f"/proc/{self.pid}/task").iterdir()]
-        assert settle(lambda: all(stat.read_text().rpartition(") ")[2][0] == "T" for stat in stats))
+        assert eventually(
+            lambda: all(stat.read_text().rpartition(") ")[2][0] == "T" for stat in stats)
+        )
         try:
             yield
         finally:
@@ -99,7 +111,7 @@ class NearPeer:
         self.service = Service() if service is None else service
         self.pid = os.getpid()
 
-    def ask(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.service, name)(*args, **kwargs)
 
     def close(self) -> None:

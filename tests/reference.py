@@ -36,12 +36,16 @@ def copy_rows(
 
 
 def block_runs(
-    dst_ids: list[int], src_ids: list[int], dst_pitch: int, src_pitch: int, nbytes: int
+    dst_ids: list[int],
+    src_ids: list[int],
+    dst_row_stride_bytes: int,
+    src_row_stride_bytes: int,
+    nbytes: int,
 ) -> list[list[int]]:
     """One run per block, joined with the one before where both sides continue it."""
     runs: list[list[int]] = []
     for dst, src in zip(dst_ids, src_ids, strict=True):
-        to, at = dst * dst_pitch, src * src_pitch
+        to, at = dst * dst_row_stride_bytes, src * src_row_stride_bytes
         if runs and runs[-1][0] + runs[-1][2] == to and runs[-1][1] + runs[-1][2] == at:
             runs[-1][2] += nbytes
         else:
@@ -131,12 +135,12 @@ class Rows:
     starts: Sequence[int]
     rows: int
     row_bytes: int
-    pitch: int
+    row_stride_bytes: int
 
     def place(self, tensor: int, row: int) -> int:
         if not 0 <= tensor < len(self.starts) or not 0 <= row < self.rows:
             raise NotAllowedError
-        return self.starts[tensor] + row * self.pitch
+        return self.starts[tensor] + row * self.row_stride_bytes
 
 
 def _layers(layers: range | None, per_layer: int, count: int) -> list[int]:

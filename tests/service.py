@@ -278,15 +278,15 @@ class Service(Caches):
         os.setgid(user)
         os.setuid(user)
 
-    def note_ways(self) -> None:
-        """Record the ways of movements and the warnings from now on, for :meth:`noted`."""
-        self._ways: list[str] = []
+    def note_paths(self) -> None:
+        """Record the paths of movements and the warnings from now on, for :meth:`noted`."""
+        self._paths: list[str] = []
         self._warnings: list[str] = []
         move = LinkChannel.move
 
         def noted(channel: LinkChannel, movement: Any, deadline: Any) -> str:
-            self._ways.append(move(channel, movement, deadline))
-            return self._ways[-1]
+            self._paths.append(move(channel, movement, deadline))
+            return self._paths[-1]
 
         LinkChannel.move = noted  # type: ignore[method-assign]
         handler = logging.Handler(logging.WARNING)
@@ -294,7 +294,7 @@ class Service(Caches):
         logging.getLogger("llm_datadist_torch").addHandler(handler)
 
     def noted(self) -> tuple[list[str], list[str]]:
-        return self._ways, self._warnings
+        return self._paths, self._warnings
 
     def slow_moves(self, seconds: float) -> None:
         """Every movement that this process carries out takes its time first."""
@@ -327,7 +327,7 @@ def cluster(peer: int, port: int | None, ip: str = "127.0.0.1") -> LLMClusterInf
     return info
 
 
-def settle(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
     """Wait until a condition holds, and return what it returned last."""
     end = time.monotonic() + seconds
     while True:

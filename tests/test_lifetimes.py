@@ -28,7 +28,7 @@ from llm_datadist_torch import (
 )
 from llm_datadist_torch.memory.npu_address import segment_at, segments_of
 from tests.devices import default_device, examples, finish_kernels, on_npu
-from tests.peers import Ref, settle, spawn
+from tests.peers import Ref, eventually, spawn
 
 MIB = 1 << 20
 BLOCKS, WIDTH = 8, MIB // 8
@@ -117,7 +117,7 @@ def no_leak(slack_mib: int = 48) -> Iterator[None]:
     before = resources()
     yield
     allowed = {"fds": 0, "shared": 0, "threads": 0, "rss_mib": slack_mib}
-    assert settle(
+    assert eventually(
         lambda: all(now <= before[name] + allowed[name] for name, now in resources().items())
     ), (before, resources())
 
@@ -155,11 +155,11 @@ def test_a_pull_is_right_when_every_reference_is_dropped(
     else:
         peer = spawn()
         try:
-            peer.ask("start", 1)
-            assert peer.ask("link", owner.cluster_id, owner.listen_address[1])[0] == "LLM_SUCCESS"
-            peer.ask("allocate", "target", 2, BLOCKS, WIDTH, paged=True)
-            assert peer.ask("attempt", "pull_blocks", key, Ref("target"), IDS, IDS) is None
-            data, starts = peer.ask("dump", "target"), peer.ask("span", "target").starts
+            peer.call("start", 1)
+            assert peer.call("link", owner.cluster_id, owner.listen_address[1])[0] == "LLM_SUCCESS"
+            peer.call("allocate", "target", 2, BLOCKS, WIDTH, paged=True)
+            assert peer.call("attempt", "pull_blocks", key, Ref("target"), IDS, IDS) is None
+            data, starts = peer.call("dump", "target"), peer.call("span", "target").starts
             for start, tensor in zip(starts, expected, strict=True):
                 assert data[start : start + MIB] == tensor.numpy().tobytes()
         finally:
@@ -196,7 +196,7 @@ def test_a_key_keeps_a_contiguous_cache(instance_factory: Any) -> None:
     target = puller.cache_manager.allocate_cache(desc)
     puller.cache_manager.pull_cache(CacheKey(owner.cluster_id, 5), target, batch_index=1)
     assert equal([t[1] for t in target.tensors], [t[0] for t in expected])
-    assert settle(lambda: not is_allocated(address))
+    assert eventually(lambda: not is_allocated(address))
     with pytest.raises(LLMCacheNotFoundError):
         puller.cache_manager.pull_cache(CacheKeyByIdAndIndex(owner.cluster_id, cache_id), target)
     assert len(noise) == 16

@@ -26,10 +26,10 @@ CANARY = 0xA5
 def test_block_runs_equal_the_model(pairs, nbytes, dst_gap, src_gap):
     dst = [d for d, _ in pairs]
     src = [s for _, s in pairs]
-    pitches = (nbytes + dst_gap, nbytes + src_gap)
-    runs = _C.block_runs(ops.as_ids(dst), ops.as_ids(src), *pitches, nbytes)
+    row_strides = (nbytes + dst_gap, nbytes + src_gap)
+    runs = _C.block_runs(ops.as_ids(dst), ops.as_ids(src), *row_strides, nbytes)
     assert runs.shape[1] == 3
-    assert runs.tolist() == reference.block_runs(dst, src, *pitches, nbytes)
+    assert runs.tolist() == reference.block_runs(dst, src, *row_strides, nbytes)
 
 
 def bases(*tensors):
@@ -87,7 +87,7 @@ def test_copy_runs_refuses_shapes():
     [
         (([-1], [0], 8, 8, 8), r"dst_ids\[0\]=-1"),
         (([0], [2**60], 8, 64, 8), r"src_ids\[0\]"),
-        (([0], [0], 4, 8, 8), "pitch 4 is smaller"),
+        (([0], [0], 4, 8, 8), "row_stride_bytes 4 is smaller"),
         (([0], [0], 8, 8, 0), "nbytes=0"),
         (([0, 1], [0], 8, 8, 8), "dst_ids has 2"),
     ],

@@ -26,7 +26,7 @@ from llm_datadist_torch import (
     Placement,
 )
 from tests.api.support import counters, regions
-from tests.peers import settle
+from tests.peers import eventually
 
 THREADS, STEPS = 6, 800
 COUNT, ROWS, WIDTH = 2, 12, 8192
@@ -191,7 +191,7 @@ def test_random_work_in_many_threads(instance_factory: Any, pools: bool) -> None
     assert any("out of memory" in done for done in all_done) == pools
     assert sum(done["pull"] + done["push"] for done in all_done) > 30 * THREADS
     # The owner hears of the end of the last leases a moment later.
-    assert settle(lambda: [counters(instance) for instance in instances] == empty)
+    assert eventually(lambda: [counters(instance) for instance in instances] == empty)
     if pools:  # they are whole again
         for instance in instances:
             for placement in Placement:
@@ -200,4 +200,4 @@ def test_random_work_in_many_threads(instance_factory: Any, pools: bool) -> None
                     pass
     for instance in instances:
         instance.finalize()
-    assert settle(lambda: regions() == before)
+    assert eventually(lambda: regions() == before)

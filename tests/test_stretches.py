@@ -15,14 +15,14 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def model_inside(stretches, bases, extent, pitch, row_bytes) -> int:
+def model_inside(stretches, bases, extent, row_stride_bytes, row_bytes) -> int:
     """Byte by byte: a stretch must lie in one row, or where rows touch in one tensor."""
 
     def row_of(base: int, address: int) -> int | None:
         at = address - base
-        if not 0 <= at < extent or at % pitch >= row_bytes:
+        if not 0 <= at < extent or at % row_stride_bytes >= row_bytes:
             return None
-        return 0 if pitch == row_bytes else at // pitch
+        return 0 if row_stride_bytes == row_bytes else at // row_stride_bytes
 
     for start, size in stretches:
         rows = [[row_of(base, start + i) for i in range(size)] for base in bases]
@@ -39,11 +39,11 @@ def model_inside(stretches, bases, extent, pitch, row_bytes) -> int:
     gap=st.integers(0, 6),
 )
 def test_what_lies_inside(stretches, offsets, rows, row_bytes, gap):
-    bases, pitch = [100 + offset for offset in offsets], row_bytes + gap
-    extent = (rows - 1) * pitch + row_bytes
+    bases, row_stride_bytes = [100 + offset for offset in offsets], row_bytes + gap
+    extent = (rows - 1) * row_stride_bytes + row_bytes
     starts, sizes = torch.tensor(stretches, dtype=torch.int64).view(-1, 2).unbind(1)
-    found = _C.bytes_inside(starts, sizes, ints(*bases), extent, pitch, row_bytes)
-    assert found == model_inside(stretches, bases, extent, pitch, row_bytes)
+    found = _C.bytes_inside(starts, sizes, ints(*bases), extent, row_stride_bytes, row_bytes)
+    assert found == model_inside(stretches, bases, extent, row_stride_bytes, row_bytes)
 
 
 def test_what_no_memory_has_is_not_inside():

@@ -83,7 +83,7 @@ class Speaker:
         message = self._exactly(sizes.message)
         return [message] if sizes.data < 0 else [message, self._exactly(sizes.data)]
 
-    def ask(self, body: messages.Message) -> messages.Message:
+    def request(self, body: messages.Message) -> messages.Message:
         self.send(encode(Envelope(7, False, body)))  # type: ignore[arg-type]
         return messages.decode(self.receive()[0]).body
 

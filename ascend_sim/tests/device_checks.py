@@ -193,12 +193,12 @@ def check_a_thread_has_no_device_before_it_sets_one():
     codes: list[int] = []
     number = ctypes.c_int32()
 
-    def ask() -> None:
+    def call() -> None:
         codes.append(runtime.aclrtGetDevice(ctypes.byref(number)))
         codes.append(runtime.aclrtSetDevice(1))
         codes.append(runtime.aclrtGetDevice(ctypes.byref(number)))
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=call)
     thread.start()
     thread.join()
     assert (codes, number.value) == ([107002, 0, 0], 1)

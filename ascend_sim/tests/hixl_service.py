@@ -101,7 +101,7 @@ def end_of(of: hixl.Hixl, request: int) -> tuple[int, hixl.TransferStatus]:
             return status, state
 
 
-def settle(condition: Any) -> bool:
+def eventually(condition: Any) -> bool:
     """Waits until something is true."""
     until = threading.Event()
     return any(condition() or until.wait(0.01) for _ in range(1000))

@@ -137,8 +137,16 @@ def check_two_dimensional_copies():
     write(address, bytes(range(100)))
     host = pinned(bytes(50))
     sizes = [c_size_t(size) for size in (5, 10, 3, 10)]
-    dst_pitch, src_pitch, width, height = sizes
-    arguments = (c_void_p(host), dst_pitch, c_void_p(address), src_pitch, width, height, D2H)
+    dst_row_stride_bytes, src_row_stride_bytes, width, height = sizes
+    arguments = (
+        c_void_p(host),
+        dst_row_stride_bytes,
+        c_void_p(address),
+        src_row_stride_bytes,
+        width,
+        height,
+        D2H,
+    )
     ok(acl.aclrtMemcpy2dAsync(*arguments, stream))
     ok(acl.aclrtSynchronizeStream(stream))
     rows = [bytes(range(10 * row, 10 * row + 3)) + bytes(2) for row in range(10)]

@@ -134,7 +134,7 @@ def test_disconnect_waits_for_what_moves(here, there):
         target=lambda: in_thread(lambda: e.transfer_sync(remote, hixl.WRITE, piece, 60000), 0)
     )
     thread.start()
-    settle(lambda: faults.count('hixl.step') > before)
+    eventually(lambda: faults.count('hixl.step') > before)
     e.disconnect(remote, 50), e.disconnect(remote, 60000)
     """
     assert here(code) == (103901, 0)
@@ -154,7 +154,7 @@ def test_a_hanging_transfer_is_ended_by_another_thread(here):
         results.append(e.transfer_sync(remote, hixl.READ, piece, 60000))
     thread = threading.Thread(target=transfer)
     thread.start()
-    settle(lambda: faults.count('hixl.move') > before)
+    eventually(lambda: faults.count('hixl.move') > before)
     status = e.disconnect(remote)
     thread.join()
     status, results
@@ -165,7 +165,7 @@ def test_a_hanging_transfer_is_ended_by_another_thread(here):
 def test_a_transfer_that_timed_out_goes_on(here, there):
     here("faults.delay('hixl.move', 0.2)")
     assert here(WRITE.replace("SIZE)))", "SIZE)), 50)")) == 103901
-    assert there("settle(lambda: m.data == data)", data=pattern(100, SIZE))
+    assert there("eventually(lambda: m.data == data)", data=pattern(100, SIZE))
 
 
 def test_the_connection_breaks(here, there):
@@ -197,7 +197,7 @@ def loop():
             statuses.append(status)
 thread = threading.Thread(target=loop)
 thread.start()
-settle(lambda: rounds > 2)
+eventually(lambda: rounds > 2)
 """
 
 

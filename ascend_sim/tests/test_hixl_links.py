@@ -139,9 +139,9 @@ def test_in_the_background(here, there):
     status = "e.get_async_connect_status"
     assert here(f"{status}(remote)", remote=remote, dead=dead) == (0, "NOT_CONNECT")
     assert here("e.connect_async(remote), e.connect_async(dead)") == (0, 0)
-    over = "settle(lambda: 'ING' not in {}(remote)[1].name)"
-    assert here(over.format(status))
-    assert here(f"settle(lambda: {status}(dead)[1] is hixl.AsyncConnectStatus.CONNECT_FAILED)")
+    done = "eventually(lambda: 'ING' not in {}(remote)[1].name)"
+    assert here(done.format(status))
+    assert here(f"eventually(lambda: {status}(dead)[1] is hixl.AsyncConnectStatus.CONNECT_FAILED)")
     assert here("e.get_all_async_connect_status()") == (
         0,
         {remote: "CONNECTED", dead: "CONNECT_FAILED"},
@@ -149,7 +149,7 @@ def test_in_the_background(here, there):
     assert here(READ, far=far) == 0
     assert here("e.disconnect_async(dead)") == 103902
     assert here("e.disconnect_async(remote)") == 0
-    assert here(f"settle(lambda: {status}(remote)[1] is hixl.AsyncConnectStatus.NOT_CONNECT)")
+    assert here(f"eventually(lambda: {status}(remote)[1] is hixl.AsyncConnectStatus.NOT_CONNECT)")
     assert here(READ) == 103902
 
 
@@ -159,9 +159,9 @@ def test_connecting_is_seen(here):
         remote = "{}:{}".format(*silent.getsockname())
         assert here("e.connect_async(remote, 60000)", remote=remote) == 0
         state = "e.get_async_connect_status(remote)[1]"
-        assert here(f"settle(lambda: {state} is hixl.AsyncConnectStatus.CONNECTING)")
+        assert here(f"eventually(lambda: {state} is hixl.AsyncConnectStatus.CONNECTING)")
         assert here("e.connect(remote)") == 103903
-    here(f"settle(lambda: {state} is hixl.AsyncConnectStatus.CONNECT_FAILED)")
+    here(f"eventually(lambda: {state} is hixl.AsyncConnectStatus.CONNECT_FAILED)")
 
 
 def test_peer_finalizes(here, there):
@@ -236,7 +236,7 @@ def test_heartbeat_drops_dead_links(here, there):
     there("e.finalize()")
     serve(there, remote)
     far = there("m.addr")
-    assert here(f"settle(lambda: {READ} == 0)", far=far)
+    assert here(f"eventually(lambda: {READ} == 0)", far=far)
 
 
 def test_limit_of_links(here, there):

@@ -174,7 +174,7 @@ def test_random_shows_half_a_transfer():
 def test_what_nobody_asks_for_moves_too(lazy_pair):
     here, there, addr = linked(lazy_pair)
     here(f"s, r = {WRITE}", far=addr, SIZE=SIZE)
-    assert there("settle(lambda: m.data == data)", data=pattern(100, SIZE))
+    assert there("eventually(lambda: m.data == data)", data=pattern(100, SIZE))
 
 
 def test_disconnect_stops_the_writes(lazy_pair):
@@ -245,7 +245,7 @@ def test_nothing_is_deregistered_while_somebody_is_connected(lazy_pair, side):
     assert there("m.data") == pattern(100, SIZE)
     assert peer("e.register_mem(hixl.MemDesc(m.addr, 64), hixl.MEM_HOST)") == (103900, 0)
     assert here("e.disconnect(remote)") == 0
-    assert peer("settle(lambda: e.deregister_mem(handle) == 0)")
+    assert peer("eventually(lambda: e.deregister_mem(handle) == 0)")
 
 
 def test_memory_freed_while_registered_is_no_crash(lazy_pair):
@@ -284,15 +284,15 @@ def test_all_requests_at_once(lazy_pair):
         args.user_data = number
         piece = descs((m.addr, far, 64))
         requests.append(e.transfer_async(remote, hixl.READ, piece, args=args)[1])
-    def ask(**limits):
+    def query(**limits):
         status, results = e.get_all_transfer_status(hixl.GetTransferStatusArgs(**limits))
         return status, [(requests.index(r.req), r.user_data, r.status) for r in results]
-    ask(skip_waiting=True)
+    query(skip_waiting=True)
     """
     assert here(code, far=addr) == (0, [])
-    assert here("ask(max_query_count=1)") == (0, [(0, 11, "COMPLETED")])
-    assert here("ask()") == (0, [(1, 12, "COMPLETED"), (2, 13, "COMPLETED")])
-    assert here("ask()") == (0, [])
+    assert here("query(max_query_count=1)") == (0, [(0, 11, "COMPLETED")])
+    assert here("query()") == (0, [(1, 12, "COMPLETED"), (2, 13, "COMPLETED")])
+    assert here("query()") == (0, [])
 
 
 def test_all_requests_needs_new_resources(lazy_pair):

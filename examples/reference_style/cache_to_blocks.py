@@ -47,7 +47,7 @@ def run_prompt(args: argparse.Namespace, meeting: Meeting) -> None:
     keys = [ld.CacheKey(PROMPT_ID, req_id=50 + row, model_id=0) for row in range(ROWS)]
     addrs = [tensor.data_ptr() for tensor in tensors]
     cache = datadist.cache_manager.register_cache(desc, addrs, keys)
-    meeting.tell("cache id", cache.cache_id)
+    meeting.put("cache id", cache.cache_id)
     meeting.wait("registered")
     meeting.wait("pulled")
     datadist.cache_manager.unregister_cache(cache.cache_id)
@@ -70,7 +70,7 @@ def run_decoder(args: argparse.Namespace, meeting: Meeting) -> None:
         expect(f"whole blocks of tensor {i}", tensor[[8, 0]].flatten(), row[:32])
         expect(f"tail of tensor {i}", tensor[3, :8], row[32:])
         expect(f"untouched rest of tensor {i}", tensor[3, 8:], torch.full([8], -97.0))
-    by_id = ld.CacheKeyByIdAndIndex(PROMPT_ID, meeting.ask("cache id"), 2)
+    by_id = ld.CacheKeyByIdAndIndex(PROMPT_ID, meeting.get("cache id"), 2)
     layers = {"src_layer_range": range(1, 2), "dst_layer_range": range(1)}
     manager.pull_blocks(by_id, cache, dst_blocks=[5], **layers)
     expect("layer 1 of row 2 in layer 0", tensors[1][5], positions(3, 2)[:16])

@@ -46,10 +46,10 @@ class Meeting:
             self._store.set(point, "go")
         self._store.wait([point])
 
-    def tell(self, name: str, number: int) -> None:
+    def put(self, name: str, number: int) -> None:
         self._store.set(name, str(number))
 
-    def ask(self, name: str) -> int:
+    def get(self, name: str) -> int:
         return int(self._store.get(name))
 
     def part(self) -> None:

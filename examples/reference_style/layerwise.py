@@ -54,7 +54,7 @@ def run_prompt(args: argparse.Namespace, meeting: Meeting) -> None:
     meeting.wait("registered")
     decoder = peer_info(DECODER_ID, args.decoder_ip, args.decoder_port, args.prompt_ip)
     link(datadist, decoder)
-    addrs = [meeting.ask(f"address {i}") for i in range(2 * LAYERS)]
+    addrs = [meeting.get(f"address {i}") for i in range(2 * LAYERS)]
 
     computed = Computed()
     whole = ld.TransferConfig(DECODER_ID, addrs, src_batch_index=1)
@@ -84,7 +84,7 @@ def run_decoder(args: argparse.Namespace, meeting: Meeting) -> None:
     desc = ld.CacheDesc(2 * LAYERS, [2, WIDTH], ld.DataType.DT_FLOAT)
     cache = datadist.cache_manager.register_cache(desc, [tensor.data_ptr() for tensor in tensors])
     for i, address in enumerate(cache.tensor_addrs):
-        meeting.tell(f"address {i}", address)
+        meeting.put(f"address {i}", address)
     meeting.wait("registered")
     meeting.wait("sent")
     for i, tensor in enumerate(tensors):

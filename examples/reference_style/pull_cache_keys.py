@@ -45,7 +45,7 @@ def run_prompt(args: argparse.Namespace, meeting: Meeting) -> None:
     cache = manager.allocate_cache(desc, keys)
     for row in range(ROWS):
         manager.copy_cache(cache, registered, dst_batch_index=row, src_batch_index=row)
-    meeting.tell("cache id", cache.cache_id)
+    meeting.put("cache id", cache.cache_id)
     meeting.wait("filled")
     meeting.wait("pulled")
     for key in keys:
@@ -70,7 +70,7 @@ def run_decoder(args: argparse.Namespace, meeting: Meeting) -> None:
 
     manager.pull_cache(ld.CacheKey(PROMPT_ID, 1), cache, batch_index=0)
     expect("request 1 in row 0", rows[3][0], torch.full([WIDTH], 301.0))
-    by_id = ld.CacheKeyByIdAndIndex(PROMPT_ID, meeting.ask("cache id"), 3)
+    by_id = ld.CacheKeyByIdAndIndex(PROMPT_ID, meeting.get("cache id"), 3)
     manager.pull_cache(by_id, cache, batch_index=1, size=WIDTH // 2 * 4)
     expect("half of row 3", rows[0][1, :: WIDTH // 2], torch.tensor([3.0, 0.0]))
     manager.pull_blocks(ld.CacheKey(PROMPT_ID, 2), paged, dst_blocks=[6, 0, 3, 5])

@@ -45,7 +45,7 @@ def run_prompt(args: argparse.Namespace, meeting: Meeting) -> None:
     meeting.wait("registered")
     decoder = peer_info(DECODER_ID, args.decoder_ip, args.decoder_port, args.prompt_ip)
     link(datadist, decoder)
-    target = meeting.ask("cache id")
+    target = meeting.get("cache id")
 
     push = datadist.cache_manager.push_cache
     push(ld.CacheKeyByIdAndIndex(DECODER_ID, target, 0), cache, 3)
@@ -73,7 +73,7 @@ def run_decoder(args: argparse.Namespace, meeting: Meeting) -> None:
     cache = datadist.cache_manager.register_cache(
         desc, [tensor.data_ptr() for tensor in tensors], remote_accessible=True
     )
-    meeting.tell("cache id", cache.cache_id)
+    meeting.put("cache id", cache.cache_id)
     meeting.wait("registered")
     meeting.wait("pushed")
     for i, tensor in enumerate(tensors):

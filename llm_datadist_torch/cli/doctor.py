@@ -45,26 +45,26 @@ class Report:
     Attributes:
         versions: What is installed.
         transports: What moves bytes between instances.
-        ways: How the local transport reaches a peer's memory, fastest first.
+        paths: How the local transport reaches a peer's memory, fastest first.
         system: What the kernel and the device runtime allow.
     """
 
     versions: dict[str, str]
     transports: list[Finding]
-    ways: list[Finding]
+    paths: list[Finding]
     system: list[Finding]
 
     @property
     def problems(self) -> list[Finding]:
         """What will make programs fail."""
-        every = [*self.transports, *self.ways, *self.system]
+        every = [*self.transports, *self.paths, *self.system]
         return [finding for finding in every if finding.state == "wrong"]
 
 
 def examine() -> Report:
     """Look at everything. Takes less than a second; changes nothing."""
-    ways = _ways()
-    return Report(_versions(), _transports(), ways, _system())
+    paths = _paths()
+    return Report(_versions(), _transports(), paths, _system())
 
 
 def as_json(report: Report) -> str:
@@ -78,7 +78,7 @@ def as_text(report: Report) -> str:
     lines = [f"{name:<{width}}  {version}" for name, version in report.versions.items()]
     for title, findings in (
         ("transports", report.transports),
-        ("ways of the local transport, fastest first", report.ways),
+        ("paths of the local transport, fastest first", report.paths),
         ("system", report.system),
     ):
         lines += ["", title]
@@ -122,16 +122,16 @@ def _transport(name: str, reason: str) -> Finding:
     return Finding(name, "no", detail, remedy)
 
 
-def _ways() -> list[Finding]:
+def _paths() -> list[Finding]:
     child = probes.look_from_a_child()
-    ways = [Finding("same-process", "ok", "plain copies between instances of one process")]
-    ways.append(_way("shared-mapping", "memfd regions that peers map", child.mapping))
-    ways.append(_way("process-memory", "process_vm_readv of a process's memory", child.reading))
-    ways.append(Finding("relay", "ok", "through the control connection: slow, works everywhere"))
-    return ways
+    paths = [Finding("same-process", "ok", "plain copies between instances of one process")]
+    paths.append(_path("shared-mapping", "memfd regions that peers map", child.mapping))
+    paths.append(_path("process-memory", "process_vm_readv of a process's memory", child.reading))
+    paths.append(Finding("relay", "ok", "through the control connection: slow, works everywhere"))
+    return paths
 
 
-def _way(name: str, what: str, why_not: str) -> Finding:
+def _path(name: str, what: str, why_not: str) -> Finding:
     if not why_not:
         return Finding(name, "ok", f"{what}; tried from another process")
     return Finding(name, "no", f"{what}: not available, {why_not}", "a slower way serves instead")

@@ -11,7 +11,7 @@ from llm_datadist_torch.values.status import LLMStatusCode, error_for
 SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
 
 
-class Seal:
+class MessageAuthenticator:
     """Marks what members of a communicator tell each other, so that nobody else can say it.
 
     Without a key it only says that there is none, so that members who differ notice.

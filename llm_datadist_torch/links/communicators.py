@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.auth import Seal
+from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Card, Rendezvous
@@ -70,7 +70,7 @@ class Communicators:
 
     def __init__(self, links: LinkTable, workers: WorkerPool) -> None:
         self._links = links
-        self._seal = Seal(None if links.keys is None else links.keys.seal)
+        self._seal = MessageAuthenticator(None if links.keys is None else links.keys.seal)
         self._workers = workers
         self._lock = threading.Lock()
         self._left = threading.Condition()
@@ -155,7 +155,7 @@ class Communicators:
         comm, work = self._find(comm_id)
         work.cancel()
         try:
-            self._let_go(comm, deadline)
+            self._release(comm, deadline)
         except LLMException as error:
             raise error_for(
                 LLMStatusCode.LLM_UNLINK_FAILED, str(error), op="unlink", peer=error.peer
@@ -206,7 +206,7 @@ class Communicators:
                 comm.deadline,
                 work.check,
                 self._card,
-                lambda token: self._admit(comm, token, work),
+                lambda token: self._add_owner(comm, token, work),
                 self._seal,
             ).run()
             self._connect(comm, token, cards, work)
@@ -214,7 +214,7 @@ class Communicators:
             logger.warning("linking %r failed: %s", comm.name, error)
             work.fail(0, error)
             with suppress(LLMException):
-                self._let_go(comm, Deadline.after_ms(_GIVE_UP_MS))
+                self._release(comm, Deadline.after_ms(_GIVE_UP_MS))
         else:
             work.succeed(0)
 
@@ -229,15 +229,15 @@ class Communicators:
         except OSError as error:
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, str(error), op="link") from error
 
-    def _admit(self, comm: Communicator, token: str, work: Work) -> None:
+    def _add_owner(self, comm: Communicator, token: str, work: Work) -> None:
         registry = self._links.registry
         if comm.token:
-            registry.dismiss(comm.token)
+            registry.remove_owner(comm.token)
         comm.token = token
-        registry.admit(token)
+        registry.add_owner(token)
         # Whoever cancels dismisses the token that it sees.
         if work.done:
-            registry.dismiss(token)
+            registry.remove_owner(token)
         work.check()
 
     def _connect(self, comm: Communicator, token: str, cards: list[Card], work: Work) -> None:
@@ -258,7 +258,7 @@ class Communicators:
 
     def _held(self, card: Card, token: str) -> bool:
         link = self._links.registry.linked(card.cluster_id)
-        return link is not None and token in link.holds
+        return link is not None and token in link.owners
 
     def _end_stale_links(self, cards: list[Card]) -> None:
         for card in cards:
@@ -267,12 +267,12 @@ class Communicators:
                 reason = "the peer came back as a new process"
                 self._links.registry.end_but_keep_leases(link, LinkState.LOST, reason)
 
-    def _let_go(self, comm: Communicator, deadline: Deadline) -> None:
+    def _release(self, comm: Communicator, deadline: Deadline) -> None:
         """Stop holding links for this communicator; its peers can't hold them for it any more."""
         token = comm.token
         if not token:
             return
-        self._links.registry.dismiss(token)
+        self._links.registry.remove_owner(token)
         self._links.cancel_dials(token)
         for seat, member in enumerate(comm.members):
             if seat != comm.seat:

@@ -18,11 +18,11 @@ _SEND_S = 1.0
 _PIECE = 1 << 16
 
 
-class Conduit:
+class CancellableProxy:
     """A local port that leads to a connection of ours.
 
     torch's TCPStore has no way to end a call to a server that has fallen silent. It is connected
-    through this; whoever closes it, or lets ``over`` become true, ends all calls with an error.
+    through this. Closing it, or ``cancelled`` becoming true, ends all calls with an error.
 
     A context manager; leaving it closes all sockets, and waits for the thread.
 
@@ -30,12 +30,12 @@ class Conduit:
 
     Args:
         far: The connection; it is closed with the conduit.
-        over: Looked at many times a second.
+        cancelled: Looked at many times a second.
     """
 
-    def __init__(self, far: socket.socket, over: Callable[[], bool]) -> None:
+    def __init__(self, far: socket.socket, cancelled: Callable[[], bool]) -> None:
         self._far = far
-        self._over = over
+        self._cancelled = cancelled
         self._closed = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1)
         self.port: int = self._listener.getsockname()[1]
@@ -69,7 +69,7 @@ class Conduit:
                     self._pass_on(near)
 
     def _ended(self) -> bool:
-        return self._closed.is_set() or self._over()
+        return self._closed.is_set() or self._cancelled()
 
     def _accept(self) -> socket.socket | None:
         self._listener.settimeout(_LOOK_S)

@@ -24,8 +24,8 @@ from llm_datadist_torch.links.messages import (
     Welcome,
     encode,
 )
-from llm_datadist_torch.links.neighbours import Presence
 from llm_datadist_torch.links.registry import LinkRegistry
+from llm_datadist_torch.links.same_process import LinkEnd
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.values.checks import param_error
@@ -45,25 +45,25 @@ class Dial:
     Attributes:
         peer: Whom we ask.
         connection: Where.
-        hold: What the link is for.
+        owner: What the link is for.
         said: Whether our ``Hello`` is on its way. Before that, nobody can answer it, and the dial
             can be given up without a trace.
         answer: What came of it.
         name: Random name of the link that is to be.
         address: The host and port there.
         replaces: The lost link that is to be made anew, if it is for that.
-        presence: Our end of the link, for a peer in this process to find.
+        link_end: Our end of the link, for a peer in this process to find.
     """
 
     peer: int
     connection: Connection
-    hold: str
+    owner: str
     said: bool = False
     answer: Pending = field(default_factory=Pending)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     address: tuple[str, int] | None = None
     replaces: Link | None = None
-    presence: Presence | None = None
+    link_end: LinkEnd | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Handshake:
 
     # -- asking -----------------------------------------------------------------------------------
 
-    def start(self, peer: int, host: str, port: int, hold: str) -> Dial | Link | LLMStatusCode:
+    def start(self, peer: int, host: str, port: int, owner: str) -> Dial | Link | LLMStatusCode:
         """Start to ask for a link. Does not block.
 
         Returns:
@@ -111,29 +111,29 @@ class Handshake:
         """
         link = self._registry.linked(peer)
         if link is not None:
-            if hold not in link.holds:
+            if owner not in link.owners:
                 return link
             logger.warning("cluster %d is linked already", peer)
             return _ALREADY
-        return self._dial(Dial(peer, self._endpoint.new_connection(), hold, address=(host, port)))
+        return self._dial(Dial(peer, self._endpoint.new_connection(), owner, address=(host, port)))
 
     def link_again(self, lost: Link, deadline: Deadline) -> LLMStatusCode:
         """Make a lost link anew, whoever lives at its address now, for all that held it."""
-        holds = sorted(lost.holds)
-        if lost.address is None or not holds:
+        owners = sorted(lost.owners)
+        if lost.address is None or not owners:
             return LLMStatusCode.LLM_NOT_YET_LINK
         connection = self._endpoint.new_connection()
-        dial = Dial(lost.peer, connection, holds[0], address=lost.address, replaces=lost)
+        dial = Dial(lost.peer, connection, owners[0], address=lost.address, replaces=lost)
         status = self.finish(self._dial(dial), deadline)
         link = self._registry.linked(lost.peer)
         if link is not None:
-            for hold in holds:
-                if hold not in link.holds:
-                    self.share(link, hold, deadline)
+            for owner in owners:
+                if owner not in link.owners:
+                    self.share(link, owner, deadline)
         return status
 
     def _dial(self, dial: Dial) -> Dial:
-        dial.presence = self._registry.announce(dial.name)
+        dial.link_end = self._registry.announce(dial.name)
         with self._lock:
             self._dials[dial.connection] = dial
         if dial.address is not None:
@@ -166,12 +166,12 @@ class Handshake:
         moment = Deadline.after_ms(min(_MOMENT_MS, int(deadline.remaining_s() * 1000)))
         while (link := self._registry.linked(dial.peer)) is None and not moment.expired:
             time.sleep(_RETRY_S)
-        if link is None or (dial.hold in link.holds and link.dialed):
+        if link is None or (dial.owner in link.owners and link.dialed):
             logger.warning("cluster %d is linked already", dial.peer)
             return _ALREADY
-        if dial.hold in link.holds:
+        if dial.owner in link.owners:
             return LLMStatusCode.LLM_SUCCESS
-        return self.share(link, dial.hold, deadline)
+        return self.share(link, dial.owner, deadline)
 
     def identify(self, host: str, port: int, deadline: Deadline) -> int:
         """Ask which cluster answers at an address, without linking to it.
@@ -203,20 +203,20 @@ class Handshake:
             raise answer
         raise error_for(_status_of(answer), f"{host} port {port}: {_text_of(answer)}")
 
-    def share(self, link: Link, hold: str, deadline: Deadline) -> LLMStatusCode:
+    def share(self, link: Link, owner: str, deadline: Deadline) -> LLMStatusCode:
         """Keep a link that is there for one more purpose, on both sides."""
         try:
-            link.request(Join(hold), deadline)
-            self._registry.hold(link, hold)
+            link.request(Join(owner), deadline)
+            self._registry.acquire(link, owner)
         except LLMException as error:
             logger.warning("sharing the link to cluster %d failed: %s", link.peer, error)
             return error.status_code
         return LLMStatusCode.LLM_SUCCESS
 
-    def cancel(self, reason: str, hold: str | None = None) -> None:
+    def cancel(self, reason: str, owner: str | None = None) -> None:
         """End the dials that are for this, or all, with LLM_LINK_FAILED."""
         with self._lock:
-            dials = [dial for dial in self._dials.values() if hold in (None, dial.hold)]
+            dials = [dial for dial in self._dials.values() if owner in (None, dial.owner)]
         for dial in dials:
             dial.answer.set(error_for(LLMStatusCode.LLM_LINK_FAILED, reason, peer=dial.peer))
 
@@ -236,7 +236,7 @@ class Handshake:
             me.epoch,
             me.remote_accessible,
             self._registry.offers(),
-            dial.hold,
+            dial.owner,
             dial.name,
             "" if dial.replaces is None else dial.replaces.name,
         )
@@ -258,11 +258,11 @@ class Handshake:
                     connection,
                     body.offers,
                     dialed=True,
-                    hold=dial.hold,
+                    owner=dial.owner,
                     name=dial.name,
                     address=dial.address,
                     replaces=dial.replaces,
-                    presence=dial.presence,
+                    link_end=dial.link_end,
                 )
         except (LLMException, msgspec.DecodeError) as error:
             text = str(error)
@@ -314,7 +314,7 @@ class Handshake:
                 connection,
                 hello.offers,
                 dialed=False,
-                hold=hello.hold,
+                owner=hello.owner,
                 name=hello.name,
             )
         except (msgspec.DecodeError, UnicodeError) as error:

@@ -14,7 +14,7 @@ SWEEP_S = 1.0
 """How often it is looked for leases whose holders were interrupted."""
 
 
-class Holder:
+class LeaseTicket:
     """Whoever asks for a lease, from before it is asked for until it has been given back.
 
     Ctrl-C may come between any two steps of an asker. So the lease is noted here by the endpoint's
@@ -22,14 +22,14 @@ class Holder:
 
     Attributes:
         lease_id: The lease; 0 before there is one.
-        over: It is not needed any more.
+        closed: It is not needed any more.
     """
 
-    __slots__ = ("__weakref__", "lease_id", "over")
+    __slots__ = ("__weakref__", "closed", "lease_id")
 
     def __init__(self) -> None:
         self.lease_id = 0
-        self.over = False
+        self.closed = False
 
 
 class HeldLeases:
@@ -39,13 +39,13 @@ class HeldLeases:
     """
 
     def __init__(self) -> None:
-        self._holders: dict[int, weakref.ref[Holder]] = {}
+        self._tickets: dict[int, weakref.ref[LeaseTicket]] = {}
         self._sweeping = False
 
     def note(
         self,
         lease_id: int,
-        held: weakref.ref[Holder] | None,
+        held: weakref.ref[LeaseTicket] | None,
         post: Callable[[Release], None],
         timers: Timers,
     ) -> bool:
@@ -60,39 +60,39 @@ class HeldLeases:
         Returns:
             Whether somebody has it now. Else it has to go back.
         """
-        holder = None if held is None else held()
-        if held is None or holder is None or holder.over:
+        ticket = None if held is None else held()
+        if held is None or ticket is None or ticket.closed:
             return False
-        holder.lease_id = lease_id
-        self._holders[lease_id] = held
+        ticket.lease_id = lease_id
+        self._tickets[lease_id] = held
         if not self._sweeping:
             self._sweep_later(post, timers)
         return True
 
     def give_back(
-        self, holder: Holder, fetched: tuple[int, int] | None, post: Callable[[Release], None]
+        self, ticket: LeaseTicket, fetched: tuple[int, int] | None, post: Callable[[Release], None]
     ) -> None:
         """Give back a lease, if there is one.
 
         Args:
-            holder: Whose it is; it is ``over``, so that a lease that is still to come goes back.
+            ticket: Whose it is; it is ``closed``, so that a lease that is still to come goes back.
             fetched: See :class:`Release`.
             post: Sends the message.
         """
-        if holder.lease_id:
-            post(Release(holder.lease_id, fetched))
-            self._holders.pop(holder.lease_id, None)
+        if ticket.lease_id:
+            post(Release(ticket.lease_id, fetched))
+            self._tickets.pop(ticket.lease_id, None)
 
     def _sweep(self, post: Callable[[Release], None], timers: Timers) -> None:
         """Give back the leases of those who were interrupted before they could."""
         self._sweeping = False
-        for lease_id, held in list(self._holders.items()):
-            holder = held()
-            if holder is None or holder.over:
-                self._holders.pop(lease_id, None)
+        for lease_id, held in list(self._tickets.items()):
+            ticket = held()
+            if ticket is None or ticket.closed:
+                self._tickets.pop(lease_id, None)
                 # One that has gone back in this moment is not there any more: nothing happens.
                 post(Release(lease_id, None))
-        if self._holders:
+        if self._tickets:
             self._sweep_later(post, timers)
 
     def _sweep_later(self, post: Callable[[Release], None], timers: Timers) -> None:

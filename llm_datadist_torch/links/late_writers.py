@@ -56,7 +56,7 @@ class LateWriters:
         self._lock = threading.Lock()
         self._writers: dict[str, LateWriter] = {}
 
-    def hold(self, link: Link) -> None:
+    def retain(self, link: Link) -> None:
         """The connection of a link has ended: keep the write leases of a peer that lives."""
         process = link.connection.process
         if process is None or process.is_this_one or not process.alive:
@@ -89,10 +89,10 @@ class LateWriters:
             if writer is None or writer.epoch != epoch:
                 return
             grant = writer.grants.pop(lease_id, None)
-            over = not writer.grants
+            done = not writer.grants
         if grant is not None:
             self._end({lease_id: grant})
-        if over:
+        if done:
             self._loop.run(lambda: self._gone(name))
 
     @property

@@ -33,7 +33,7 @@ class GrantedCache:
 
     def __init__(self, catalog: Catalog, grant: Grant) -> None:
         self._catalog, self._entry = catalog, grant.entry
-        if grant.entry.foreign:
+        if grant.entry.unowned:
             raise error_for(
                 LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 f"cache {grant.entry.cache_id} was registered by addresses, which nothing keeps in"
@@ -50,7 +50,7 @@ class GrantedCache:
         """See ``LeasedCache``."""
         check_inside(addrs, nbytes, self._entry, limit=None)
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         """See ``LeasedCache``."""
         self._held.append(self._catalog.share(self._entry))
 
@@ -59,7 +59,7 @@ class GrantedCache:
         self._held.pop().release()
 
 
-def copy_foreign(
+def copy_unowned(
     call: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], tuple[int, int]],
     staging: torch.Tensor,
     spans: torch.Tensor,

@@ -17,7 +17,7 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyName
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.held_leases import HeldLeases, Holder
+from llm_datadist_torch.links.held_leases import HeldLeases, LeaseTicket
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
     Body,
@@ -65,11 +65,11 @@ class Pending:
     """An answer that somebody waits for.
 
     Args:
-        holder: For whom a lease is that comes with it.
+        ticket: For whom a lease is that comes with it.
     """
 
-    def __init__(self, holder: Holder | None = None) -> None:
-        self.holder = None if holder is None else weakref.ref(holder)
+    def __init__(self, ticket: LeaseTicket | None = None) -> None:
+        self.ticket = None if ticket is None else weakref.ref(ticket)
         self._arrived = threading.Lock()
         self._arrived.acquire()
         self._answer: tuple[Body | LLMException, Data | None] | None = None
@@ -103,20 +103,20 @@ class Grant:
     write: bool
 
 
-class Turn:
+class RelinkTurn:
     """The right to link a lost link anew, which a thread has while it keeps this object.
 
     Ctrl-C may come between any two steps, also between taking a lock and noting that it is taken.
     So the right ends with this object, whatever ends its holder.
 
     Attributes:
-        over: It has been given back.
+        ended: It has been given back.
     """
 
-    __slots__ = ("__weakref__", "over")
+    __slots__ = ("__weakref__", "ended")
 
     def __init__(self) -> None:
-        self.over = False
+        self.ended = False
 
 
 @dataclass(eq=False)
@@ -131,7 +131,7 @@ class RelinkState:
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    turn: weakref.ref[Turn] | None = None
+    turn: weakref.ref[RelinkTurn] | None = None
     retry_at: float = 0.0
     pause_s: float = 0.01
 
@@ -156,7 +156,7 @@ class Link:
         channel: The way its bytes go; set as soon as the link is made.
         grants: Leases that the peer holds on our caches.
         shown_regions: Ids of our regions that the peer was told of, and may have mapped.
-        holds: What it is kept for: "" for ``link_clusters``, and tokens of communicators. The link
+        owners: What it is kept for: "" for ``link_clusters``, and tokens of communicators. The link
             ends with the last; changed by the registry only.
         unlinking: This side is asking the peer to unlink.
         ended_by: Why the connection ended while this side was asking; "" if it did not.
@@ -166,8 +166,8 @@ class Link:
         begun: Keys that the peer has begun to pull and not consumed, and their caches.
         relink: How it stands with linking anew, once it is lost.
         give_back_late: Gives back a lease whose connection has ended.
-        presence: Our end of it, for a peer in this process to find; kept for as long as the link.
-        neighbour: The peer, where it is in this process.
+        link_end: Our end of it, for a peer in this process to find; kept for as long as the link.
+        same_process_peer: The peer, where it is in this process.
     """
 
     peer: int
@@ -182,7 +182,7 @@ class Link:
     since: float = field(default_factory=time.time)
     grants: dict[int, Grant] = field(default_factory=dict)
     shown_regions: set[int] = field(default_factory=set)
-    holds: set[str] = field(default_factory=set)
+    owners: set[str] = field(default_factory=set)
     unlinking: bool = False
     ended_by: str = ""
     leaving: bool = False
@@ -191,8 +191,8 @@ class Link:
     begun: dict[KeyName, CacheEntry] = field(default_factory=dict)
     relink: RelinkState = field(default_factory=RelinkState)
     give_back_late: Callable[[Link, Release], None] | None = None
-    presence: object = None
-    neighbour: SameProcessPeer | None = None
+    link_end: object = None
+    same_process_peer: SameProcessPeer | None = None
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
@@ -222,18 +222,18 @@ class Link:
         body: Body,
         deadline: Deadline,
         data: bytes | None = None,
-        holder: Holder | None = None,
+        ticket: LeaseTicket | None = None,
     ) -> tuple[Body, Data | None]:
         """Send a request and wait for its answer.
 
-        A lease that comes with it is the ``holder``'s, to be given back by :meth:`give_back`.
+        A lease that comes with it is the ``ticket``'s, to be given back by :meth:`give_back`.
 
         Raises:
             LLMTimeoutError: No answer in time.
             LLMPeerLostError: The connection is gone, or goes while we wait.
             LLMException: The peer refused, with its status and text.
         """
-        pending, number = Pending(holder), next(self._numbers)
+        pending, number = Pending(ticket), next(self._numbers)
         with self._lock:
             self.check_linked()
             self._pending[number] = pending
@@ -299,7 +299,7 @@ class Link:
         """An answer has arrived."""
         with self._lock:
             pending = self._pending.pop(number, None)
-            held = None if pending is None else pending.holder
+            held = None if pending is None else pending.ticket
             gone = isinstance(body, CacheView) and not self._held.note(
                 body.lease_id, held, self._post_release, self.endpoint.loop.timers
             )
@@ -308,13 +308,13 @@ class Link:
         if gone and isinstance(body, CacheView):
             self.post(Release(body.lease_id, None))
 
-    def give_back(self, holder: Holder, fetched: tuple[int, int] | None) -> None:
+    def give_back(self, ticket: LeaseTicket, fetched: tuple[int, int] | None) -> None:
         """Give back a lease that was asked for by :meth:`request`, if it has come.
 
         Also to a peer that has ended or lost the link: it may keep what we used until we say so.
         Does not block.
         """
-        self._held.give_back(holder, fetched, self._post_release)
+        self._held.give_back(ticket, fetched, self._post_release)
 
     def _post_release(self, release: Release) -> None:
         if self.connection.closed and self.give_back_late is not None:
@@ -415,9 +415,9 @@ class LinkRelay:
         self._link = link
 
     @property
-    def neighbour(self) -> SameProcessPeer | None:
+    def same_process_peer(self) -> SameProcessPeer | None:
         """The peer, where it is in this process."""
-        return self._link.neighbour
+        return self._link.same_process_peer
 
     @property
     def process(self) -> PeerProcess | None:

@@ -42,7 +42,7 @@ class Hello(Message):
         remote_accessible: Its ``enable_remote_cache_accessible``; both sides must agree (reference
             API, 9.3).
         offers: Transport name -> that transport's offer.
-        hold: What the link is for; see :class:`Join`.
+        owner: What the link is for; see :class:`Join`.
         name: Random name of the link that is asked for.
         lost: Name of the link that the sender has lost; if it is left here, it makes room.
     """
@@ -52,7 +52,7 @@ class Hello(Message):
     epoch: Name
     remote_accessible: bool
     offers: Offers
-    hold: Name = ""
+    owner: Name = ""
     name: Name = ""
     lost: Name = ""
 
@@ -107,12 +107,12 @@ class CacheView(Message):
         num_tensors: See :class:`~llm_datadist_torch.values.layout.Layout`; so are the next four.
         rows: Rows or blocks.
         row_bytes: Bytes of one.
-        pitch: Bytes between the starts of two.
+        row_stride_bytes: Bytes between the starts of two.
         paged: Blocks cache or contiguous.
         row: The row that the key names.
         addrs: Addresses of the tensors in the owner's process, native int64 [num_tensors].
         region: Region that all tensors lie in, or None for memory its user registered.
-        foreign: Registered by bare addresses.
+        unowned: Registered by bare addresses.
         device: Where it lies in the owner's process: "cpu", or such as "npu:0".
         version: By which the asker can see whether this still holds; None where it must ask.
         owner_validates: Its memory is its user's, who may move it without changing the version:
@@ -124,12 +124,12 @@ class CacheView(Message):
     num_tensors: int
     rows: int
     row_bytes: int
-    pitch: int
+    row_stride_bytes: int
     paged: bool
     row: int
     addrs: bytes
     region: RegionView | None
-    foreign: bool
+    unowned: bool
     device: str
     version: CacheVersion | None
     owner_validates: bool
@@ -157,12 +157,12 @@ class Claim(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     Refused, unless the cache and the row are still what the peer has said before.
 
     Attributes:
-        ask: What was asked then.
+        query: What was asked then.
         cache_id: What was answered.
         row: What was answered.
     """
 
-    ask: Resolve
+    query: Resolve
     cache_id: int
     row: int
 
@@ -228,10 +228,10 @@ class Join(Message):
     """Keep this link for one more purpose. Answered by :class:`Done`.
 
     Attributes:
-        hold: The purpose: "" for ``link_clusters``, else the token of a communicator.
+        owner: The purpose: "" for ``link_clusters``, else the token of a communicator.
     """
 
-    hold: Name
+    owner: Name
 
 
 class Unlink(Message):

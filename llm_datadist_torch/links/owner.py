@@ -20,7 +20,7 @@ from llm_datadist_torch.links.leased_memory import (
     GrantedCache,
     check_device_memory,
     check_inside,
-    copy_foreign,
+    copy_unowned,
 )
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
@@ -114,12 +114,12 @@ class Owner:
         """
         lease_id = self._claimed(link, call.lease_id, call.claim)
 
-        def over() -> None:
+        def done() -> None:
             if call.claim is not None:
                 self.release(link, Release(lease_id, None))
 
         def answer(payload: bytes | LLMException) -> None:
-            over()
+            done()
             reply(Called(payload) if isinstance(payload, bytes) else refused(payload))
 
         try:
@@ -127,7 +127,7 @@ class Owner:
             with _understood(call.transport):
                 link.channel.serve_by(call.transport, call.payload, cache, answer)
         except BaseException:
-            over()
+            done()
             raise
 
     def end_leases(self, grants: dict[int, Grant]) -> None:
@@ -151,13 +151,13 @@ class Owner:
 
     # -- leases -----------------------------------------------------------------------------------
 
-    def _resolve(self, link: Link, ask: Resolve) -> CacheView:
-        found = self._find_for_peer(ask)
+    def _resolve(self, link: Link, query: Resolve) -> CacheView:
+        found = self._find_for_peer(query)
         entry, layout = found.entry, found.entry.layout
-        consumes = found.consumes if self._consume_keys and not ask.write else None
+        consumes = found.consumes if self._consume_keys and not query.write else None
         if consumes is not None:
             _check_not_being_pulled(link, consumes)
-        lease_id = self._lease(link, entry, consumes, write=ask.write)
+        lease_id = self._lease(link, entry, consumes, write=query.write)
         if consumes is not None:
             link.begun[consumes] = entry
         if entry.region is not None:
@@ -168,12 +168,12 @@ class Owner:
             num_tensors=layout.num_tensors,
             rows=layout.rows,
             row_bytes=layout.row_bytes,
-            pitch=layout.row_stride_bytes,
+            row_stride_bytes=layout.row_stride_bytes,
             paged=layout.paged,
             row=found.row,
             addrs=entry.addrs.numpy().tobytes(),
             region=None if entry.region is None else view_of(entry.region),
-            foreign=entry.foreign,
+            unowned=entry.unowned,
             device=str(entry.device),
             version=_version(found),
             owner_validates=entry.flag is None,
@@ -183,10 +183,10 @@ class Owner:
         """The lease that a request comes with; the one that it claims is taken here."""
         if claim is None:
             return lease_id
-        ask = claim.ask
-        if ask.write or self._consume_keys:
+        query = claim.query
+        if query.write or self._consume_keys:
             raise param_error("only reads in remote-accessible mode go by a claim")
-        found = self._find_for_peer(ask)
+        found = self._find_for_peer(query)
         if (found.entry.cache_id, found.row) != (claim.cache_id, claim.row):
             raise error_for(
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
@@ -213,34 +213,34 @@ class Owner:
         link.grants[lease_id] = Grant(lease, entry, consumes, write)
         return lease_id
 
-    def _find_for_peer(self, ask: Resolve) -> Resolved:
-        found = self._find(ask)
+    def _find_for_peer(self, query: Resolve) -> Resolved:
+        found = self._find(query)
         entry, layout = found.entry, found.entry.layout
         if not entry.remote_accessible:
             raise param_error(
                 f"the peer's cache {entry.cache_id} is not remote accessible",
                 remedy="its owner registers it with remote_accessible=True.",
             )
-        if ask.paged is not None and layout.paged != ask.paged:
+        if query.paged is not None and layout.paged != query.paged:
             kinds = ("contiguous", "a blocks cache")
             raise param_error(
                 f"cache {entry.cache_id} is {kinds[layout.paged]}, the request needs"
-                f" {kinds[ask.paged]}"
+                f" {kinds[query.paged]}"
             )
         return found
 
-    def _find(self, ask: Resolve) -> Resolved:
-        if ask.kind == RESOLVE_BY_ID:
-            return self._catalog.resolve_id(ask.value, ask.index)
-        if ask.kind == RESOLVE_BY_ADDRESS:
-            if not -(2**63) <= ask.value < 2**63:
-                raise param_error(f"{ask.value} is no int64 address")
-            return self._catalog.resolve_address(ask.value)
+    def _find(self, query: Resolve) -> Resolved:
+        if query.kind == RESOLVE_BY_ID:
+            return self._catalog.resolve_id(query.value, query.index)
+        if query.kind == RESOLVE_BY_ADDRESS:
+            if not -(2**63) <= query.value < 2**63:
+                raise param_error(f"{query.value} is no int64 address")
+            return self._catalog.resolve_address(query.value)
         try:
-            kind = KeyKind(ask.kind)
+            kind = KeyKind(query.kind)
         except ValueError:
-            raise param_error(f"there are no keys of kind {ask.kind!r}") from None
-        return self._catalog.resolve_key(KeyName(kind, ask.value, ask.index))
+            raise param_error(f"there are no keys of kind {query.kind!r}") from None
+        return self._catalog.resolve_key(KeyName(kind, query.value, query.index))
 
     def release(self, link: Link, body: Release) -> None:
         """A lease comes back; what was completely fetched consumes its key."""
@@ -270,21 +270,21 @@ class Owner:
 
     def _read_leased(self, link: Link, lease_id: int, raw: bytes) -> bytes:
         spans, entry = self._leased_spans(link, lease_id, raw, write=False)
-        if not entry.foreign or entry.device != HOST:
+        if not entry.unowned or entry.device != HOST:
             return gather(spans[:, 0], spans[:, 1], entry.device)
         staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
-        copy_foreign(_C.read_process, staging, spans, entry)
+        copy_unowned(_C.read_process, staging, spans, entry)
         return staging.numpy().tobytes()
 
     def _write(self, link: Link, body: WriteBytes, data: bytes | Data) -> None:
         spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)
         if int(spans[:, 1].sum()) != len(data):
             raise param_error(f"{len(data)} bytes for spans of {int(spans[:, 1].sum())}")
-        if not entry.foreign or entry.device != HOST:
+        if not entry.unowned or entry.device != HOST:
             scatter(spans[:, 0], spans[:, 1], data, entry.device)
             return
         staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        copy_foreign(_C.write_process, staging, spans, entry)
+        copy_unowned(_C.write_process, staging, spans, entry)
 
     def _leased_spans(
         self, link: Link, lease_id: int, raw: bytes, *, write: bool
@@ -297,7 +297,7 @@ class Owner:
         grant.lease.check()
         spans = torch.frombuffer(bytearray(raw), dtype=torch.int64).view(-1, 2)
         check_inside(spans[:, 0], spans[:, 1], grant.entry)
-        if grant.entry.foreign and grant.entry.device != HOST:
+        if grant.entry.unowned and grant.entry.device != HOST:
             check_device_memory(grant.entry)
         return spans, grant.entry
 

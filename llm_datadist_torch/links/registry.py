@@ -12,8 +12,8 @@ from llm_datadist_torch.links.events import LinkEvents
 from llm_datadist_torch.links.late_writers import LateWriters
 from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
 from llm_datadist_torch.links.messages import Release
-from llm_datadist_torch.links.neighbours import Neighbour, Presence
 from llm_datadist_torch.links.owner import Owner
+from llm_datadist_torch.links.same_process import LinkEnd, SameProcessPeer
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.transports.choice import TransportSet
@@ -65,7 +65,7 @@ class LinkRegistry:
         self.by_peer: dict[int, Link] = {}
         self._by_connection: dict[Connection, Link] = {}
         self._draining: dict[Connection, Link] = {}
-        self._holds = {CLUSTERS}
+        self._owners = {CLUSTERS}
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -93,9 +93,9 @@ class LinkRegistry:
         """What each transport tells a peer."""
         return self._transports.offers()
 
-    def announce(self, name: str) -> Presence:
+    def announce(self, name: str) -> LinkEnd:
         """Let a peer in this process find our end of a link; to be done before it hears of it."""
-        return Presence(name, self._epoch, self._owner.catalog)
+        return LinkEnd(name, self._epoch, self._owner.catalog)
 
     def make(
         self,
@@ -105,11 +105,11 @@ class LinkRegistry:
         offers: dict[str, bytes],
         *,
         dialed: bool,
-        hold: str,
+        owner: str,
         name: str = "",
         address: tuple[str, int] | None = None,
         replaces: Link | None = None,
-        presence: Presence | None = None,
+        link_end: LinkEnd | None = None,
     ) -> None:
         """A link has been agreed on.
 
@@ -119,11 +119,11 @@ class LinkRegistry:
             connection: The way of its messages.
             offers: What its transports say.
             dialed: Whether we asked.
-            hold: What it is kept for.
+            owner: What it is kept for.
             name: What both sides call it.
             address: Where the peer can be dialed again.
             replaces: The lost link that it is to take the place of.
-            presence: Our end, if it has been announced.
+            link_end: Our end, if it has been announced.
 
         Raises:
             LLMLinkError: No transport in common, nobody here holds the link any more, what it
@@ -134,16 +134,16 @@ class LinkRegistry:
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=peer)
         link = Link(peer, epoch, connection, self._endpoint, dialed, name, address)
         link.give_back_late = self._give_back_late
-        link.presence = presence = presence or self.announce(name)
-        link.neighbour = Neighbour.find(name, epoch, self._epoch)
-        presence.open(link)
+        link.link_end = link_end = link_end or self.announce(name)
+        link.same_process_peer = SameProcessPeer.find(name, epoch, self._epoch)
+        link_end.open(link)
         channel = self._transports.connect(offers, LinkRelay(link))
         link.open_channel(channel)
         with self._lock:
             before = self.by_peer.get(peer)
-            held = hold in self._holds and replaces in (None, before)
+            held = owner in self._owners and replaces in (None, before)
             if held:
-                link.holds.add(hold)
+                link.owners.add(owner)
                 self.by_peer[peer] = self._by_connection[connection] = link
                 self._remember_less()
         if not held:
@@ -171,7 +171,7 @@ class LinkRegistry:
         """End a link; the peer's leases end with it, but for those of one that may still write."""
         self._forget(link, state, reason)
         if link.connection.closed:
-            self.late_writers.hold(link)
+            self.late_writers.retain(link)
         self._owner.end_grants(link)
         # Whoever answers an unlink needs the connection for the answer; the asking side closes it.
         if not keep_connection:
@@ -185,7 +185,7 @@ class LinkRegistry:
             # A lost link stays listed with its holds, so that its use says what happened, or
             # links anew.
             if state is LinkState.UNLINKED:
-                link.holds.clear()
+                link.owners.clear()
                 if listed:
                     del self.by_peer[link.peer]
         if state is LinkState.LOST and ended:
@@ -240,7 +240,7 @@ class LinkRegistry:
             link = self._draining.pop(connection, None)
         if link is not None:
             if connection.closed:
-                self.late_writers.hold(link)
+                self.late_writers.retain(link)
             self._owner.end_grants(link)
 
     def _give_back_late(self, link: Link, release: Release) -> None:
@@ -257,29 +257,29 @@ class LinkRegistry:
 
     # -- holds ------------------------------------------------------------------------------------
 
-    def admit(self, hold: str) -> None:
+    def add_owner(self, owner: str) -> None:
         """From now on links may be held for this."""
         with self._lock:
-            self._holds.add(hold)
+            self._owners.add(owner)
 
-    def dismiss(self, hold: str) -> None:
+    def remove_owner(self, owner: str) -> None:
         """No link may be held for this any more; those that are still have to be let go of."""
         with self._lock:
-            self._holds.discard(hold)
+            self._owners.discard(owner)
 
-    def is_admitted(self, hold: str) -> bool:
+    def is_owner(self, owner: str) -> bool:
         """Whether links may be held for this."""
-        return hold in self._holds
+        return owner in self._owners
 
-    def hold(self, link: Link, hold: str) -> None:
+    def acquire(self, link: Link, owner: str) -> None:
         """Keep a link for one more purpose.
 
         Raises:
             LLMNotLinkedError: The link, or the communicator that asks for it, has ended.
         """
         with self._lock:
-            if hold in self._holds and link.state is LinkState.LINKED and not link.leaving:
-                link.holds.add(hold)
+            if owner in self._owners and link.state is LinkState.LINKED and not link.leaving:
+                link.owners.add(owner)
                 return
         raise error_for(
             LLMStatusCode.LLM_NOT_YET_LINK,
@@ -287,14 +287,14 @@ class LinkRegistry:
             peer=link.peer,
         )
 
-    def let_go(self, link: Link, hold: str) -> bool:
+    def release(self, link: Link, owner: str) -> bool:
         """Stop keeping a link for this, if something else keeps it.
 
         Returns:
             Whether the link now has to be ended, because nothing else keeps it.
         """
         with self._lock:
-            if hold in link.holds and len(link.holds) > 1:
-                link.holds.discard(hold)
+            if owner in link.owners and len(link.owners) > 1:
+                link.owners.discard(owner)
                 return False
-            return link.holds == {hold} or link.state is not LinkState.LINKED
+            return link.owners == {owner} or link.state is not LinkState.LINKED

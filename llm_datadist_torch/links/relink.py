@@ -9,7 +9,7 @@ import weakref
 
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import Link, LinkState, RelinkState, Turn
+from llm_datadist_torch.links.link import Link, LinkState, RelinkState, RelinkTurn
 from llm_datadist_torch.links.registry import LinkRegistry
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
@@ -66,7 +66,7 @@ class Relinker:
 
     def _relink(self, lost: Link, deadline: Deadline) -> None:
         state = lost.relink
-        turn = Turn()
+        turn = RelinkTurn()
         try:
             if not _take(state, turn, deadline):
                 return
@@ -81,15 +81,15 @@ class Relinker:
                 state.retry_at = time.monotonic() + state.pause_s
                 state.pause_s = min(2 * state.pause_s, _LONGEST_PAUSE_S)
         finally:
-            turn.over = True
+            turn.ended = True
 
 
-def _take(state: RelinkState, turn: Turn, deadline: Deadline) -> bool:
+def _take(state: RelinkState, turn: RelinkTurn, deadline: Deadline) -> bool:
     """Wait for the turn to try; whether it has come before the deadline."""
     while True:
         with state.lock:
             before = None if state.turn is None else state.turn()
-            if before is None or before.over:
+            if before is None or before.ended:
                 state.turn = weakref.ref(turn)
                 return True
         if deadline.expired:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 import msgspec
 
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.auth import Seal
-from llm_datadist_torch.links.conduit import Conduit
+from llm_datadist_torch.links.auth import MessageAuthenticator
+from llm_datadist_torch.links.conduit import CancellableProxy
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.net.addresses import resolve
 from llm_datadist_torch.values.checks import UINT16_MAX, param_error
@@ -73,7 +73,7 @@ class Rendezvous:
         deadline: One for everything.
         check: Raises when it is to be given up.
         card: Makes our card; called with an address of ours at which the others reach us.
-        admit: Called with the token before any other member can have heard of us.
+        add_owner: Called with the token before any other member can have heard of us.
         seal: Marks what is said, so that nobody without the secret can say it.
     """
 
@@ -84,8 +84,8 @@ class Rendezvous:
     deadline: Deadline
     check: Callable[[], None]
     card: Callable[[str], Card]
-    admit: Callable[[str], None]
-    seal: Seal
+    add_owner: Callable[[str], None]
+    seal: MessageAuthenticator
 
     def run(self) -> Agreement:
         """Meet the others. Blocks until all are there.
@@ -121,7 +121,7 @@ class Rendezvous:
         nonces = self._nonces(store)
         # Made of what each of them has just made up: nothing said earlier is good for it.
         token = _token_of([uuid.uuid4().hex, *nonces])
-        self.admit(token)
+        self.add_owner(token)
         self._put_card(store, self.address[0], token)
         self._put(store, "token", msgspec.msgpack.encode((token, nonces)))
         cards = self._cards(store, token)
@@ -165,16 +165,16 @@ class Rendezvous:
                 )
             ) from None
         here = far.getsockname()[0]
-        with Conduit(far, self._over) as conduit:
-            near = ("127.0.0.1", conduit.port)
+        with CancellableProxy(far, self._cancelled) as proxy:
+            near = ("127.0.0.1", proxy.port)
             store = self._call(lambda: _new_store(near, self.deadline))
             agreement = self._take_part(store, here, nonce)
             # set() does not wait for its arrival.
             del store
-            conduit.flush()
+            proxy.flush()
             return agreement
 
-    def _over(self) -> bool:
+    def _cancelled(self) -> bool:
         try:
             self.check()
         except Exception:  # noqa: BLE001  whatever it is, the thread that waits will say it
@@ -202,7 +202,7 @@ class Rendezvous:
                 self._timeout("an earlier communicator of this name has not ended its meeting")
             )
         token = self._token(store, nonce)
-        self.admit(token)
+        self.add_owner(token)
         self._put_card(store, here, token)
         cards = self._cards(store, token)
         self._put(store, f"left/{self.seat}", b"")

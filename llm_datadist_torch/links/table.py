@@ -120,7 +120,7 @@ class LinkTable:
         self,
         targets: Sequence[tuple[int, str, int] | LLMStatusCode],
         deadline: Deadline,
-        hold: str = CLUSTERS,
+        owner: str = CLUSTERS,
     ) -> list[LLMStatusCode]:
         """Link to all targets at once; blocks until each has answered, at most until the deadline.
 
@@ -128,29 +128,29 @@ class LinkTable:
             targets: (peer, host, port) each; a status instead means that the target was refused
                 before.
             deadline: One for all of them.
-            hold: What the links are for. A link that is there for something else is shared.
+            owner: What the links are for. A link that is there for something else is shared.
 
         Returns:
             One status per target.
         """
         started = [
-            target if isinstance(target, LLMStatusCode) else self._handshake.start(*target, hold)
+            target if isinstance(target, LLMStatusCode) else self._handshake.start(*target, owner)
             for target in targets
         ]
-        return [self._finish(each, hold, deadline) for each in started]
+        return [self._finish(each, owner, deadline) for each in started]
 
     def _finish(
-        self, started: Dial | Link | LLMStatusCode, hold: str, deadline: Deadline
+        self, started: Dial | Link | LLMStatusCode, owner: str, deadline: Deadline
     ) -> LLMStatusCode:
         if isinstance(started, Dial):
             return self._handshake.finish(started, deadline)
         if isinstance(started, Link):
-            return self._handshake.share(started, hold, deadline)
+            return self._handshake.share(started, owner, deadline)
         return started
 
-    def cancel_dials(self, hold: str) -> None:
+    def cancel_dials(self, owner: str) -> None:
         """Links that are being asked for this are not wanted any more."""
-        self._handshake.cancel("the communicator has been unlinked", hold)
+        self._handshake.cancel("the communicator has been unlinked", owner)
 
     def unlink(self, peer: int, deadline: Deadline) -> None:
         """End a link in agreement with the peer, after running transfers of both sides.
@@ -162,7 +162,7 @@ class LinkTable:
             LLMPeerLostError: The peer is gone; the link is kept, as lost.
         """
         link = self.registry.get(peer)
-        if link is None or not self.registry.let_go(link, CLUSTERS):
+        if link is None or not self.registry.release(link, CLUSTERS):
             return
         ticket = threading.Lock()
         with ticket:
@@ -194,7 +194,7 @@ class LinkTable:
             else:
                 return
 
-    def unlink_here(self, peer: int, deadline: Deadline, hold: str = CLUSTERS) -> None:
+    def unlink_here(self, peer: int, deadline: Deadline, owner: str = CLUSTERS) -> None:
         """End a link on this side only, after running transfers of both sides.
 
         One that something else keeps stays. See the class for what a peer's transfers may delay.
@@ -203,7 +203,7 @@ class LinkTable:
             LLMTimeoutError: Our own transfers took too long; the link is kept.
         """
         link = self.registry.get(peer)
-        if link is None or not self.registry.let_go(link, hold):
+        if link is None or not self.registry.release(link, owner):
             return
         ticket = threading.Lock()
         with ticket:
@@ -215,7 +215,7 @@ class LinkTable:
                 linked_again = False
                 self._leave(link, deadline)
         if linked_again:
-            self.unlink_here(peer, deadline, hold)
+            self.unlink_here(peer, deadline, owner)
 
     def _leave(self, link: Link, deadline: Deadline) -> None:
         link.leaving = True
@@ -364,7 +364,7 @@ class LinkTable:
         if isinstance(body, Unlink):
             return self._on_unlink(link, asked=asked), None
         if isinstance(body, Join):
-            self.registry.hold(link, body.hold)
+            self.registry.acquire(link, body.owner)
             return Done(), None
         if isinstance(body, Release) and body.link:
             self.registry.late_writers.release(link.epoch, body.link, body.lease_id)
@@ -407,7 +407,7 @@ class LinkTable:
         self.registry.gone(connection)
         link = self.registry.at(connection)
         if link is not None:
-            self.registry.late_writers.hold(link)
+            self.registry.late_writers.retain(link)
         if link is not None and link.leaving:
             # The peer has heard that we are ending it, and has closed its side.
             self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")

@@ -140,7 +140,7 @@ def describe_tensors(
     byte: ``kv[:, 0]`` and ``kv[:, 1]`` are fine, ``kv`` twice is not.
 
     Returns:
-        The addresses, int64 [n], and the pitch: bytes from one row to the next (those of a row
+        The addresses, int64 [n], and the row stride: bytes from one row to the next (those of a row
         where there is only one).
 
     Raises:
@@ -148,21 +148,24 @@ def describe_tensors(
     """
     if not tensors:
         raise _param_error("no tensors were given")
-    pitches = [_pitch(f"tensors[{i}]", t, shape, dtype, device) for i, t in enumerate(tensors)]
-    pitch = pitches[0]
-    for index, other in enumerate(pitches):
-        if other != pitch:
+    row_strides = [
+        _row_stride_of(f"tensors[{i}]", t, shape, dtype, device) for i, t in enumerate(tensors)
+    ]
+    row_stride_bytes = row_strides[0]
+    for index, other in enumerate(row_strides):
+        if other != row_stride_bytes:
             raise _param_error(
-                f"tensors[{index}] has {other} bytes between rows, tensors[0] has {pitch}",
+                f"tensors[{index}] has {other} bytes between rows, tensors[0] has"
+                f" {row_stride_bytes}",
                 remedy="give tensors of equal strides.",
             )
     addrs = address_tensor([tensor.data_ptr() for tensor in tensors])
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
-    _check_disjoint(addrs, shape[0], row_bytes, pitch)
-    return addrs, pitch
+    _check_disjoint(addrs, shape[0], row_bytes, row_stride_bytes)
+    return addrs, row_stride_bytes
 
 
-def _pitch(
+def _row_stride_of(
     name: str, tensor: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> int:
     """Bytes between the rows of one checked tensor."""
@@ -178,7 +181,7 @@ def _pitch(
         device.index is not None and tensor.device.index != device.index
     ):
         raise _param_error(f"{name} is on {tensor.device}, the cache is on {device}")
-    pitch = _row_pitch(name, tensor, tuple(shape)) * dtype.itemsize
+    row_stride_bytes = _row_stride(name, tensor, tuple(shape)) * dtype.itemsize
     address = tensor.data_ptr()
     if address == 0:
         raise _param_error(f"{name} has no memory (data_ptr() is 0)")
@@ -186,10 +189,10 @@ def _pitch(
         raise _param_error(
             f"{name} at {address:#x} is not aligned to its elements of {dtype.itemsize} bytes"
         )
-    return pitch
+    return row_stride_bytes
 
 
-def _row_pitch(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> int:
+def _row_stride(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> int:
     """Elements between the rows of one tensor."""
     row = math.prod(shape[1:])
     if tuple(tensor.shape) != shape:
@@ -214,20 +217,23 @@ def _row_pitch(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> int:
     return tensor.stride(0)
 
 
-def _check_disjoint(addrs: torch.Tensor, rows: int, row_bytes: int, pitch: int) -> None:
-    """Refuse tensors that share a byte; row r of tensor i starts at ``addrs[i] + r * pitch``."""
+def _check_disjoint(addrs: torch.Tensor, rows: int, row_bytes: int, row_stride_bytes: int) -> None:
+    """Refuse tensors that share a byte.
+
+    Row r of tensor i starts at ``addrs[i] + r * row_stride_bytes``.
+    """
     starts, order = addrs.sort()
-    extent = (rows - 1) * pitch + row_bytes
+    extent = (rows - 1) * row_stride_bytes + row_bytes
     # Only tensors that start within the extent of another can touch it.
     ends = torch.searchsorted(starts, starts + extent)
     positions = torch.arange(len(starts))
     for low in torch.nonzero(ends > positions + 1).flatten().tolist():
         distance = starts[low + 1 : int(ends[low])] - starts[low]
-        whole = distance // pitch
-        rest = distance - whole * pitch
+        whole = distance // row_stride_bytes
+        rest = distance - whole * row_stride_bytes
         # Row r of the later tensor lies `rest` bytes after row r + whole of the earlier one, and
         # before the next.
-        touches = (rest < row_bytes) | ((pitch - rest < row_bytes) & (whole + 1 < rows))
+        touches = (rest < row_bytes) | ((row_stride_bytes - rest < row_bytes) & (whole + 1 < rows))
         if bool(touches.any()):
             high = low + 1 + int(touches.nonzero()[0])
             one, other = sorted((int(order[low]), int(order[high])))

@@ -34,8 +34,8 @@ class Adopted:
     Attributes:
         tensors: The given tensors, or views over the given addresses.
         addrs: Their addresses, int64 [num_tensors].
-        layout: The cache's layout, with the pitch of the given tensors.
-        foreign: Given as ints: nothing keeps this memory alive.
+        layout: The cache's layout, with the row stride of the given tensors.
+        unowned: Given as ints: nothing keeps this memory alive.
         watched: The tensors that must stay where they are: ours, and the caller's own, which may
             get another storage than ours.
     """
@@ -43,7 +43,7 @@ class Adopted:
     tensors: tuple[torch.Tensor, ...]
     addrs: torch.Tensor
     layout: Layout
-    foreign: bool
+    unowned: bool
     watched: tuple[torch.Tensor, ...]
 
 
@@ -109,22 +109,25 @@ def adopt(
             f"{len(given)} addrs for a cache_desc with num_tensors={desc.num_tensors}"
         )
     shape, dtype = storage_form(desc.dims, desc.data_type)
-    foreign = not isinstance(given[0], torch.Tensor)
-    if foreign:
+    unowned = not isinstance(given[0], torch.Tensor)
+    if unowned:
         numbers = [operator.index(item) for item in given if isinstance(item, Integral)]
         _check_apart(numbers, desc.size)
         tensors = tuple(tensors_over(numbers, shape, dtype, device))
         addrs, watched = address_tensor(numbers), tensors
     else:
         items = tuple(item for item in given if isinstance(item, torch.Tensor))
-        addrs, pitch = describe_tensors(items, shape, dtype, device)
-        tensors, layout = _in_shape(items, shape), replace(layout, row_stride_bytes=pitch)
+        addrs, row_stride_bytes = describe_tensors(items, shape, dtype, device)
+        tensors, layout = (
+            _in_shape(items, shape),
+            replace(layout, row_stride_bytes=row_stride_bytes),
+        )
         watched = (*tensors, *items)
     if device == HOST:
         pinned.warn_of_pageable(tensors)
     else:
         npu_address.warn_of_expandable(tensors)
-    return Adopted(tensors, addrs, layout, foreign, watched)
+    return Adopted(tensors, addrs, layout, unowned, watched)
 
 
 def _in_shape(

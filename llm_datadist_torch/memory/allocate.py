@@ -80,12 +80,12 @@ def tensors_in(
     They are no views in autograd's sense, so that a write to one doesn't count as one to another.
     """
     size = tuple(shape)
-    stride = tuple(math.prod(size[at + 1 :]) for at in range(len(size)))
+    strides = tuple(math.prod(size[at + 1 :]) for at in range(len(size)))
     start = base.storage_offset()
     with torch.inference_mode(mode=False):
         return tuple(
             torch.empty(0, dtype=dtype, device=base.device).set_(
-                base.untyped_storage(), (start + offset) // dtype.itemsize, size, stride
+                base.untyped_storage(), (start + offset) // dtype.itemsize, size, strides
             )
             for offset in offsets
         )

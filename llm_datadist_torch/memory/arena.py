@@ -65,14 +65,14 @@ class ArenaMemory(CacheMemory):
         self,
         pool: PoolSize,
         reserve: Callable[[int], tuple[torch.Tensor, Region]] = allocate_bytes,
-        settle: Callable[[], None] | None = None,
+        synchronize: Callable[[], None] | None = None,
     ) -> None:
         """Reserve the region. Touches no page of it.
 
         Args:
             pool: ``memory_size`` in bytes and ``page_shift``.
             reserve: Makes the region and the uint8 tensor over it; host memory by default.
-            settle: Waits until nothing that was started with earlier tensors still uses their
+            synchronize: Waits until nothing that was started with earlier tensors still uses their
                 pages; None where nothing can.
 
         Raises:
@@ -99,7 +99,7 @@ class ArenaMemory(CacheMemory):
         base, self.region = reserve(pool.memory_size)
         self.base = base.data_ptr()
         self._page_shift = pool.page_shift
-        self._settle = settle
+        self._synchronize = synchronize
         self._device = base.device
         self._arena = _C.Arena(base, pool.page_shift)
 
@@ -126,8 +126,8 @@ class ArenaMemory(CacheMemory):
             spans = self._arena.spans(count, nbytes)
         if spans is None:
             raise self._out_of_memory(count, nbytes)
-        if self._settle is not None:
-            self._settle()
+        if self._synchronize is not None:
+            self._synchronize()
         # A span is free when both have let go of it: the storage of its tensor, and the cache.
         owner = tuple(spans)
         if self._device != HOST:

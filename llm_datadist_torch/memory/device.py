@@ -84,7 +84,7 @@ class NpuDevice(Device):
     def memory(self, pool: PoolSize | None) -> CacheMemory:
         """See :meth:`Device.memory`."""
         memory = NpuMemory(self.device)
-        return memory if pool is None else ArenaMemory(pool, memory.reserve, memory.settle)
+        return memory if pool is None else ArenaMemory(pool, memory.reserve, memory.synchronize)
 
     def host_memory(self, pool: PoolSize | None) -> CacheMemory:
         """See :meth:`Device.host_memory`. Pinned, so that the NPU can copy from and to it."""

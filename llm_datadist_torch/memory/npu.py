@@ -78,7 +78,7 @@ class NpuMemory(CacheMemory):
         reason = "it is memory of an NPU"
         return aligned, Region(aligned.data_ptr(), nbytes, reason=reason, keepalive=aligned)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for everything that was started on the device.
 
         Raises:

@@ -239,5 +239,5 @@ def _check_memory(*caches: Cache) -> None:
     An error now rather than a crash.
     """
     for cache in caches:
-        if cache.is_foreign:
+        if cache.is_unowned:
             check_alive(cache.tensor_addrs, cache.layout.extent, cache.device)

@@ -54,12 +54,14 @@ class RemoteCache(NamedTuple):
         Raises:
             LLMException: What it says can't be true of any cache.
         """
-        layout = Layout(view.num_tensors, view.rows, view.row_bytes, view.pitch, view.paged)
+        layout = Layout(
+            view.num_tensors, view.rows, view.row_bytes, view.row_stride_bytes, view.paged
+        )
         numbers = (layout.num_tensors, layout.rows, layout.row_bytes, layout.row_stride_bytes)
         if (
             min(numbers) < 1
             or layout.row_stride_bytes < layout.row_bytes
-            or (view.rows - 1) * view.pitch + view.row_bytes > INT64_MAX
+            or (view.rows - 1) * view.row_stride_bytes + view.row_bytes > INT64_MAX
             or len(view.addrs) != layout.num_tensors * ADDRESS_BYTES
         ):
             raise error_for(

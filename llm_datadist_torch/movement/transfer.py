@@ -22,7 +22,7 @@ from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.links.held_leases import Holder
+from llm_datadist_torch.links.held_leases import LeaseTicket
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
 from llm_datadist_torch.movement import background
@@ -251,8 +251,8 @@ class Transfer(ABC):
                     runs,
                     view.region,
                     0 if claim is not None else view.lease_id,
-                    entry.foreign,
-                    view.foreign,
+                    entry.unowned,
+                    view.unowned,
                     entry.tensors[0].device,
                     view.device,
                     view.cache_id,
@@ -289,19 +289,19 @@ class Transfer(ABC):
 
     def _move_leased(self, link: Link, entry: CacheEntry, deadline: Deadline) -> RemoteCache:
         """Ask the peer for its cache, with a lease, and move; the lease goes back in every case."""
-        ticket, fetched = Holder(), None
+        ticket, fetched = LeaseTicket(), None
         try:
-            remote = RemoteCache.of(self._ask(link, ticket, deadline), link.channel.move)
+            remote = RemoteCache.of(self._request_view(link, ticket, deadline), link.channel.move)
             moved = self._move(link, entry, remote, deadline)
             # What a pull has completely read may consume the key.
             fetched = moved if self.direction is Direction.READ else None
         finally:
             # First of all, because Ctrl-C may come again: then the link does the rest.
-            ticket.over = True
+            ticket.closed = True
             link.give_back(ticket, fetched)
         return remote
 
-    def _ask(self, link: Link, ticket: Holder, deadline: Deadline) -> CacheView:
+    def _request_view(self, link: Link, ticket: LeaseTicket, deadline: Deadline) -> CacheView:
         """The peer's answer, with a lease for ``ticket``.
 
         Where the peer says that others have to finish first, it is asked again and again.

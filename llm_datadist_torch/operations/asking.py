@@ -10,7 +10,7 @@ from llm_datadist_torch.values.checks import check_timeout_ms, check_uint64
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 
-def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> bytes:
+def request(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> bytes:
     """Ask a peer, and wait for its answer; see ``LLMDataDist.request``."""
     check_uint64("remote_cluster_id", peer)
     check_payload("payload", payload)
@@ -24,7 +24,7 @@ def ask(instance: Instance, peer: int, payload: bytes, timeout: int | None) -> b
     return reply.payload
 
 
-def tell(instance: Instance, peer: int, payload: bytes) -> None:
+def send(instance: Instance, peer: int, payload: bytes) -> None:
     """Send a peer something, without waiting for an answer; see ``LLMDataDist.send``."""
     check_uint64("remote_cluster_id", peer)
     check_payload("payload", payload)

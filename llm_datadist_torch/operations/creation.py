@@ -102,7 +102,7 @@ def register(
         owned=False,
         rows_first=desc.batch_dim == 0,
         remote_accessible=remote_accessible,
-        foreign=adopted.foreign,
+        unowned=adopted.unowned,
     )
     return _publish(instance, desc, entry, keys)
 
@@ -187,7 +187,7 @@ def _publish(instance: Instance, desc: CacheDesc, entry: CacheEntry, keys: Keys)
         entry.tensors,
         layout,
         is_registered=not entry.owned,
-        is_foreign=entry.foreign,
+        is_unowned=entry.unowned,
         guard=entry.guard,
         end=end,
     )

@@ -75,7 +75,8 @@ class Relay(Protocol):
     deadline at most.
 
     Attributes:
-        neighbour: The peer, where it is in this process. What its offer says is no proof of that.
+        same_process_peer: The peer, where it is in this process. What its offer says does not prove
+            that.
         process: The peer's process, as the kernel knows it by the connection; None where nothing
             proves that it is on this host.
     """
@@ -85,7 +86,7 @@ class Relay(Protocol):
         """See above."""
 
     @property
-    def neighbour(self) -> SameProcessPeer | None:
+    def same_process_peer(self) -> SameProcessPeer | None:
         """See above."""
 
     def read(
@@ -124,11 +125,11 @@ class LeasedCache(Protocol):
     def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
         """Raise LLMParamError unless all stretches (int64 [n]) lie inside its rows."""
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         """Keep its memory in place, also when the lease ends, until :meth:`end`."""
 
     def end(self) -> None:
-        """Give back one :meth:`hold`."""
+        """Give back one :meth:`acquire`."""
 
 
 class Fit(NamedTuple):

@@ -184,8 +184,8 @@ class LinkChannel:
         if not leased and (version is None or before is None or before[0] != version.lookup):
             raise StaleCacheError
         path = move(movement, deadline)
-        after = None if version is None else self.read_version(version)
-        if version is not None and after is not None and after[1] != version.memory:
+        current = None if version is None else self.read_version(version)
+        if version is not None and current is not None and current[1] != version.memory:
             raise StaleCacheError
         return path
 

@@ -102,8 +102,8 @@ class Movement(msgspec.Struct, frozen=True, dict=True, eq=False):
             user.
         lease_id: The peer's name for the hold we have on its cache; 0 where we have none, and only
             read what any peer may.
-        local_foreign: The local memory was registered by bare addresses, so it may be gone.
-        remote_foreign: The same of the peer's memory.
+        local_unowned: The local memory was registered by bare addresses, so it may be gone.
+        remote_unowned: The same of the peer's memory.
         local_device: Where the local memory is.
         remote_device: Where the peer says that its memory is: "cpu", or such as "npu:0".
         cache_id: The peer's number of its cache.
@@ -119,8 +119,8 @@ class Movement(msgspec.Struct, frozen=True, dict=True, eq=False):
     runs: torch.Tensor
     region: RegionView | None
     lease_id: int
-    local_foreign: bool = False
-    remote_foreign: bool = False
+    local_unowned: bool = False
+    remote_unowned: bool = False
     local_device: torch.device = HOST_DEVICE
     remote_device: str = HOST_DEVICE.type
     cache_id: int = 0
@@ -138,23 +138,23 @@ class Movement(msgspec.Struct, frozen=True, dict=True, eq=False):
         return MemoryKind.HOST if self.in_host_memory else MemoryKind.DEVICE
 
     @cached_property
-    def _measures(self) -> tuple[int, int, int]:
+    def _extents(self) -> tuple[int, int, int]:
         return _C.measure_runs(self.runs)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all runs in all tensors."""
-        return self._measures[0] * len(self.local_addrs)
+        return self._extents[0] * len(self.local_addrs)
 
     @property
     def local_extent(self) -> int:
         """Bytes from the start of a local tensor to the end of the last run in it."""
-        return self._measures[1]
+        return self._extents[1]
 
     @property
     def remote_extent(self) -> int:
         """Bytes from the start of a tensor of the peer's to the end of the last run in it."""
-        return self._measures[2]
+        return self._extents[2]
 
     def expanded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Every run of every tensor: local addresses, remote addresses and bytes, int64 [n]."""

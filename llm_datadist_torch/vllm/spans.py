@@ -29,6 +29,6 @@ def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
 def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 ``[rows, bytes]``: the rows as they lie in memory; only dimension 0 may be strided."""
     count = tensor[0].numel()
-    stride = tensor.stride(0) if tensor.shape[0] > 1 else count
-    flat = tensor.as_strided((tensor.shape[0], count), (stride, 1))
+    row_stride = tensor.stride(0) if tensor.shape[0] > 1 else count
+    flat = tensor.as_strided((tensor.shape[0], count), (row_stride, 1))
     return flat.view(torch.uint8)

@@ -30,7 +30,7 @@ class Pull:
 
 
 @dataclass(frozen=True)
-class Hold:
+class Renewal:
     """Keep a producer's lease for a request that is queued, until it is pulled or dropped."""
 
     request_id: str
@@ -117,7 +117,7 @@ class Step:
 
     Attributes:
         pulls: What to fetch.
-        holds: Leases to keep for requests that are queued.
+        renewals: Leases to keep for requests that are queued.
         drops: Requests whose leases need not be kept any more.
         grants: What to keep.
         expects: What to let others write.
@@ -127,7 +127,7 @@ class Step:
     """
 
     pulls: list[Pull] = field(default_factory=list)
-    holds: list[Hold] = field(default_factory=list)
+    renewals: list[Renewal] = field(default_factory=list)
     drops: list[str] = field(default_factory=list)
     grants: list[Grant] = field(default_factory=list)
     expects: list[Expect] = field(default_factory=list)

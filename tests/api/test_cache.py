@@ -199,7 +199,7 @@ def test_tensors_outlive_the_cache(instance_factory, pool):
 
 
 def test_registered_tensors_are_kept_alive(cache):
-    if cache.is_foreign or not cache.is_registered:
+    if cache.is_unowned or not cache.is_registered:
         return
     scramble(cache.tensors, seed=3)
     before = [raw(t) for t in cache.tensors]

@@ -29,18 +29,20 @@ class Guarded:
     """A registered cache in memory of canaries, and the model of its rows."""
 
     def __init__(self, make, rows: int, row_bytes: int, gap: int, count: int, seed: int, place):
-        self.pitch = row_bytes + gap
+        self.row_stride_bytes = row_bytes + gap
         lead = 64
         self.wholes = [
             torch.full(
-                (2 * lead + rows * self.pitch,),
+                (2 * lead + rows * self.row_stride_bytes,),
                 CANARY,
                 dtype=torch.uint8,
                 device=device_of(place),
             )
             for _ in range(count)
         ]
-        views = [w.as_strided((rows, row_bytes), (self.pitch, 1), lead) for w in self.wholes]
+        views = [
+            w.as_strided((rows, row_bytes), (self.row_stride_bytes, 1), lead) for w in self.wholes
+        ]
         scramble(views, seed)
         self.cache = make(CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8, place), views)
         self.models = [bytearray(raw(view)) for view in views]

@@ -86,7 +86,7 @@ def test_create_cpu_cache(form):
     cache = Cache.create_cpu_cache(X, given)
     assert cache.cache_id == -1
     assert cache.is_blocks_cache
-    assert cache.is_foreign == (form == "ints")
+    assert cache.is_unowned == (form == "ints")
     assert cache.tensor_addrs == [t.data_ptr() for t in mine]
     cache.tensors[1][2].fill_(5)
     assert bool((mine[1][2] == 5).all())

@@ -33,7 +33,7 @@ from tests.api.support import (
     raises,
 )
 from tests.conftest import make_options
-from tests.peers import settle
+from tests.peers import eventually
 
 
 @pytest.mark.parametrize("part", [Loop, Strangers, Handshake])
@@ -57,7 +57,7 @@ def test_init_without_sockets_leaves_nothing(part, monkeypatch):
         with pytest.raises((LLMException, OSError), match="Too many open files"):
             datadist.init(make_options() | secret)
     assert closed == ["local"]
-    assert settle(lambda: descriptors() == before)
+    assert eventually(lambda: descriptors() == before)
     datadist.init(make_options() | secret)
     datadist.finalize()
 

@@ -155,7 +155,7 @@ def test_register(instance_factory, method, form):
     cache = getattr(manager, method)(D, given)
     assert cache.cache_id == 1
     assert cache.is_registered
-    assert cache.is_foreign == (form == "ints")
+    assert cache.is_unowned == (form == "ints")
     assert cache.is_blocks_cache == (method == "register_blocks_cache")
     assert cache.tensor_addrs == [t.data_ptr() for t in mine]
     mine[1].fill_(4)
@@ -331,19 +331,19 @@ def test_unregister_invalidates(instance_factory):
         manager.copy_cache(cache, cache)
 
 
-@pytest.mark.parametrize("after", ["nothing", "deallocate"])
-def test_unregister_of_an_allocated_cache(instance_factory, after):
+@pytest.mark.parametrize("afterwards", ["nothing", "deallocate"])
+def test_unregister_of_an_allocated_cache(instance_factory, afterwards):
     """14.23."""
     datadist = instance_factory()
     manager = datadist.cache_manager
     cache = manager.allocate_cache(desc(), [K])
-    if after == "deallocate":  # K still keeps it
+    if afterwards == "deallocate":  # K still keeps it
         manager.deallocate_cache(cache)
     before = counters(datadist)
     with raises(PI):
         manager.unregister_cache(cache.cache_id)
     assert counters(datadist) == before
-    assert cache.ended == (after == "deallocate")
+    assert cache.ended == (afterwards == "deallocate")
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -37,9 +37,9 @@ def process() -> Iterator[Peer]:
 @pytest.fixture
 def far(here: Service, process: Peer) -> Iterator[Far]:
     """Instance 2 in another process, linked with ``here``."""
-    assert here.link(PEER, process.ask("start", PEER))[0] == "LLM_SUCCESS"
+    assert here.link(PEER, process.call("start", PEER))[0] == "LLM_SUCCESS"
     yield Far(process)
-    process.ask("finish")
+    process.call("finish")
 
 
 @pytest.fixture

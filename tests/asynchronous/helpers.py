@@ -69,15 +69,15 @@ class Far:
 
     def __init__(self, process: Any) -> None:
         self.process = process
-        self.ask = process.ask
+        self.call = process.call
         self.before: dict[str, bytes] = {}
         self.spans: dict[str, Any] = {}
 
     def make(self, kind: str, name: str, *args: Any, **kwargs: Any) -> int:
         """A cache full of random bytes; returns its id."""
-        cache_id = self.ask("make", kind, name, *args, **kwargs)
-        self.before[name] = self.ask("fill", name, len(self.before) + 7)
-        self.spans[name] = self.ask("span", name)
+        cache_id = self.call("make", kind, name, *args, **kwargs)
+        self.before[name] = self.call("fill", name, len(self.before) + 7)
+        self.spans[name] = self.call("span", name)
         return cache_id
 
     def expect(self, name: str, *patches: tuple[int, int, bytes]) -> None:
@@ -86,7 +86,7 @@ class Far:
         for tensor, at, data in patches:
             start = self.spans[name].starts[tensor] + at
             wanted[start : start + len(data)] = data
-        assert self.ask("dump", name) == bytes(wanted)
+        assert self.call("dump", name) == bytes(wanted)
 
 
 class Source:

@@ -19,7 +19,7 @@ from llm_datadist_torch import (
     LLMParamError,
 )
 from tests.asynchronous.helpers import KNE, NYL, PEER, PI, SUCCESS, WAIT_MS, Far, Source
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def test_pull_cache_async(here: Service, far: Far) -> None:
     expect_here(here, mine, *[(t, 16, old(far, "theirs", t + 2, 16, 16)) for t in range(2)])
     # A key is consumed, as by pull_cache.
     assert here.manager.pull_cache_async(CacheKey(PEER, 5), mine.cache).synchronize(WAIT_MS) == 0
-    assert settle(lambda: far.ask("counters")["keys"] == 0)
+    assert eventually(lambda: far.call("counters")["keys"] == 0)
     again = here.manager.pull_cache_async(CacheKey(PEER, 5), mine.cache)
     assert again.synchronize(WAIT_MS) == KNE
     assert isinstance(again.exception(), LLMCacheNotFoundError)

@@ -16,7 +16,7 @@ from llm_datadist_torch.work import Work
 from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import FAILED, PI, SUCCESS, TIMEOUT, UNKNOWN, WAIT_MS
 from tests.asynchronous.jobs import Submit, succeed, wait_for
-from tests.peers import settle
+from tests.peers import eventually
 
 # -- waiting --------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ def test_errors_keep_nothing_alive(submit: Submit) -> None:
     assert task.synchronize(WAIT_MS) == PI
     del job
     gc.collect()
-    assert settle(lambda: kept[0]() is None)
+    assert eventually(lambda: kept[0]() is None)
 
 
 # -- cancelling -----------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_callbacks(submit: Submit, gate: threading.Event, caplog: pytest.LogCapt
     task.add_done_callback(lambda done: seen.append(("third", done, done.done())))
     assert not seen
     gate.set()
-    assert settle(lambda: len(seen) == 2)
+    assert eventually(lambda: len(seen) == 2)
     assert seen == [("first", task, True), ("third", task, True)]
     assert "ZeroDivisionError" in caplog.text
     task.add_done_callback(lambda done: seen.append(("late", done, True)))
@@ -254,7 +254,7 @@ def test_callbacks_after_one_that_ends_the_thread(
     task.add_done_callback(leave)
     task.add_done_callback(lambda _: seen.append("third"))
     gate.set()
-    assert settle(lambda: len(seen) == 2)
+    assert eventually(lambda: len(seen) == 2)
     assert seen == ["first", "third"]
     assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
 

@@ -32,7 +32,7 @@ from tests.asynchronous.helpers import (
     Ready,
     Source,
 )
-from tests.peers import Peer, Service, settle
+from tests.peers import Peer, Service, eventually
 
 THIRD = 3
 
@@ -177,7 +177,7 @@ def test_several_peers_one_result_each(
 ) -> None:
     """Section 14, 3: neither stops the others, also where two go to one peer."""
     other = Far(peers())
-    assert here.link(THIRD, other.ask("start", THIRD))[0] == "LLM_SUCCESS"
+    assert here.link(THIRD, other.call("start", THIRD))[0] == "LLM_SUCCESS"
     third = other.make("allocated", "dst", 4, 1, 16, paged=False)
     task = start(
         here,
@@ -198,7 +198,7 @@ def test_several_peers_one_result_each(
 
 def test_a_peer_that_dies(here: Service, source: Source, peers: Callable[[], Peer]) -> None:
     other = Far(peers())
-    assert here.link(THIRD, other.ask("start", THIRD))[0] == "LLM_SUCCESS"
+    assert here.link(THIRD, other.call("start", THIRD))[0] == "LLM_SUCCESS"
     third = other.make("allocated", "dst", 8, 1, 16, paged=False)
     gate = Gate(4)
     task = start(here, source, gate, config(third, range(4), peer=THIRD))
@@ -213,7 +213,7 @@ def test_a_peer_that_sleeps(peers: Callable[[], Peer]) -> None:
     here, other = Service(), Far(peers())
     try:
         here.start(1, timeout_ms=200)
-        assert here.link(PEER, other.ask("start", PEER))[0] == "LLM_SUCCESS"
+        assert here.link(PEER, other.call("start", PEER))[0] == "LLM_SUCCESS"
         source = Source(here, "src", 2, 1, 16, paged=False)
         dst = other.make("allocated", "dst", 2, 1, 16, paged=False)
         with other.process.stopped():
@@ -226,8 +226,8 @@ def test_a_peer_that_sleeps(peers: Callable[[], Peer]) -> None:
             return task.get_results(WAIT_MS) == [SUCCESS]
 
         # An engine first makes the connection anew that the timeout has broken.
-        assert settle(sent)
-        assert settle(lambda: other.ask("counters")["leases"] == 0)
+        assert eventually(sent)
+        assert eventually(lambda: other.call("counters")["leases"] == 0)
     finally:
         here.finish()
 
@@ -301,7 +301,7 @@ def test_finalize_with_a_hanging_synchronizer(here: Service, source: Source, dst
     tasks = [start(here, source, gate, config(dst, range(4))) for _ in range(3)]
     gate.gates[0].set()
     assert gate.entered[1].wait(60)
-    assert settle(lambda: all(task.layers_done for task in tasks))
+    assert eventually(lambda: all(task.layers_done for task in tasks))
     here.dd.finalize()
     assert [task.get_results(0) for task in tasks] == [[FAILED]] * 3
     gate.open()

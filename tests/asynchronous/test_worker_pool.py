@@ -15,7 +15,7 @@ from llm_datadist_torch.work import Work
 from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import FAILED, SUCCESS, TIMEOUT, WAIT_MS
 from tests.asynchronous.jobs import Submit, succeed, wait_for
-from tests.peers import settle
+from tests.peers import eventually
 
 
 def test_threads_are_few_lazy_and_daemons(
@@ -49,7 +49,7 @@ def test_idle_threads_end(
 ) -> None:
     monkeypatch.setattr(workers_module, "IDLE_S", 0.01)
     assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
-    assert settle(lambda: pool.num_threads == 0)
+    assert eventually(lambda: pool.num_threads == 0)
     assert submit(succeed).synchronize(WAIT_MS) == SUCCESS
 
 
@@ -61,10 +61,10 @@ def test_threads_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         done = threading.Event()
         pool.submit(Work(lambda _: done.set(), 0))
         assert done.wait(WAIT_MS / 1000)
-        assert not settle(lambda: pool.num_threads < 2, seconds=0.2)
+        assert not eventually(lambda: pool.num_threads < 2, seconds=0.2)
     finally:
         pool.close(Deadline.after_ms(WAIT_MS))
-    assert settle(lambda: pool.num_threads == 0)
+    assert eventually(lambda: pool.num_threads == 0)
 
 
 def test_close(pool: WorkerPool, submit: Submit, gate: threading.Event) -> None:

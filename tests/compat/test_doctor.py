@@ -18,7 +18,7 @@ FINE = NpuRuntime(False, "", True)
 
 
 def found(report: doctor.Report, name: str) -> doctor.Finding:
-    every = [*report.transports, *report.ways, *report.system]
+    every = [*report.transports, *report.paths, *report.system]
     (finding,) = [finding for finding in every if finding.name == name]
     return finding
 
@@ -31,9 +31,9 @@ def test_json():
     assert {"llm_datadist_torch", "python", "torch", "msgspec", "cryptography"} <= set(
         report["versions"]
     )
-    names = [way["name"] for way in report["ways"]]
+    names = [way["name"] for way in report["paths"]]
     assert names == ["same-process", "shared-mapping", "process-memory", "relay"]
-    assert all(finding["detail"] for part in ("ways", "system") for finding in report[part])
+    assert all(finding["detail"] for part in ("paths", "system") for finding in report[part])
 
 
 def test_the_child_leaves_nothing_behind():

@@ -18,7 +18,7 @@ from llm_datadist_torch import (
     Memtype,
 )
 from tests.compat.programs import free_ports
-from tests.peers import settle
+from tests.peers import eventually
 
 LISTEN = "llm.listenIpInfo"
 
@@ -69,7 +69,7 @@ def test_without_an_address_it_listens_no_more(instance_factory):
     port = datadist.listen_address[1]
     datadist.switch_role(LLMRole.DECODER)
     assert datadist.listen_address is None
-    assert settle(lambda: not answers(port))
+    assert eventually(lambda: not answers(port))
 
 
 def test_it_listens_at_the_new_address_and_can_be_linked(instance_factory):
@@ -78,7 +78,7 @@ def test_it_listens_at_the_new_address_and_can_be_linked(instance_factory):
     (new,) = free_ports(1)
     datadist.switch_role(LLMRole.DECODER, {LISTEN: f"127.0.0.1:{new}", "llm.Other": "ignored"})
     assert datadist.listen_address == ("127.0.0.1", new)
-    assert settle(lambda: not answers(old))
+    assert eventually(lambda: not answers(old))
     assert link(peer, datadist) == LLMStatusCode.LLM_SUCCESS
 
 
@@ -89,7 +89,7 @@ def test_another_address_with_the_same_port(instance_factory):
     datadist.switch_role(LLMRole.MIX, {LISTEN: f"127.0.0.2:{port}"})
     assert datadist.listen_address == ("127.0.0.2", port)
     assert answers(port, "127.0.0.2")
-    assert settle(lambda: not answers(port))
+    assert eventually(lambda: not answers(port))
 
 
 def test_a_busy_port_leaves_the_old_listener(instance_factory):

@@ -25,8 +25,8 @@ def process() -> Iterator[Peer]:
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ways that movements of this process took, in order."""
+def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that movements of this process took, in order."""
     taken: list[str] = []
     move = LinkChannel.move
 
@@ -50,15 +50,15 @@ def linked_by(setup: Setup, process: Peer) -> Iterator[Linked]:
         setup.link(here, peer)
         yield setup, here, peer
     finally:
-        peer.ask("finish")
+        peer.call("finish")
         here.finish()
 
 
 @pytest.fixture(params=params(SETUPS))
-def pair(request: pytest.FixtureRequest, process: Peer, ways: list[str]) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, process: Peer, paths: list[str]) -> Iterator[Pair]:
     """For tables of bytes: every setup."""
     with linked_by(request.param, process) as (_, here, peer):
-        yield Pair(request.param, here, peer.ask, ways)
+        yield Pair(request.param, here, peer.call, paths)
 
 
 @pytest.fixture(params=params(ANSWERS))

@@ -56,7 +56,7 @@ class Setup:
             # On one host `local` would win.
             options["options"] = {"llm.Transport": self.transport}
         here.start(ME, **options)
-        assert here.link(PEER, peer.ask("start", PEER, **options))[0] == "LLM_SUCCESS"
+        assert here.link(PEER, peer.call("start", PEER, **options))[0] == "LLM_SUCCESS"
         if self.way == "relay":
             here.only_relay(PEER)
 

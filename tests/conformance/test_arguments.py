@@ -29,11 +29,11 @@ def world(request: pytest.FixtureRequest, process: Peer) -> Iterator[tuple[Servi
 
 def make_caches(here: Service, far: Any) -> None:
     keys = (CacheKey(PEER, 1), CacheKey(PEER, NONE, 0, 2))
-    far.ask("allocate", "rows", 2, 3, 16, paged=False, keys=keys)
-    far.ask("allocate", "blocks", 2, 4, 16, paged=True, keys=BlocksCacheKey(PEER, 0))
-    far.ask("register", "closed", 2, 3, 16, paged=False, accessible=False)
-    far.ask("allocate", "wide", 2, 4, 17, paged=True, keys=BlocksCacheKey(PEER, 9))
-    far.ask("fill", "rows", 1)
+    far.call("allocate", "rows", 2, 3, 16, paged=False, keys=keys)
+    far.call("allocate", "blocks", 2, 4, 16, paged=True, keys=BlocksCacheKey(PEER, 0))
+    far.call("register", "closed", 2, 3, 16, paged=False, accessible=False)
+    far.call("allocate", "wide", 2, 4, 17, paged=True, keys=BlocksCacheKey(PEER, 9))
+    far.call("fill", "rows", 1)
     here.allocate("rows", 2, 3, 16, paged=False)
     here.allocate("odd", 3, 3, 16, paged=False)
     here.allocate("blocks", 2, 4, 16, paged=True)
@@ -53,8 +53,8 @@ BLOCKS = BlocksCacheKey(PEER, 0)
 def status_of(service: Service, operation: str, arguments: dict[str, Any]) -> str:
     before = [service.dump(name) for name in ("rows", "odd", "blocks", "odd_blocks", "closed")]
     failure = service.attempt(operation, **arguments)
-    after = [service.dump(name) for name in ("rows", "odd", "blocks", "odd_blocks", "closed")]
-    assert failure is None or before == after, "a refused call changed memory"
+    afterwards = [service.dump(name) for name in ("rows", "odd", "blocks", "odd_blocks", "closed")]
+    assert failure is None or before == afterwards, "a refused call changed memory"
     return "" if failure is None else failure.status or failure.kind
 
 
@@ -255,11 +255,11 @@ def test_rows_of_the_tables(
     world: tuple[Service, Peer], operation: str, changes: dict[str, Any], expected: str
 ) -> None:
     here, far = world
-    before = far.ask("counters")
+    before = far.call("counters")
     assert status_of(here, operation, GOOD[operation] | changes) == expected
-    after = far.ask("counters")
+    afterwards = far.call("counters")
     # Only the lease may still be on its way back.
-    assert {k: after[k] for k in ("caches",)} == {k: before[k] for k in ("caches",)}
+    assert {k: afterwards[k] for k in ("caches",)} == {k: before[k] for k in ("caches",)}
 
 
 ORDER: dict[str, list[tuple[dict[str, Any], str]]] = {

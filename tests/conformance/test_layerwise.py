@@ -45,8 +45,8 @@ def config(request: pytest.FixtureRequest, far: Far) -> Maker:
             key = CacheKeyByIdAndIndex(PEER, cache_id, row)
             return TransferWithCacheKeyConfig(key, src, dst, src_row)
         span = far.spans[name]
-        addrs = far.ask("addresses", name)[dst.start * 2 : dst.stop * 2]
-        return TransferConfig(PEER, [a + row * span.pitch for a in addrs], src, src_row)
+        addrs = far.call("addresses", name)[dst.start * 2 : dst.stop * 2]
+        return TransferConfig(PEER, [a + row * span.row_stride_bytes for a in addrs], src, src_row)
 
     return make
 
@@ -123,8 +123,8 @@ def test_all_blocks_must_fit(here: Service, far: Far) -> None:
 
 def test_blocks_of_strided_views(here: Service, far: Far, config: Maker) -> None:
     """Rows apart on both sides, as in vLLM's interleaved caches."""
-    source = Source(here, "src", 2, 5, 8, paged=True, pitch=24)
-    cache_id = far.make("tensors", "dst", 2, 6, 8, paged=True, pitch=20)
+    source = Source(here, "src", 2, 5, 8, paged=True, row_stride_bytes=24)
+    cache_id = far.make("tensors", "dst", 2, 6, 8, paged=True, row_stride_bytes=20)
     configs = [config("dst", cache_id, range(1), range(1))]
     assert run(here, source, configs, [1, 4], [3, 0]) == [SUCCESS]
     pairs = [(1, 3), (4, 0)]
@@ -152,7 +152,7 @@ def test_addresses_in_several_caches(here: Service, far: Far) -> None:
     source = Source(here, "src", 2, 2, 16, paged=False)
     far.make("allocated", "k", 1, 4, 16, paged=False)
     far.make("tensors", "v", 3, 4, 16, paged=False)
-    k, v = far.ask("addresses", "k"), far.ask("addresses", "v")
+    k, v = far.call("addresses", "k"), far.call("addresses", "v")
     config = TransferConfig(PEER, (k[0] + 16, v[2] + 48), None, 1)
     assert run(here, source, [config]) == [SUCCESS]
     far.expect("k", (0, 16, source.part(0, 16, 16)))
@@ -163,7 +163,7 @@ def test_addresses_in_several_caches(here: Service, far: Far) -> None:
 
 
 def _at(far: Far, name: str, offset: int = 0) -> TransferConfig:
-    return TransferConfig(PEER, [a + offset for a in far.ask("addresses", name)[:2]], range(1))
+    return TransferConfig(PEER, [a + offset for a in far.call("addresses", name)[:2]], range(1))
 
 
 def _key(cache_id: int, row: int = 0, dst: range = range(1)) -> TransferWithCacheKeyConfig:
@@ -189,7 +189,7 @@ def test_addresses_must_be_open_to_others(here: Service, far: Far) -> None:
 
 def test_a_strided_row_has_no_room_between(here: Service, far: Far) -> None:
     source = Source(here, "src", 2, 2, 16, paged=False)
-    far.make("tensors", "dst", 2, 3, 16, paged=True, pitch=32)
+    far.make("tensors", "dst", 2, 3, 16, paged=True, row_stride_bytes=32)
     assert run(here, source, [_at(far, "dst", 1)]) == [PI]
     assert run(here, source, [_at(far, "dst", 16)]) == [PI]  # between two blocks
     blocks = Source(here, "blocks", 2, 2, 16, paged=True)

@@ -13,7 +13,7 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, LLMException, LLMRole, LLMStatusCode
 from tests.conformance.conftest import Linked
 from tests.conformance.setups import ME, PEER
-from tests.peers import Ref, Service, cluster, settle
+from tests.peers import Ref, Service, cluster, eventually
 from tests.transfer.helpers import free_port, give_block
 
 STRANGER = 77
@@ -21,7 +21,7 @@ OK, PI, NYL = "LLM_SUCCESS", "LLM_PARAM_INVALID", "LLM_NOT_YET_LINK"
 
 
 def peer_port(peer: Any) -> int:
-    return peer.ask("listening")[1]
+    return peer.call("listening")[1]
 
 
 def port_of(here: Service) -> int:
@@ -38,7 +38,7 @@ def silent(here: Service) -> str:
 def unlinked(here: Service, peer: Any) -> None:
     """Takes the link of the setup away, on both sides."""
     assert here.unlink(PEER, peer_port(peer))[0] == OK
-    assert settle(lambda: peer.ask("link_states") == {})
+    assert eventually(lambda: peer.call("link_states") == {})
 
 
 def with_other_mode(here: Service, peer: Any) -> str:
@@ -89,7 +89,7 @@ def given(here: Service, info: Any) -> str:
 # What is asked for, and the status of the peer concerned (11.1).
 LINK: dict[str, tuple[Callable[[Service, Any], str], str]] = {
     "again": (lambda h, p: h.link(PEER, peer_port(p))[0], "LLM_ALREADY_LINK"),
-    "again, by the peer": (lambda h, p: p.ask("link", ME, port_of(h))[0], "LLM_ALREADY_LINK"),
+    "again, by the peer": (lambda h, p: p.call("link", ME, port_of(h))[0], "LLM_ALREADY_LINK"),
     "after unlink": (again_after_unlink, OK),
     "refused port": (lambda h, p: h.link(STRANGER, free_port())[0], "LLM_LINK_FAILED"),
     "silence": (lambda h, p: silent(h), "LLM_TIMEOUT"),
@@ -129,8 +129,8 @@ def blocks(answering: Linked) -> Linked:
     """Both have a block to pull."""
     _, here, peer = answering
     give_block(here, ME, 11)
-    peer.ask("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(PEER, 0))
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(PEER, 0))
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
     assert pull(here) == OK
     return answering
 
@@ -138,7 +138,7 @@ def blocks(answering: Linked) -> Linked:
 def test_a_link_serves_both_directions(blocks: Linked) -> None:
     _, _, peer = blocks
     args = ("pull_blocks", BlocksCacheKey(ME, 0), Ref("theirs"), [0], [0])
-    assert peer.ask("attempt", *args) is None
+    assert peer.call("attempt", *args) is None
 
 
 def test_pull_from_who_is_not_linked_and_from_oneself(blocks: Linked) -> None:
@@ -156,7 +156,7 @@ def test_unlink_clusters(blocks: Linked, force: bool) -> None:
         assert here.unlink(PEER, port, force=force)[0] == OK
         assert here.link_states() == {}
     assert pull(here) == NYL
-    assert settle(lambda: peer.ask("link_states") in ({}, {ME: "lost"}))
+    assert eventually(lambda: peer.call("link_states") in ({}, {ME: "lost"}))
 
 
 def test_unlink_needs_one_address_unless_forced(blocks: Linked) -> None:
@@ -165,7 +165,7 @@ def test_unlink_needs_one_address_unless_forced(blocks: Linked) -> None:
         assert here.dd.unlink_clusters([info])[0].name == PI
         assert pull(here) == OK
         assert here.dd.unlink_clusters([info], force=True)[0].name == OK
-        assert settle(lambda: peer.ask("link_states") != {ME: "linked"})
+        assert eventually(lambda: peer.call("link_states") != {ME: "linked"})
         assert here.link(PEER, peer_port(peer))[0] == OK
 
 
@@ -173,8 +173,8 @@ def test_unlink_of_a_peer_that_left(blocks: Linked) -> None:
     """It says so when it leaves (deviation from 6.4): the link is lost, and listed until forced."""
     _, here, peer = blocks
     port = peer_port(peer)
-    peer.ask("finish")
-    assert settle(lambda: pull(here) == NYL)
+    peer.call("finish")
+    assert eventually(lambda: pull(here) == NYL)
     assert here.unlink(PEER, port)[0] in ("LLM_UNLINK_FAILED", "LLM_TIMEOUT")
     assert here.unlink(PEER, force=True)[0] == OK
     assert here.link_states() == {}

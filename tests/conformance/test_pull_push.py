@@ -11,7 +11,7 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex, Placement
 from tests.conformance.conftest import Linked
 from tests.conformance.setups import PEER, Pair
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 NONE = 2**64 - 1
 PI, KNE = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST"
@@ -20,10 +20,10 @@ PI, KNE = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST"
 class Side:
     """What a cache holds before and after, seen tensor by tensor."""
 
-    def __init__(self, ask: Callable[..., Any], name: str, seed: int) -> None:
-        self.ask, self.name = ask, name
-        self.before: bytes = ask("fill", name, seed)
-        self.span = ask("span", name)
+    def __init__(self, call: Callable[..., Any], name: str, seed: int) -> None:
+        self.call, self.name = call, name
+        self.before: bytes = call("fill", name, seed)
+        self.span = call("span", name)
 
     def old(self, tensor: int, at: int, nbytes: int) -> bytes:
         start = self.span.starts[tensor] + at
@@ -35,7 +35,7 @@ class Side:
         for tensor, at, data in patches:
             start = self.span.starts[tensor] + at
             wanted[start : start + len(data)] = data
-        assert self.ask("dump", self.name) == bytes(wanted)
+        assert self.call("dump", self.name) == bytes(wanted)
 
 
 def local_side(pair: Pair, name: str, seed: int) -> Side:
@@ -73,7 +73,7 @@ def test_pull_cache_layer_ranges(pair: Pair) -> None:
 
 def test_pull_blocks(pair: Pair) -> None:
     pair.make("src", 4, 4, 16, paged=True, keys=BlocksCacheKey(PEER, 0))
-    pair.here.register("dst", 4, 4, 16, paged=True, pitch=40)
+    pair.here.register("dst", 4, 4, 16, paged=True, row_stride_bytes=40)
     src, dst = Side(pair.there, "src", 1), local_side(pair, "dst", 2)
     pair.here.run("pull_blocks", BlocksCacheKey(PEER, 0), Ref("dst"), [0, 1], [2, 3])
     dst.expect(*[(t, 40 * (2 + k), src.old(t, 16 * k, 16)) for t in range(4) for k in range(2)])
@@ -131,7 +131,7 @@ def test_pull_cache_sizes(pair: Pair) -> None:
 
 def test_push_cache(pair: Pair) -> None:
     cache_id = pair.make("dst", 4, 3, 32, paged=False)
-    pair.here.register("src", 2, 2, 16, paged=False, pitch=24)
+    pair.here.register("src", 2, 2, 16, paged=False, row_stride_bytes=24)
     src, dst = local_side(pair, "src", 1), Side(pair.there, "dst", 2)
     key = CacheKeyByIdAndIndex(PEER, cache_id, 2)
     pair.here.run("push_cache", key, Ref("src"), 1)
@@ -155,13 +155,23 @@ def test_push_blocks(pair: Pair) -> None:
 
 
 def test_strided_source(pair: Pair) -> None:
-    """Rows of a registered view are found by its pitch, whoever moves the bytes."""
+    """Rows of a registered view are found by its row stride, whoever moves the bytes."""
     kind = "tensors" if pair.setup.kind != "ints" else "ints"
-    pitch = None if kind == "ints" else 50
-    pair.there("make", kind, "src", 2, 5, 20, paged=True, keys=BlocksCacheKey(PEER), pitch=pitch)
-    pair.here.register("dst", 2, 5, 20, paged=True, pitch=33)
+    row_stride_bytes = None if kind == "ints" else 50
+    pair.there(
+        "make",
+        kind,
+        "src",
+        2,
+        5,
+        20,
+        paged=True,
+        keys=BlocksCacheKey(PEER),
+        row_stride_bytes=row_stride_bytes,
+    )
+    pair.here.register("dst", 2, 5, 20, paged=True, row_stride_bytes=33)
     src, dst = Side(pair.there, "src", 1), local_side(pair, "dst", 2)
-    step = pitch or 20
+    step = row_stride_bytes or 20
     pair.here.run("pull_blocks", BlocksCacheKey(PEER), Ref("dst"), [4, 0], [0, 4])
     dst.expect(
         *[(t, 0, src.old(t, 4 * step, 20)) for t in range(2)],
@@ -206,30 +216,30 @@ def pull(service: Service, key: Any, name: str = "dst", *args: Any, **kwargs: An
 
 
 def keys_left(far: Peer, number: int) -> bool:
-    return settle(lambda: far.ask("counters")["keys"] == number)
+    return eventually(lambda: far.call("counters")["keys"] == number)
 
 
 def test_a_pull_consumes_its_key(apart: Linked) -> None:
     setup, here, far = apart
     keys = (CacheKey(PEER, 10), CacheKey(PEER, 11))
-    far.ask("allocate", "src", 4, 2, 16, paged=False, keys=keys)
+    far.call("allocate", "src", 4, 2, 16, paged=False, keys=keys)
     here.allocate("dst", 4, 2, 16, paged=False)
     assert pull(here, keys[0]) == ""
     assert pull(here, keys[0]) == ("" if setup.remote else KNE)
-    far.ask("drop", "src")
+    far.call("drop", "src")
     # One key is left, and keeps the cache until it is pulled.
-    assert far.ask("counters")["caches"] == 1
+    assert far.call("counters")["caches"] == 1
     assert pull(here, keys[1]) == ""
     if not setup.remote:
-        assert settle(lambda: far.ask("counters")["caches"] == 0)
+        assert eventually(lambda: far.call("counters")["caches"] == 0)
         assert pull(here, keys[1]) == KNE
         assert pull(here, CacheKeyByIdAndIndex(PEER, 1, 0)) == KNE
     else:
-        assert far.ask("counters")["keys"] == 2
-        far.ask("run", "remove_cache_key", keys[0])
-        assert far.ask("counters")["caches"] == 1
-        far.ask("run", "remove_cache_key", keys[1])
-        assert far.ask("counters")["caches"] == 0
+        assert far.call("counters")["keys"] == 2
+        far.call("run", "remove_cache_key", keys[0])
+        assert far.call("counters")["caches"] == 1
+        far.call("run", "remove_cache_key", keys[1])
+        assert far.call("counters")["caches"] == 0
 
 
 @pytest.mark.parametrize("by_id", [False, True])
@@ -237,7 +247,7 @@ def test_layer_by_layer_is_counted_per_key(apart: Linked, by_id: bool) -> None:
     """Section 14, 15: what was pulled by one key says nothing about the other."""
     setup, here, far = apart
     keys = (CacheKey(PEER, 10), CacheKey(PEER, 11))
-    cache_id = far.ask("allocate", "src", 4, 2, 16, paged=False, keys=keys)
+    cache_id = far.call("allocate", "src", 4, 2, 16, paged=False, keys=keys)
     here.allocate("dst", 4, 2, 16, paged=False)
     names = [CacheKeyByIdAndIndex(PEER, cache_id, row) for row in (0, 1)] if by_id else keys
     first = {"src_layer_range": range(1), "dst_layer_range": range(1)}
@@ -245,7 +255,7 @@ def test_layer_by_layer_is_counted_per_key(apart: Linked, by_id: bool) -> None:
     assert pull(here, names[0], **first) == ""
     assert pull(here, names[0], **first) == ""
     assert pull(here, names[1], **first) == ""
-    assert far.ask("counters")["keys"] == 2
+    assert far.call("counters")["keys"] == 2
     assert pull(here, names[0], **second) == ""
     assert keys_left(far, 2 if setup.remote else 1)
     assert pull(here, keys[1], **first) == ""
@@ -257,11 +267,11 @@ def test_layer_by_layer_is_counted_per_key(apart: Linked, by_id: bool) -> None:
 def test_what_is_not_consumed(apart: Linked) -> None:
     _, here, far = apart
     prefix = CacheKey(PEER, NONE, 0, 4)
-    far.ask("allocate", "prefix", 2, 1, 16, paged=False, keys=(prefix,))
+    far.call("allocate", "prefix", 2, 1, 16, paged=False, keys=(prefix,))
     request = CacheKey(PEER, 12)
-    far.ask("register", "registered", 2, 1, 16, paged=False, keys=(request,))
+    far.call("register", "registered", 2, 1, 16, paged=False, keys=(request,))
     blocks = BlocksCacheKey(PEER, 1)
-    far.ask("allocate", "blocks", 2, 1, 16, paged=True, keys=blocks)
+    far.call("allocate", "blocks", 2, 1, 16, paged=True, keys=blocks)
     here.allocate("dst", 2, 1, 16, paged=False)
     here.allocate("dst_blocks", 2, 1, 16, paged=True)
     for _ in range(2):
@@ -270,32 +280,32 @@ def test_what_is_not_consumed(apart: Linked) -> None:
         assert here.attempt("pull_blocks", blocks, Ref("dst_blocks"), [0], [0]) is None
         assert here.attempt("push_blocks", blocks, Ref("dst_blocks"), [0], [0]) is None
         assert here.attempt("push_cache", CacheKeyByIdAndIndex(PEER, 2, 0), Ref("dst")) is None
-    assert far.ask("counters")["keys"] == 3
+    assert far.call("counters")["keys"] == 3
 
 
 def test_by_id_of_a_row_with_a_prefix_key(apart: Linked) -> None:
     """The id is looked up first (section 14, 17)."""
     _, here, far = apart
     keys = (CacheKey(PEER, 1), CacheKey(PEER, NONE, 0, 4))
-    cache_id = far.ask("allocate", "src", 2, 2, 16, paged=False, keys=keys)
-    far.ask("paint", "src", 5)
+    cache_id = far.call("allocate", "src", 2, 2, 16, paged=False, keys=keys)
+    far.call("paint", "src", 5)
     here.allocate("dst", 2, 1, 16, paged=False)
     for _ in range(2):
         assert pull(here, CacheKeyByIdAndIndex(PEER, cache_id, 1)) == ""
     assert here.colours("dst") == [5]
-    assert far.ask("counters")["keys"] == 2
+    assert far.call("counters")["keys"] == 2
 
 
 def test_a_failed_pull_consumes_nothing(apart: Linked) -> None:
     _, here, far = apart
     key = CacheKey(PEER, 10)
-    far.ask("allocate", "src", 2, 1, 16, paged=False, keys=(key,))
+    far.call("allocate", "src", 2, 1, 16, paged=False, keys=(key,))
     here.allocate("other", 4, 1, 16, paged=False)
     here.allocate("large", 2, 1, 17, paged=False)
     assert pull(here, key, "other") == PI
     assert pull(here, key, "large") == PI
-    assert settle(lambda: far.ask("counters")["leases"] == 0)
-    assert far.ask("counters")["keys"] == 1
+    assert eventually(lambda: far.call("counters")["leases"] == 0)
+    assert far.call("counters")["keys"] == 1
     here.allocate("dst", 2, 1, 16, paged=False)
     assert pull(here, key) == ""
 
@@ -304,8 +314,8 @@ def test_keys_of_two_models(apart: Linked) -> None:
     """Section 14, 16: same request id, other model, other row."""
     _, here, far = apart
     keys = (CacheKey(PEER, 1, 0), CacheKey(PEER, 1, 7), CacheKey(PEER, NONE, 7, 1))
-    far.ask("allocate", "src", 1, 3, 16, paged=False, keys=keys)
-    src = Side(far.ask, "src", 4)
+    far.call("allocate", "src", 1, 3, 16, paged=False, keys=keys)
+    src = Side(far.call, "src", 4)
     here.allocate("dst", 1, 1, 16, paged=False)
     for row in (1, 0, 2):
         assert pull(here, keys[row]) == ""
@@ -317,9 +327,9 @@ def test_live_table(apart: Linked) -> None:
     _, here, far = apart
     here.allocate("dst", 1, 1, 16, paged=False)
     for round_ in range(3):
-        cache_id = far.ask("allocate", "src", 1, 1, 16, paged=False)
-        src = Side(far.ask, "src", round_)
+        cache_id = far.call("allocate", "src", 1, 1, 16, paged=False)
+        src = Side(far.call, "src", round_)
         assert pull(here, CacheKeyByIdAndIndex(PEER, cache_id)) == ""
         assert here.dump("dst")[:16] == src.old(0, 0, 16)
-        far.ask("drop", "src")
+        far.call("drop", "src")
         assert pull(here, CacheKeyByIdAndIndex(PEER, cache_id)) == KNE

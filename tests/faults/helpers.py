@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_datadist_torch import BlocksCacheKey, LinkEvent
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 Peers = Callable[[], Peer]
 ME, PEER = 1, 2
@@ -18,9 +18,9 @@ THEIRS = BlocksCacheKey(PEER, 0)
 
 def start_peer(peer: Peer, colour: int, listen: str = "127.0.0.1:0", **further: Any) -> int:
     """An instance with a painted blocks cache under THEIRS; returns its port."""
-    port = peer.ask("start", PEER, listen=listen, **further)
-    peer.ask("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
-    peer.ask("paint", "theirs", colour)
+    port = peer.call("start", PEER, listen=listen, **further)
+    peer.call("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
+    peer.call("paint", "theirs", colour)
     return port
 
 
@@ -45,7 +45,7 @@ def events_of(here: Service) -> list[LinkEvent]:
 
 def kinds(seen: list[LinkEvent], count: int) -> list[str]:
     """The kinds of the first events, once there are so many."""
-    settle(lambda: len(seen) >= count)
+    eventually(lambda: len(seen) >= count)
     return [event.kind for event in seen]
 
 

@@ -21,7 +21,7 @@ from tests.faults.helpers import (
     start_here,
     start_peer,
 )
-from tests.peers import Peer, Service, settle
+from tests.peers import Peer, Service, eventually
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_unlinking_a_lost_link_is_told_once(here: Service, peer: Peer) -> None:
 def test_the_end_of_the_peer_and_our_own(here: Service, peer: Peer, peers: Peers) -> None:
     seen = events_of(here)
     assert here.link(PEER, start_peer(peer, 5)) == OK
-    peer.ask("finish")
+    peer.call("finish")
     assert kinds(seen, 2) == ["linked", "unlinked"]
     assert here.link(PEER, start_peer(peers(), 5)) == OK
     here.finish()
@@ -119,14 +119,14 @@ def test_a_callback_may_use_the_instance(here: Service, peer: Peer, peers: Peers
 
     def pull_again(event: LinkEvent) -> None:
         if event.kind == "lost":
-            results.append(settle(lambda: pull(here) is None, 30))
+            results.append(eventually(lambda: pull(here) is None, 30))
 
     here.dd.on_link_event(pull_again)
     port = start_peer(peer, 5)
     assert here.link(PEER, port) == OK
     peer.kill()
     start_peer(peers(), 9, listen=f"127.0.0.1:{port}")
-    assert settle(lambda: results == [True])
+    assert eventually(lambda: results == [True])
     assert here.colours("mine") == [9]
 
 

@@ -21,7 +21,7 @@ from llm_datadist_torch.links import held_leases
 from llm_datadist_torch.links.held_leases import HeldLeases
 from llm_datadist_torch.links.link import Link, Pending
 from llm_datadist_torch.movement.transfer import Transfer
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 KEY = BlocksCacheKey(2)
 PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
@@ -32,9 +32,9 @@ def peer(here: Service, peers: Callable[[], Peer]) -> Peer:
     """Linked with ``here``; its cache "theirs" has KEY, and "mine" is to be pulled into."""
     here.start(1)
     made = peers()
-    assert here.link(2, made.ask("start", 2)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
-    made.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
-    made.ask("paint", "theirs", 3)
+    assert here.link(2, made.call("start", 2)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+    made.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    made.call("paint", "theirs", 3)
     here.allocate("mine", 2, 8, 4096, paged=True)
     here.paint("mine", 1)
     return made
@@ -49,8 +49,8 @@ def interruptible() -> Iterator[None]:
 
 
 def nothing_is_left(here: Service, peer: Peer) -> bool:
-    return settle(
-        lambda: peer.ask("counters")["leases"] == peer.ask("counters")["grants"] == 0
+    return eventually(
+        lambda: peer.call("counters")["leases"] == peer.call("counters")["grants"] == 0
     ) and (here.counters()["leases"] == 0)
 
 
@@ -59,7 +59,7 @@ def test_while_the_owner_is_silent(here: Service, peer: Peer) -> None:
 
     def interrupt() -> None:
         # A signal that nobody waits for would end the test run.
-        if settle(lambda: bool(link._pending)):
+        if eventually(lambda: bool(link._pending)):
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     with peer.stopped():
@@ -143,7 +143,7 @@ def test_between_any_two_steps(here: Service, peer: Peer, monkeypatch: pytest.Mo
         if not interrupted:
             break
         places.add(bomb.gone_off)
-        assert settle(lambda: not link._held._holders), bomb.gone_off
+        assert eventually(lambda: not link._held._tickets), bomb.gone_off
         assert nothing_is_left(here, peer), bomb.gone_off
     else:
         pytest.fail("there is no end to it")
@@ -237,9 +237,9 @@ def test_transfers_at_every_place(
     monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
     here.start(1, remote=remote)
     peer = peers()
-    assert here.link(2, peer.ask("start", 2, remote=remote)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
-    peer.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
-    peer.ask("allocate", "their row", 2, 1, 4096, paged=False)
+    assert here.link(2, peer.call("start", 2, remote=remote)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+    peer.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    peer.call("allocate", "their row", 2, 1, 4096, paged=False)
     here.allocate("mine", 2, 8, 4096, paged=True)
     here.allocate("row", 2, 1, 4096, paged=False)
     link = here.instance.links.registry.get(2)
@@ -249,7 +249,7 @@ def test_transfers_at_every_place(
     def check(place: str) -> None:
         assert here.counters()["leases"] == 0, place
         assert link.transfers.idle, place
-        assert settle(lambda: not link._held._holders), place
+        assert eventually(lambda: not link._held._tickets), place
 
     assert everywhere(lambda: here.run(operation, *arguments), check) > 50
     assert nothing_is_left(here, peer)

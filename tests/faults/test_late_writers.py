@@ -9,7 +9,7 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey, LLMException, LLMOutOfMemoryError
 from tests.faults.helpers import ME, OK, PEER, Peers
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 pytestmark = pytest.mark.host_memory_only
 
@@ -24,24 +24,24 @@ def writer(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
     port = here.start(ME, pool=POOL)
     peer = peers()
     if request.param != "pidfd":
-        peer.ask("have_no_pidfd")
-    peer.ask("start", PEER)
-    assert peer.ask("link", ME, port) == OK
+        peer.call("have_no_pidfd")
+    peer.call("start", PEER)
+    assert peer.call("link", ME, port) == OK
     (info,) = here.dd.links()
     assert (info.identified_by, info.not_local) == (request.param, "")
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("paint", "theirs", 9)
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("paint", "theirs", 9)
     here.allocate("mine", 2, 2, 64, paged=True, keys=MINE)
     here.paint("mine", 1)
     return peer
 
 
 def cut_while_it_writes(here: Service, writer: Peer, name: str = "mine") -> None:
-    writer.ask("slow_moves", 2.0)
+    writer.call("slow_moves", 2.0)
     writer.begin("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
-    assert settle(lambda: here.counters()["leases"] == 1)
+    assert eventually(lambda: here.counters()["leases"] == 1)
     here.cut()
-    assert settle(lambda: here.link_states() == {PEER: "lost"})
+    assert eventually(lambda: here.link_states() == {PEER: "lost"})
     assert here.instance.links.registry.late_writers.leases == 1
 
 
@@ -60,8 +60,8 @@ def test_its_pages_go_to_nobody_before_it_has_stopped(here: Service, writer: Pee
     writer.answer()
     # It has written, and has nobody to say so to; then it links again.
     assert full(here)
-    writer.ask("relink", ME)
-    assert settle(lambda: not full(here))
+    writer.call("relink", ME)
+    assert eventually(lambda: not full(here))
     assert here.instance.links.registry.late_writers.leases == 0
 
 
@@ -71,7 +71,7 @@ def test_its_pages_are_free_when_it_has_died(here: Service, writer: Peer) -> Non
     with writer.stopped():
         assert full(here)
         writer.kill()
-        assert settle(lambda: not full(here))
+        assert eventually(lambda: not full(here))
     here.paint("new", 2)
     assert here.colours("new") == [2]
 
@@ -92,10 +92,10 @@ def test_a_registered_cache_is_not_given_back_meanwhile(here: Service, writer: P
 
 
 def test_a_reader_that_can_not_be_heard_keeps_nothing(here: Service, writer: Peer) -> None:
-    writer.ask("slow_moves", 1.0)
+    writer.call("slow_moves", 1.0)
     writer.begin("attempt", "pull_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
-    assert settle(lambda: here.counters()["leases"] == 1)
+    assert eventually(lambda: here.counters()["leases"] == 1)
     here.cut()
-    assert settle(lambda: here.counters()["leases"] == 0)
+    assert eventually(lambda: here.counters()["leases"] == 0)
     failure: Any = writer.answer()
     assert failure.status == "LLM_NOT_YET_LINK"

@@ -12,7 +12,7 @@ from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from tests.asynchronous.helpers import FAILED, NYL, SUCCESS, WAIT_MS, Gate
 from tests.faults.helpers import ME, OK, PEER, Peers, at_rest
-from tests.peers import Peer, Service, settle
+from tests.peers import Peer, Service, eventually
 
 LAYERS, OTHER = 4, 3
 SHAPE = (2 * LAYERS, 4, 4096)
@@ -28,9 +28,9 @@ def targets(here: Service, peers: Peers) -> list[Peer]:
     made = []
     for number in (PEER, OTHER):
         peer = peers()
-        port = peer.ask("start", number)
-        peer.ask("allocate", "theirs", *SHAPE, paged=True, keys=BlocksCacheKey(number, 0))
-        peer.ask("paint", "theirs", 1)
+        port = peer.call("start", number)
+        peer.call("allocate", "theirs", *SHAPE, paged=True, keys=BlocksCacheKey(number, 0))
+        peer.call("paint", "theirs", 1)
         assert here.link(number, port) == OK
         made.append(peer)
     return made
@@ -54,12 +54,12 @@ def test_a_target_dies(here: Service, targets: list[Peer], before: int) -> None:
         gate.gates[layer].set()
     assert gate.entered[before].wait(60)
     targets[0].kill()
-    assert settle(lambda: here.link_states()[PEER] == "lost")
+    assert eventually(lambda: here.link_states()[PEER] == "lost")
     gate.open()
     assert task.get_results(WAIT_MS) == [NYL, SUCCESS]
-    assert targets[1].ask("colours", "theirs") == [7]
-    assert settle(lambda: at_rest(here))
-    assert settle(lambda: at_rest(lambda what: targets[1].ask(what)))
+    assert targets[1].call("colours", "theirs") == [7]
+    assert eventually(lambda: at_rest(here))
+    assert eventually(lambda: at_rest(lambda what: targets[1].call(what)))
 
 
 def test_an_engine_that_fails_in_one_layer(
@@ -82,10 +82,10 @@ def test_an_engine_that_fails_in_one_layer(
         assert send(here, gate).get_results(WAIT_MS) == [FAILED, SUCCESS]
     # What failed is not sent any further, and does not count as done.
     assert len(moves) == 3
-    assert targets[0].ask("colours", "theirs") == [1, 7]
-    assert targets[1].ask("colours", "theirs") == [7]
-    for service in (here, *[peer.ask for peer in targets]):
-        assert settle(lambda service=service: at_rest(service))
+    assert targets[0].call("colours", "theirs") == [1, 7]
+    assert targets[1].call("colours", "theirs") == [7]
+    for service in (here, *[peer.call for peer in targets]):
+        assert eventually(lambda service=service: at_rest(service))
     # The link works as before.
     assert send(here, gate).get_results(WAIT_MS) == [SUCCESS, SUCCESS]
-    assert targets[0].ask("colours", "theirs") == [7]
+    assert targets[0].call("colours", "theirs") == [7]

@@ -26,7 +26,7 @@ from tests.faults.helpers import (
     start_here,
     start_peer,
 )
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 POOL = '{"memory_size": 131072, "page_shift": 16}'
 """Room for the two tensors of one cache."""
@@ -38,7 +38,7 @@ def linked(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
     port = start_here(here)
     port_there = start_peer(peer, 5)
     dialed_here = request.param == "dialed here"
-    assert (here.link(PEER, port_there) if dialed_here else peer.ask("link", ME, port)) == OK
+    assert (here.link(PEER, port_there) if dialed_here else peer.call("link", ME, port)) == OK
     return peer
 
 
@@ -50,12 +50,12 @@ def test_a_stopped_peer_stays_linked(here: Service, linked: Peer) -> None:
         work = [pool.submit(pull, here, f"m{number}", timeout=300) for number in range(4)]
         assert {each.result().status for each in work} == {TIMEOUT}
         assert here.link_states() == {PEER: "linked"}
-    linked.ask("paint", "theirs", 6)
+    linked.call("paint", "theirs", 6)
     assert pull(here) is None
     assert here.colours("mine") == [6]
     assert seen == []
-    for service in (here.counters, lambda: linked.ask("counters")):
-        assert settle(lambda service=service: not (service()["leases"] or service()["grants"]))
+    for service in (here.counters, lambda: linked.call("counters")):
+        assert eventually(lambda service=service: not (service()["leases"] or service()["grants"]))
 
 
 def test_a_peer_that_holds_the_gil_is_waited_for(here: Service, linked: Peer) -> None:
@@ -71,7 +71,7 @@ def test_a_dead_peer_is_noticed_by_calls_that_wait(here: Service, linked: Peer) 
     seen = events_of(here)
     with linked.stopped(), ThreadPoolExecutor(1) as pool:
         work = pool.submit(pull, here)
-        assert settle(lambda: bool(here.instance.links.registry.get(PEER)._pending))
+        assert eventually(lambda: bool(here.instance.links.registry.get(PEER)._pending))
         linked.kill()
         failure = work.result(10)
     assert failure.kind == "LLMPeerLostError"
@@ -104,15 +104,15 @@ def name_of(task: str) -> str:
 def test_a_child_does_not_keep_its_parent_alive(here: Service, linked: Peer) -> None:
     """It has the sockets of the parent, which has been killed, and lives on."""
     seen = events_of(here)
-    port = linked.ask("listening")[1]
-    child = linked.ask("fork_a_child", 60)
+    port = linked.call("listening")[1]
+    child = linked.call("fork_a_child", 60)
     try:
         linked.kill()
         assert kinds(seen, 1) == ["lost"]
         # And its port is free.
         again = Service()
         try:
-            assert settle(lambda: starts_at(again, port))
+            assert eventually(lambda: starts_at(again, port))
         finally:
             again.finish()
     finally:
@@ -134,7 +134,7 @@ def test_a_child_leaves_the_links_of_its_parent_alone(here: Service, linked: Pee
         os._exit(0 if here.instance.links.endpoint.loop._wake == -1 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert pull(here) is None
-    assert linked.ask("link_states") == {ME: "linked"}
+    assert linked.call("link_states") == {ME: "linked"}
 
 
 @pytest.mark.parametrize("operation", ["pull_blocks", "push_blocks"])
@@ -146,24 +146,24 @@ def test_what_a_hung_peer_uses_is_not_freed(
     mine = BlocksCacheKey(ME, 0)
     port = here.start(ME, pool=POOL)
     peer = peers()
-    peer.ask("start", PEER)
-    assert peer.ask("link", ME, port) == OK
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("slow_moves", 0.5)
+    peer.call("start", PEER)
+    assert peer.call("link", ME, port) == OK
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("slow_moves", 0.5)
     here.allocate("mine", 2, 2, 64, paged=True, keys=mine)
     peer.begin("attempt", operation, mine, Ref("theirs"), [0, 1], [0, 1])
-    assert settle(lambda: here.counters()["leases"] == 1)
+    assert eventually(lambda: here.counters()["leases"] == 1)
     with peer.stopped():
         here.drop("mine")
         assert here.counters()["leases"] == 1
         assert here.arena_in_use() > 0
         if end == "it dies":
             peer.kill()
-            assert settle(lambda: here.counters()["leases"] == 0)
+            assert eventually(lambda: here.counters()["leases"] == 0)
     if end == "it wakes up":
         assert peer.answer() is None
-    assert settle(lambda: here.counters()["leases"] == 0)
-    assert settle(lambda: here.arena_in_use() == 0)
+    assert eventually(lambda: here.counters()["leases"] == 0)
+    assert eventually(lambda: here.arena_in_use() == 0)
 
 
 def test_the_heartbeat_options_are_deprecated(instance_factory: Any) -> None:

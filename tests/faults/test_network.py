@@ -33,7 +33,7 @@ from tests.faults.helpers import (
     start_here,
     start_peer,
 )
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 from tests.wire import framed, stranger
 
 
@@ -71,20 +71,20 @@ def test_the_network_goes_down_and_comes_back(
 ) -> None:
     space, address, set_link = network
     peer, near = peers(), peers()
-    peer.ask("enter_network", space)
+    peer.call("enter_network", space)
     here.watch_hosts(monkeypatch)
-    peer.ask("watch_hosts")
+    peer.call("watch_hosts")
     port = start_peer(peer, 5, listen=f"{address}:0")
     start_here(here, timeout_ms=2000)
     assert here.link(PEER, port, ip=address) == OK
-    near_port = near.ask("start", 3)
-    near.ask("allocate", "near", 2, 4, 64, paged=True, keys=BlocksCacheKey(3, 0))
-    near.ask("paint", "near", 7)
+    near_port = near.call("start", 3)
+    near.call("allocate", "near", 2, 4, 64, paged=True, keys=BlocksCacheKey(3, 0))
+    near.call("paint", "near", 7)
     assert here.link(3, near_port) == OK
     here.allocate("other", 2, 4, 64, paged=True)
     seen = events_of(here)
     for colour in (5, 6):
-        peer.ask("paint", "theirs", colour)
+        peer.call("paint", "theirs", colour)
         assert pull(here) is None
         assert here.colours("mine") == [colour]
         set_link("down")
@@ -97,13 +97,13 @@ def test_the_network_goes_down_and_comes_back(
         other = here.held["other"].cache
         here.manager.pull_blocks(BlocksCacheKey(3, 0), other, ids, ids)
         assert here.colours("other") == [7]
-        assert settle(lambda: peer.ask("link_states") == {ME: "lost"})
+        assert eventually(lambda: peer.call("link_states") == {ME: "lost"})
         set_link("up")
-        assert settle(lambda: pull(here) is None)
+        assert eventually(lambda: pull(here) is None)
         assert here.colours("mine") == [colour]
     expected = ["lost", "relinked"] * 2
     assert kinds(seen, 4) == expected
-    assert settle(lambda: not any(peer.ask("counters")[name] for name in ("leases", "grants")))
+    assert eventually(lambda: not any(peer.call("counters")[name] for name in ("leases", "grants")))
 
 
 def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> None:
@@ -115,8 +115,8 @@ def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> 
     with stranger(port) as dealer:
         offer = {"local": msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))}
         hello = messages.Hello(PEER, ME, "life", False, offer)
-        assert isinstance(dealer.ask(hello), messages.Welcome)
-        view = dealer.ask(messages.Resolve("blocks", 0, 0, True, False))
+        assert isinstance(dealer.call(hello), messages.Welcome)
+        view = dealer.call(messages.Resolve("blocks", 0, 0, True, False))
         assert isinstance(view, messages.CacheView)
         address = int.from_bytes(view.addrs, "little")
         spans = torch.tensor([[address, size]]).numpy().tobytes()
@@ -124,8 +124,8 @@ def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> 
         asked = threading.Thread(target=ask_for_ever, args=(dealer.sock, read * 64), daemon=True)
         asked.start()
         peer = peers()
-        peer.ask("start", 3)
-        assert peer.ask("link", ME, port) == OK
+        peer.call("start", 3)
+        assert peer.call("link", ME, port) == OK
         time.sleep(1.0)
         assert resident() - before < 256 << 20
         # It is there, and what it holds is kept for it.
@@ -134,7 +134,7 @@ def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> 
         # Ends the thread that asks, too.
         dealer.sock.shutdown(socket.SHUT_RDWR)
         asked.join(10)
-    assert settle(lambda: here.counters()["leases"] == 0)
+    assert eventually(lambda: here.counters()["leases"] == 0)
 
 
 def ask_for_ever(sock: socket.socket, said: bytes) -> None:

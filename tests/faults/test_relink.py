@@ -11,7 +11,7 @@ import pytest
 from llm_datadist_torch import LLMException
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import LinkState, Turn
+from llm_datadist_torch.links.link import LinkState, RelinkTurn
 from llm_datadist_torch.links.relink import _take
 from tests.faults.helpers import (
     ME,
@@ -26,7 +26,7 @@ from tests.faults.helpers import (
     start_here,
     start_peer,
 )
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 
 
 def lose(here: Service, peers: Peers, **further: object) -> int:
@@ -38,7 +38,7 @@ def lose(here: Service, peers: Peers, **further: object) -> int:
     assert pull(here) is None
     seen = events_of(here)
     peer.kill()
-    assert settle(lambda: here.link_states() == {PEER: "lost"})
+    assert eventually(lambda: here.link_states() == {PEER: "lost"})
     # What is told of it comes a moment later, and is no news to those who listen after this.
     assert kinds(seen, 1) == ["lost"]
     return port
@@ -123,15 +123,15 @@ def test_the_deadline_of_the_call_bounds_it(here: Service, peers: Peers) -> None
             started = time.monotonic()
             assert pull(here, timeout=150).status == NYL
             assert time.monotonic() - started < 10
-    assert settle(lambda: pull(here) is None)
+    assert eventually(lambda: pull(here) is None)
 
 
 def test_another_instance_at_the_old_address_is_not_linked(here: Service, peers: Peers) -> None:
     port = lose(here, peers)
     stranger = peers()
-    stranger.ask("start", 77, listen=f"127.0.0.1:{port}")
+    stranger.call("start", 77, listen=f"127.0.0.1:{port}")
     assert pull(here).status == NYL
-    assert stranger.ask("link_states") == {}
+    assert stranger.call("link_states") == {}
 
 
 def test_many_threads_make_one_link(here: Service, peers: Peers) -> None:
@@ -154,14 +154,14 @@ def test_both_sides_link_again_at_once(here: Service, peers: Peers) -> None:
     port_there = start_peer(peer, 5)
     assert here.link(PEER, port_there) == OK
     for _ in range(5):
-        for lose_it in (lambda: here.lose(PEER, port_there), lambda: peer.ask("lose", ME, port)):
+        for lose_it in (lambda: here.lose(PEER, port_there), lambda: peer.call("lose", ME, port)):
             lose_it()
         peer.begin("relink", ME)
         here.relink(PEER)
         peer.answer()
-        assert settle(lambda: here.link_states() == {PEER: "linked"})
-        assert settle(lambda: peer.ask("link_states") == {ME: "linked"})
-        assert settle(lambda: pull(here) is None)
+        assert eventually(lambda: here.link_states() == {PEER: "linked"})
+        assert eventually(lambda: peer.call("link_states") == {ME: "linked"})
+        assert eventually(lambda: pull(here) is None)
 
 
 def test_a_link_that_only_one_side_has_lost(here: Service, peers: Peers) -> None:
@@ -174,9 +174,9 @@ def test_a_link_that_only_one_side_has_lost(here: Service, peers: Peers) -> None
     # Nothing is said, and the connection stays.
     link.hang_up = lambda: None
     here.instance.links.registry.end_but_keep_leases(link, LinkState.LOST, "test")
-    assert peer.ask("link_states") == {ME: "linked"}
+    assert peer.call("link_states") == {ME: "linked"}
     assert pull(here) is None
-    assert peer.ask("link_states") == {ME: "linked"}
+    assert peer.call("link_states") == {ME: "linked"}
     with pytest.raises(LLMException):
         link.check_linked()
 
@@ -185,11 +185,11 @@ def test_an_interrupted_turn_is_not_lost(here: Service, peers: Peers) -> None:
     """Ctrl-C comes when a thread has the turn to link anew, before it can say that it has."""
     port = lose(here, peers)
     link = here.instance.links.registry.get(PEER)
-    taken = Turn()
+    taken = RelinkTurn()
     assert _take(link.relink, taken, Deadline.after_ms(100))
-    assert not _take(link.relink, Turn(), Deadline.after_ms(20))
+    assert not _take(link.relink, RelinkTurn(), Deadline.after_ms(20))
     # Its holder's frame is gone.
     del taken
     come_back(peers, port, 9)
-    assert settle(lambda: pull(here) is None)
+    assert eventually(lambda: pull(here) is None)
     assert here.colours("mine") == [9]

@@ -14,7 +14,7 @@ from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from tests.faults.helpers import ME, NYL, OK, PEER, THEIRS, Peers, pull, start_here, start_peer
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 MINE = BlocksCacheKey(ME, 0)
 BIG = (4, 16, 65536)
@@ -24,9 +24,9 @@ POOL = '{"memory_size": 33554432, "page_shift": 16}'
 
 
 def start_big(peer: Peer, colour: int, listen: str) -> int:
-    port = peer.ask("start", PEER, listen=listen, pool=POOL)
-    peer.ask("allocate", "theirs", *BIG, paged=True, keys=THEIRS)
-    peer.ask("paint", "theirs", colour)
+    port = peer.call("start", PEER, listen=listen, pool=POOL)
+    peer.call("allocate", "theirs", *BIG, paged=True, keys=THEIRS)
+    peer.call("paint", "theirs", colour)
     return port
 
 
@@ -38,9 +38,9 @@ def test_sigkill_of_either_side_during_200_transfers(here: Service, peers: Peers
     here.allocate("mine", *BIG, paged=True, keys=MINE)
     at_rest = here.counters(), here.pool_stats()
     witness = peers()
-    witness.ask("start", 3)
-    witness.ask("allocate", "copy", *BIG, paged=True)
-    assert witness.ask("link", ME, port_here) == OK
+    witness.call("start", 3)
+    witness.call("allocate", "copy", *BIG, paged=True)
+    assert witness.call("link", ME, port_here) == OK
     port, done, colour = 0, 0, 0
     while done < 200 or colour < 10:
         colour = colour % 250 + 1
@@ -58,25 +58,25 @@ def test_sigkill_of_either_side_during_200_transfers(here: Service, peers: Peers
             here.attempt("pull_blocks", THEIRS, Ref("mine"), [0], [0])
             peer.begin("hammer", "pull_blocks", MINE, Ref("theirs"), BLOCKS, BLOCKS)
             killer.start()
-            assert settle(lambda: here.link_states()[PEER] == "lost")
+            assert eventually(lambda: here.link_states()[PEER] == "lost")
             failure = here.attempt("pull_blocks", THEIRS, Ref("mine"), [0], [0])
         killer.join()
         assert failure.status == NYL, (colour, failure)
         # The others are served, with the right bytes.
         here.paint("mine", colour)
-        assert witness.ask("attempt", "pull_blocks", MINE, Ref("copy"), BLOCKS, BLOCKS) is None
-        assert witness.ask("colours", "copy") == [colour]
-        assert settle(lambda: (here.counters(), here.pool_stats()) == at_rest), colour
+        assert witness.call("attempt", "pull_blocks", MINE, Ref("copy"), BLOCKS, BLOCKS) is None
+        assert witness.call("colours", "copy") == [colour]
+        assert eventually(lambda: (here.counters(), here.pool_stats()) == at_rest), colour
         peer.close()
     here.drop("mine")
-    assert settle(lambda: here.arena_in_use() == 0)
+    assert eventually(lambda: here.arena_in_use() == 0)
 
 
 def work_until_it_dies(
-    here: Service, colour: int, killer: threading.Timer, after: int
+    here: Service, colour: int, killer: threading.Timer, afterwards: int
 ) -> tuple[int, Any]:
     for count in range(10_000):
-        if count == after:
+        if count == afterwards:
             killer.start()
         operation = ("pull_blocks", "push_blocks")[count % 2]
         if operation == "pull_blocks":
@@ -133,7 +133,7 @@ def test_an_engine_that_fails(
         else:
             with pytest.raises(RuntimeError, match="the engine broke"):
                 pull(here)
-    assert settle(lambda: not peer.ask("counters")["leases"])
+    assert eventually(lambda: not peer.call("counters")["leases"])
     assert here.counters()["leases"] == 0
     assert pull(here) is None
     assert here.colours("mine") == [5]

@@ -19,7 +19,7 @@ from llm_datadist_torch import (
 from llm_datadist_torch import TransferWithCacheKeyConfig as Config
 from llm_datadist_torch.links.link import Link
 from tests.faults.helpers import OK, PEER, THEIRS, TIMEOUT, Peers, start_peer
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.tables import TABLE, WAIT_MS, members
 
 ROW = CacheKeyByIdAndIndex(PEER, 2, 0)
@@ -40,7 +40,7 @@ def peer(here: Service, peers: Peers) -> Peer:
     here.allocate("mine", 2, 4, 64, paged=True)
     here.allocate("row", 2, 1, 64, paged=False)
     port = start_peer(peer, 5)
-    peer.ask("allocate", "rows", 2, 2, 64, paged=False)
+    peer.call("allocate", "rows", 2, 2, 64, paged=False)
     assert here.link(PEER, port) == OK
     return peer
 
@@ -57,7 +57,7 @@ def test_a_call_of_its_own_time(here: Service, peer: Peer, call: str) -> None:
         assert time.monotonic() - started < 10
     # The link is as it was, and the leases granted too late come back.
     assert here.attempt(call, *CALLS[call], timeout=20_000) is None
-    assert settle(lambda: not peer.ask("counters")["leases"])
+    assert eventually(lambda: not peer.call("counters")["leases"])
 
 
 def test_layer_by_layer(here: Service, peer: Peer) -> None:
@@ -138,7 +138,7 @@ def test_finalize(here: Service, peer: Peer, patient: Service) -> None:
         # Who is moving bytes is not waited for any longer; it fails.
         patient.dd.finalize(timeout=50)
     assert link.state.value == "unlinked"
-    assert settle(lambda: here.link_states() == {PEER: "linked"})
+    assert eventually(lambda: here.link_states() == {PEER: "linked"})
 
 
 @pytest.mark.parametrize("timeout", [0, -1, 2**31, "1", 1.5])

@@ -20,8 +20,8 @@ SIZE = {"layers": 1, "blocks": 4, "shape": (4,), "dtype": torch.int32}
 @pytest.fixture
 def linked(processes, open_node: OpenNode):
     far = processes()
-    address = far.ask("open", cluster_id=1)
-    far.ask("allocate", name="kv", **SIZE)
+    address = far.call("open", cluster_id=1)
+    far.call("allocate", name="kv", **SIZE)
     node = open_node()
     cache = node.allocate(**SIZE)
     paint(cache, plus=10_000)
@@ -39,7 +39,7 @@ def test_pull_and_push(linked):
 
     asyncio.run(both())
     assert values(cache)[0] == [1, 2, 10_002, 10_003]
-    assert far.ask("data")[0][48:] == cache.tensors[0][3].cpu().numpy().tobytes()
+    assert far.call("data")[0][48:] == cache.tensors[0][3].cpu().numpy().tobytes()
 
 
 def test_errors(linked):

@@ -19,8 +19,8 @@ def linked(request: pytest.FixtureRequest, processes, open_node: OpenNode):
     """A process with a painted cache "kv", a cache here of other values, and the peer."""
     size = {**SIZE, "tensors_per_layer": request.param}
     far = processes()
-    address = far.ask("open", cluster_id=1)
-    far.ask("allocate", name="kv", **size)
+    address = far.call("open", cluster_id=1)
+    far.call("allocate", name="kv", **size)
     node = open_node()
     cache = node.allocate(**size)
     paint(cache, plus=10_000)
@@ -60,7 +60,7 @@ def test_a_push_sends_each_layer_when_it_is_ready(linked):
             if layer == 1:
                 push.wait(0)
                 push.wait()
-    tensors = [torch.frombuffer(bytearray(each), dtype=torch.int32) for each in far.ask("data")]
+    tensors = [torch.frombuffer(bytearray(each), dtype=torch.int32) for each in far.call("data")]
     for at, tensor in enumerate(tensors):
         base = 100 * at
         assert tensor.view(4, 4)[:, 0].tolist() == [base, base + 1, base + 10_002, base + 10_001]

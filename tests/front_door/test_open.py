@@ -17,7 +17,7 @@ import torch
 import llm_datadist_torch as ld
 from llm_datadist_torch.api import options
 from tests.front_door.conftest import OpenNode
-from tests.peers import settle
+from tests.peers import eventually
 from tests.transfer.helpers import free_port
 
 SECRET = "a secret of enough characters"
@@ -212,7 +212,7 @@ def test_a_dropped_node_closes_itself():
         gc.collect()
     (warning,) = [each for each in caught if each.category is ResourceWarning]
     assert "Node(cluster_id=1, listening at" in str(warning.message)
-    assert settle(lambda: not datadist.initialised)
+    assert eventually(lambda: not datadist.initialised)
 
 
 def test_a_node_around_an_instance_does_not_end_it(instance_factory):

@@ -13,7 +13,7 @@ import llm_datadist_torch as ld
 from llm_datadist_torch import LLMParamError, PrefixKey, RequestKey, RowKey
 from tests.front_door.conftest import OpenNode
 from tests.front_door.service import paint, values
-from tests.peers import settle
+from tests.peers import eventually
 from tests.transfer.helpers import free_port
 
 BLOCKS = {"layers": 3, "blocks": 6, "shape": (4, 2), "dtype": torch.int32}
@@ -24,8 +24,8 @@ ROWS = {"layers": 3, "rows": 3, "shape": (8,), "dtype": torch.int32}
 def far(processes):
     """Another process with node 1 and a painted cache "kv"; and its address."""
     process = processes()
-    process.address = process.ask("open", cluster_id=1)
-    process.ask("allocate", name="kv", **BLOCKS)
+    process.address = process.call("open", cluster_id=1)
+    process.call("allocate", name="kv", **BLOCKS)
     return process
 
 
@@ -36,13 +36,13 @@ def test_connecting_needs_no_more_than_an_address(far, open_node: OpenNode):
     node = open_node(cluster_id=2)
     peer = node.connect(far.address)
     assert (peer.cluster_id, peer.address, peer.link.state) == (1, far.address, "linked")
-    assert far.ask("links") == {2: "linked"}
+    assert far.call("links") == {2: "linked"}
     again = node.connect(far.address)  # a notebook's cell that is run twice
     assert again.cluster_id == 1
     assert [each.cluster_id for each in node.peers] == [1]
     peer.disconnect()
     peer.disconnect()
-    assert settle(lambda: not far.ask("links"))
+    assert eventually(lambda: not far.call("links"))
     assert "not linked" in repr(peer)
 
 
@@ -64,8 +64,8 @@ def test_the_other_side_finds_its_peer(far, open_node: OpenNode):
     target = node.allocate(name="mine", **BLOCKS)
     paint(target, plus=50)
     node.connect(far.address)
-    far.ask("pull_from", 2, "mine", src_blocks=[0], dst_blocks=[5])
-    assert far.ask("data")[0][5 * 32 :] == target.tensors[0][0].cpu().numpy().tobytes()
+    far.call("pull_from", 2, "mine", src_blocks=[0], dst_blocks=[5])
+    assert far.call("data")[0][5 * 32 :] == target.tensors[0][0].cpu().numpy().tobytes()
     with pytest.raises(ld.LLMNotLinkedError, match="cluster 77"):
         node.peer(77)
 
@@ -125,8 +125,8 @@ def test_itself(open_node: OpenNode):
 @pytest.mark.parametrize("remote_accessible", [True, False])
 def test_pull_blocks(remote_accessible, processes, open_node: OpenNode):
     far, mode = processes(), {"remote_accessible": remote_accessible}
-    address = far.ask("open", cluster_id=1, **mode)
-    far.ask("allocate", name="kv", **BLOCKS)
+    address = far.call("open", cluster_id=1, **mode)
+    far.call("allocate", name="kv", **BLOCKS)
     node = open_node(**mode)
     target = node.allocate(**BLOCKS)
     peer = node.connect(address)
@@ -153,8 +153,8 @@ def test_pull_without_blocks_is_all_of_them(far, open_node: OpenNode):
 @pytest.mark.parametrize("per_layer", [1, 2, 3])
 def test_layers_of_any_number_of_tensors(per_layer, processes, open_node: OpenNode):
     far, wanted = processes(), {**BLOCKS, "tensors_per_layer": per_layer}
-    address = far.ask("open")
-    far.ask("allocate", name="kv", **wanted)
+    address = far.call("open")
+    far.call("allocate", name="kv", **wanted)
     node = open_node()
     target = node.allocate(**wanted)
     paint(target, plus=10_000)
@@ -167,9 +167,9 @@ def test_layers_of_any_number_of_tensors(per_layer, processes, open_node: OpenNo
 
 def test_rows(processes, open_node: OpenNode):
     far = processes()
-    address = far.ask("open")
+    address = far.call("open")
     keys = [RequestKey(7, "m"), None, PrefixKey(8, "m")]
-    cache_id = far.ask("allocate", keys=keys, **ROWS)
+    cache_id = far.call("allocate", keys=keys, **ROWS)
     node = open_node()
     peer = node.connect(address)
     target = node.allocate(**ROWS)
@@ -194,17 +194,17 @@ def test_push(far, processes, open_node: OpenNode):
     peer.push("kv", source, [1], [0])
     peer.push("kv", source, [5])
     peer.push("kv", source, [2], [3], layers=range(2, 3), dst_layers=range(1, 2))
-    data = [torch.frombuffer(each, dtype=torch.int32) for each in map(bytearray, far.ask("data"))]
+    data = [torch.frombuffer(each, dtype=torch.int32) for each in map(bytearray, far.call("data"))]
     firsts = [tensor.view(6, 8)[:, 0].tolist() for tensor in data]
     assert firsts[0] == [10_001, 1, 2, 3, 4, 10_005]
     assert firsts[2] == [10_201, 201, 202, 10_402, 204, 10_205]
     other = processes()
-    address = other.ask("open")
-    cache_id = other.ask("allocate", **ROWS)
+    address = other.call("open")
+    cache_id = other.call("allocate", **ROWS)
     rows = node.allocate(**ROWS)
     paint(rows, plus=10_000)
     node.connect(address).push(RowKey(cache_id, 2), rows, row=1)
-    assert other.ask("data")[1][64:] == rows.tensors[1][1].cpu().numpy().tobytes()
+    assert other.call("data")[1][64:] == rows.tensors[1][1].cpu().numpy().tobytes()
 
 
 @pytest.mark.parametrize(

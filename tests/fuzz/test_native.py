@@ -40,8 +40,8 @@ class Held:
             at, strides = 0, [1] * len(shape)
         self.tensor = typed.as_strided(shape, strides, at)
         places = torch.tensor([at])
-        for n, stride in zip(shape, strides, strict=True):
-            places = (places.unsqueeze(-1) + torch.arange(n) * stride).flatten()
+        for n, step in zip(shape, strides, strict=True):
+            places = (places.unsqueeze(-1) + torch.arange(n) * step).flatten()
         self.inside = torch.zeros(typed.numel(), dtype=torch.bool)
         self.inside[places] = True
         self.inside = self.inside.repeat_interleave(size)
@@ -131,12 +131,14 @@ def test_ops_with_rows(
 
 @fuzz
 @given(index_tensors(), index_tensors(), INTS, INTS, INTS)
-def test_block_runs(first, second, dst_pitch: int, src_pitch: int, nbytes: int) -> None:
-    runs = attempt(_C.block_runs, first, second, dst_pitch, src_pitch, nbytes)
+def test_block_runs(
+    first, second, dst_row_stride_bytes: int, src_row_stride_bytes: int, nbytes: int
+) -> None:
+    runs = attempt(_C.block_runs, first, second, dst_row_stride_bytes, src_row_stride_bytes, nbytes)
     if runs is not None and runs.numel():
         assert int(runs.min()) >= 0
         attempt(_C.measure_runs, runs)
-    attempt(_C.check_ids, "ids", first, dst_pitch, True)
+    attempt(_C.check_ids, "ids", first, dst_row_stride_bytes, True)
 
 
 @fuzz
@@ -158,8 +160,10 @@ def test_rebase(addrs, start: int, to: int, nbytes: int, extent: int) -> None:
 
 @fuzz
 @given(index_tensors(), index_tensors(), index_tensors(), INTS, INTS, INTS)
-def test_bytes_inside(starts, sizes, bases, extent: int, pitch: int, row_bytes: int) -> None:
-    found = attempt(_C.bytes_inside, starts, sizes, bases, extent, pitch, row_bytes)
+def test_bytes_inside(
+    starts, sizes, bases, extent: int, row_stride_bytes: int, row_bytes: int
+) -> None:
+    found = attempt(_C.bytes_inside, starts, sizes, bases, extent, row_stride_bytes, row_bytes)
     if found is not None and found >= 0:
         assert bool((sizes > 0).all())
 

@@ -20,7 +20,7 @@ from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.fuzz.messages import broken, frames
-from tests.peers import Ref, Service, settle
+from tests.peers import Ref, Service, eventually
 from tests.wire import GREETING, framed, stranger
 
 OFFER = msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))
@@ -48,10 +48,10 @@ class Target:
         assert self.one.colours("kept") == [7]
         assert self.one.link_states().get(2) == "linked"
         with stranger(self.port) as speaker:
-            assert isinstance(speaker.ask(messages.Unlink()), messages.Refused)
+            assert isinstance(speaker.request(messages.Unlink()), messages.Refused)
 
     def finish(self) -> None:
-        assert settle(lambda: not self.one.counters()["grants"])
+        assert eventually(lambda: not self.one.counters()["grants"])
         self.two.finish()
         self.one.finish()
 

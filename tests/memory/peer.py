@@ -92,7 +92,7 @@ class Peer:
         self.pid: int = process.pid
         self._connection = connection
 
-    def ask(self, name: str, *args: object) -> Any:
+    def call(self, name: str, *args: object) -> Any:
         """Call a method of the peer's Service; its failure is ours, with its traceback."""
         self._connection.send((name, args))
         if not self._connection.poll(TIMEOUT_S):

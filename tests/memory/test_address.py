@@ -43,7 +43,7 @@ def pages() -> int:
     return guarded_pages(8)
 
 
-def ask(address: int, nbytes: int) -> tuple[int, str]:
+def probed(address: int, nbytes: int) -> tuple[int, str]:
     return _C.probe_extents(address_tensor([address]), nbytes)
 
 
@@ -64,8 +64,8 @@ def test_tensors_and_regions_are_good() -> None:
 
 
 def test_the_byte_after_the_last(pages: int) -> None:
-    assert ask(pages, 8 * PAGE + 1) == (0, "not readable")
-    assert ask(pages - 1, 2) == (0, "not readable")
+    assert probed(pages, 8 * PAGE + 1) == (0, "not readable")
+    assert probed(pages - 1, 2) == (0, "not readable")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_the_byte_after_the_last(pages: int) -> None:
     ],
 )
 def test_wild_addresses(address: int, nbytes: int, reason: str) -> None:
-    assert ask(address, nbytes) == (0, reason)
+    assert probed(address, nbytes) == (0, reason)
     assert _C.check_mapped(address_tensor([address]), nbytes) == 0
     with pytest.raises(LLMParamError, match=rf"addrs\[0\]={address:#x}: {reason}"):
         probe([address], nbytes)
@@ -90,7 +90,7 @@ def test_wild_addresses(address: int, nbytes: int, reason: str) -> None:
 
 
 def test_an_extent_that_wraps_around_is_not_mapped(pages: int) -> None:
-    assert ask(pages, 2**63 - 1) == (0, "not readable")
+    assert probed(pages, 2**63 - 1) == (0, "not readable")
     assert _C.check_mapped(address_tensor([pages]), 2**63 - 1) == 0
 
 
@@ -98,17 +98,17 @@ def test_freed_memory() -> None:
     address = map_pages(4 * PAGE)
     probe([address], 4 * PAGE)
     unmap(address, 4 * PAGE)
-    assert ask(address, 4 * PAGE) == (0, "not mapped")
+    assert probed(address, 4 * PAGE) == (0, "not mapped")
     with pytest.raises(LLMParamError, match="no longer mapped"):
         check_alive([address], 1)
 
 
 def test_a_hole_in_the_middle(pages: int) -> None:
     unmap(pages + 3 * PAGE, PAGE)
-    assert ask(pages, 8 * PAGE) == (0, "not mapped")
-    assert ask(pages, 3 * PAGE) == (-1, "")
-    assert ask(pages, 3 * PAGE + 1) == (0, "not mapped")
-    assert ask(pages + 4 * PAGE, 4 * PAGE) == (-1, "")
+    assert probed(pages, 8 * PAGE) == (0, "not mapped")
+    assert probed(pages, 3 * PAGE) == (-1, "")
+    assert probed(pages, 3 * PAGE + 1) == (0, "not mapped")
+    assert probed(pages + 4 * PAGE, 4 * PAGE) == (-1, "")
     extents = address_tensor([pages, pages + 4 * PAGE])
     assert _C.check_mapped(extents, 3 * PAGE) == -1
     assert _C.check_mapped(extents.flip(0), 3 * PAGE + 1) == 1
@@ -116,15 +116,15 @@ def test_a_hole_in_the_middle(pages: int) -> None:
 
 def test_a_read_only_page(pages: int) -> None:
     protect(pages + 7 * PAGE, PAGE, mmap.PROT_READ)
-    assert ask(pages, 8 * PAGE) == (0, "not writable")
-    assert ask(pages, 7 * PAGE) == (-1, "")
+    assert probed(pages, 8 * PAGE) == (0, "not writable")
+    assert probed(pages, 7 * PAGE) == (-1, "")
     with pytest.raises(LLMParamError, match="not writable"):
         probe([pages + 7 * PAGE], 1)
 
 
 def test_mixed_permissions_side_by_side_are_one_good_extent(pages: int) -> None:
     protect(pages + 2 * PAGE, PAGE, mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    assert ask(pages, 8 * PAGE) == (-1, "")
+    assert probed(pages, 8 * PAGE) == (-1, "")
 
 
 def test_the_first_bad_one_is_named(pages: int) -> None:
@@ -192,9 +192,9 @@ def describe(*tensors: object) -> tuple[torch.Tensor, int]:
 
 def test_plain_tensors() -> None:
     tensors = [torch.zeros(SHAPE) for _ in range(3)]
-    addrs, pitch = describe(*tensors)
+    addrs, row_stride_bytes = describe(*tensors)
     assert addrs.tolist() == [t.data_ptr() for t in tensors]
-    assert pitch == ROW
+    assert row_stride_bytes == ROW
 
 
 def test_another_shape_of_as_many_elements() -> None:
@@ -208,15 +208,17 @@ def test_strided_rows() -> None:
 
 def test_interleaved_keys_and_values_do_not_overlap() -> None:
     kv = torch.zeros(6, 2, 4, 8)
-    addrs, pitch = describe(kv[:, 0], kv[:, 1])
-    assert pitch == 2 * ROW
+    addrs, row_stride_bytes = describe(kv[:, 0], kv[:, 1])
+    assert row_stride_bytes == 2 * ROW
     assert int(addrs[1] - addrs[0]) == ROW
 
 
-def test_one_row_has_the_pitch_of_a_row() -> None:
+def test_one_row_has_the_stride_of_a_row() -> None:
     base = torch.zeros(2, 3, 4, 8)
-    _, pitch = describe_tensors([base[0, :1], base[1, 2:]], (1, 4, 8), torch.float32, CPU)
-    assert pitch == ROW
+    _, row_stride_bytes = describe_tensors(
+        [base[0, :1], base[1, 2:]], (1, 4, 8), torch.float32, CPU
+    )
+    assert row_stride_bytes == ROW
 
 
 def test_a_dimension_of_one_may_have_any_stride() -> None:
@@ -243,7 +245,7 @@ BAD = {
     "expanded rows": ((torch.zeros(1, 4, 8).expand(SHAPE),), "stride 0"),
     "rows over each other": ((_FLAT.as_strided(SHAPE, (16, 8, 1)),), "rows overlap"),
     "expanded inside": ((torch.zeros(6, 1, 8).expand(SHAPE),), "rows are not contiguous"),
-    "different pitch": ((torch.zeros(SHAPE), _KV[:, 0]), r"tensors\[1\] has 256 .* has 128"),
+    "different strides": ((torch.zeros(SHAPE), _KV[:, 0]), r"tensors\[1\] has 256 .* has 128"),
     "the same twice": ((_KV[:, 0], _KV[:, 1], _KV[:, 0]), r"tensors\[0\].*tensors\[2\].*overlap"),
     "half a row later": (
         (_FLAT.as_strided(SHAPE, (32, 8, 1)), _FLAT.as_strided(SHAPE, (32, 8, 1), 16)),
@@ -284,9 +286,12 @@ def test_misaligned_memory_is_refused() -> None:
 )
 def test_overlap_is_exact(rows: int, row: int, gap: int, starts: list[int]) -> None:
     base = torch.zeros(400, dtype=torch.uint8)
-    pitch = row + gap
-    tensors = [base.as_strided((rows, row), (pitch, 1), start) for start in starts]
-    owned = [{start + r * pitch + i for r in range(rows) for i in range(row)} for start in starts]
+    row_stride_bytes = row + gap
+    tensors = [base.as_strided((rows, row), (row_stride_bytes, 1), start) for start in starts]
+    owned = [
+        {start + r * row_stride_bytes + i for r in range(rows) for i in range(row)}
+        for start in starts
+    ]
     disjoint = sum(map(len, owned)) == len(set().union(*owned))
     if disjoint:
         addrs, _ = describe_tensors(tensors, (rows, row), torch.uint8, CPU)
@@ -313,6 +318,6 @@ def test_the_probe_agrees_with_a_random_layout_of_pages() -> None:
             touched = page_kinds[start // PAGE : (start + nbytes - 1) // PAGE + 1]
             faults = ["not mapped" if kind is None else kinds[kind] for kind in touched]
             expected = next((fault for fault in faults if fault), "")
-            assert ask(first + start, nbytes) == (0 if expected else -1, expected)
+            assert probed(first + start, nbytes) == (0 if expected else -1, expected)
             mapped = _C.check_mapped(address_tensor([first + start]), nbytes)
             assert mapped == (0 if None in touched else -1)

@@ -15,7 +15,7 @@ import torch
 
 from llm_datadist_torch import _C, LLMCacheNotFoundError
 from llm_datadist_torch.memory.guard import make_guard
-from tests.peers import settle
+from tests.peers import eventually
 
 FOR_EVER = 0
 
@@ -98,7 +98,7 @@ def test_waiting_for_the_last_lease_gives_no_new_ones() -> None:
             return "is being unregistered" in str(error)
         return False
 
-    assert settle(refused)
+    assert eventually(refused)
     assert waiter.is_alive()
     lease.release()
     waiter.join(10)

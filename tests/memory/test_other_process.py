@@ -59,29 +59,29 @@ def open_descriptors() -> int:
 
 @pytest.mark.parametrize("nbytes", [1, 5000, 5 << 20])
 def test_a_mapping_is_the_peers_memory(peer: Peer, nbytes: int) -> None:
-    address, fd, inode, device = peer.ask("make_region", nbytes)
+    address, fd, inode, device = peer.call("make_region", nbytes)
     data = noise(nbytes, nbytes)
-    peer.ask("poke", address, data)
+    peer.call("poke", address, data)
     mapping = _C.PeerMapping.open(peer.pid, fd, inode, device, nbytes)
     assert mapping.address % (2 << 20) == 0
     assert mapping.nbytes == nbytes
     assert peek(mapping.address, nbytes) == data
     poke(mapping.address, data[::-1])
-    assert peer.ask("peek", address, nbytes) == data[::-1]
+    assert peer.call("peek", address, nbytes) == data[::-1]
     mapping.close()
-    peer.ask("free_region", address)
+    peer.call("free_region", address)
 
 
 def test_the_mapping_outlives_the_region(peer: Peer) -> None:
-    address, fd, inode, device = peer.ask("make_region", PAGE)
-    peer.ask("poke", address, b"kept")
+    address, fd, inode, device = peer.call("make_region", PAGE)
+    peer.call("poke", address, b"kept")
     mapping = _C.PeerMapping.open(peer.pid, fd, inode, device, PAGE)
-    peer.ask("free_region", address)
+    peer.call("free_region", address)
     assert peek(mapping.address, 4) == b"kept"
 
 
 def test_a_mapping_leaves_nothing_behind(peer: Peer) -> None:
-    address, fd, inode, device = peer.ask("make_region", 3 * PAGE)
+    address, fd, inode, device = peer.call("make_region", 3 * PAGE)
     _C.PeerMapping.open(peer.pid, fd, inode, device, 3 * PAGE).close()
     before = mappings(), open_descriptors()
     for index in range(1000):
@@ -92,11 +92,11 @@ def test_a_mapping_leaves_nothing_behind(peer: Peer) -> None:
             assert mapping.address == 0
         del mapping
     assert (mappings(), open_descriptors()) == before
-    peer.ask("free_region", address)
+    peer.call("free_region", address)
 
 
 def test_another_file_under_that_number_is_refused(peer: Peer) -> None:
-    address, fd, inode, device = peer.ask("make_region", PAGE)
+    address, fd, inode, device = peer.call("make_region", PAGE)
     before = mappings(), open_descriptors()
     for wrong in (
         (fd, inode + 1, device, PAGE),
@@ -107,7 +107,7 @@ def test_another_file_under_that_number_is_refused(peer: Peer) -> None:
             _C.PeerMapping.open(peer.pid, *wrong)
         assert caught.value.errno == errno.ESTALE
     assert (mappings(), open_descriptors()) == before
-    peer.ask("free_region", address)
+    peer.call("free_region", address)
 
 
 def test_memory_that_can_shrink_is_not_mapped() -> None:
@@ -128,8 +128,8 @@ def test_memory_that_can_shrink_is_not_mapped() -> None:
 
 
 def test_a_descriptor_that_is_closed_or_none(peer: Peer) -> None:
-    address, fd, inode, device = peer.ask("make_region", PAGE)
-    peer.ask("free_region", address)
+    address, fd, inode, device = peer.call("make_region", PAGE)
+    peer.call("free_region", address)
     for number in (fd, -1, 100_000):
         with pytest.raises(OSError, match=str(number)) as caught:
             _C.PeerMapping.open(peer.pid, number, inode, device, PAGE)
@@ -138,16 +138,16 @@ def test_a_descriptor_that_is_closed_or_none(peer: Peer) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 1 << 60])
 def test_sizes_that_no_region_has(peer: Peer, nbytes: int) -> None:
-    address, fd, inode, device = peer.ask("make_region", PAGE)
+    address, fd, inode, device = peer.call("make_region", PAGE)
     with pytest.raises(OSError, match=r"mapping|announced"):
         _C.PeerMapping.open(peer.pid, fd, inode, device, nbytes)
-    peer.ask("free_region", address)
+    peer.call("free_region", address)
 
 
 def test_a_dead_process_has_no_regions_and_no_memory() -> None:
     with spawned_peer() as doomed:
-        address, fd, inode, device = doomed.ask("make_region", PAGE)
-        doomed.ask("poke", address, b"left")
+        address, fd, inode, device = doomed.call("make_region", PAGE)
+        doomed.call("poke", address, b"left")
         mapping = _C.PeerMapping.open(doomed.pid, fd, inode, device, PAGE)
         doomed.kill()
         with pytest.raises(ProcessLookupError):
@@ -165,7 +165,7 @@ def test_a_dead_process_has_no_regions_and_no_memory() -> None:
 @pytest.fixture(scope="module")
 def far(peer: Peer) -> int:
     """Address of SPACE bytes of the peer."""
-    return peer.ask("map_pages", SPACE)
+    return peer.call("map_pages", SPACE)
 
 
 def model_copy(dst: bytearray, src: bytes, runs: list[Run], bases: list[tuple[int, int]]) -> None:
@@ -190,7 +190,7 @@ def test_bytes_arrive_where_they_belong_and_nowhere_else(
 ) -> None:
     here, there = noise(SPACE, seed), noise(SPACE, seed + 1000)
     local = torch.frombuffer(bytearray(here), dtype=torch.uint8)
-    peer.ask("poke", far, there)
+    peer.call("poke", far, there)
     bases = [(t << 18, (t << 18) // 2) for t in range(tensors)]  # (destination, source)
     total = tensors * sum(size for _, _, size in runs)
     if write:
@@ -206,13 +206,13 @@ def test_bytes_arrive_where_they_belong_and_nowhere_else(
     local_bases = addresses(*(local.data_ptr() + at for at in sides[0]))
     remote_bases = addresses(*(far + at for at in sides[1]))
     assert call(peer.pid, local_bases, remote_bases, as_runs(moves)) == (total, 0)
-    assert peer.ask("peek", far, SPACE) == (bytes(expected) if write else there)
+    assert peer.call("peek", far, SPACE) == (bytes(expected) if write else there)
     assert bytes(local.numpy()) == (here if write else bytes(expected))
 
 
 def test_more_pieces_than_one_call_takes(peer: Peer, far: int) -> None:
     data = noise(SPACE, 3)
-    peer.ask("poke", far, data)
+    peer.call("poke", far, data)
     local = torch.zeros(SPACE, dtype=torch.uint8)
     starts = random.Random(1).sample(range(0, SPACE - 64, 64), 5000)
     runs = as_runs([(at, at, 40) for at in starts])
@@ -226,7 +226,7 @@ def test_more_pieces_than_one_call_takes(peer: Peer, far: int) -> None:
 @pytest.mark.parametrize("write", [False, True])
 def test_totals_that_are_split_over_threads(peer: Peer, write: bool) -> None:
     nbytes = 40 << 20
-    address = peer.ask("map_pages", nbytes)
+    address = peer.call("map_pages", nbytes)
     local = torch.zeros(nbytes + 2, dtype=torch.uint8)
     body = local[1:-1]
     data = noise(nbytes, 9)
@@ -237,12 +237,12 @@ def test_totals_that_are_split_over_threads(peer: Peer, write: bool) -> None:
         body.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         call = _C.write_process
     else:
-        peer.ask("poke", address, data)
+        peer.call("poke", address, data)
         call = _C.read_process
     bases = addresses(body.data_ptr()), addresses(address)
     assert call(peer.pid, *bases, runs) == (nbytes, 0)
     if write:
-        got = peer.ask("peek", address, nbytes)
+        got = peer.call("peek", address, nbytes)
         assert all(
             got[j << 20 : (j + 1) << 20] == data[i << 20 : (i + 1) << 20]
             for i, j in enumerate(order)
@@ -254,16 +254,16 @@ def test_totals_that_are_split_over_threads(peer: Peer, write: bool) -> None:
             for i, j in enumerate(order)
         )
         assert int(local[0]) == int(local[-1]) == 0
-    peer.ask("unmap", address, nbytes)
+    peer.call("unmap", address, nbytes)
 
 
 @pytest.mark.parametrize("write", [False, True])
 def test_a_hole_stops_it_and_the_count_says_where(peer: Peer, write: bool) -> None:
     """The third page of the peer is not there; runs of 1000 bytes are moved in order."""
-    address = peer.ask("map_pages", 4 * PAGE)
-    peer.ask("unmap", address + 2 * PAGE, PAGE)
+    address = peer.call("map_pages", 4 * PAGE)
+    peer.call("unmap", address + 2 * PAGE, PAGE)
     data = noise(2 * PAGE, 4)
-    peer.ask("poke", address, data)
+    peer.call("poke", address, data)
     local = torch.frombuffer(bytearray(noise(4 * PAGE, 5)), dtype=torch.uint8)
     before = bytes(local.numpy())
     runs = as_runs([(at, at, 1000) for at in range(0, 16_000, 1000)])
@@ -271,14 +271,14 @@ def test_a_hole_stops_it_and_the_count_says_where(peer: Peer, write: bool) -> No
     done, number = call(peer.pid, addresses(local.data_ptr()), addresses(address), runs)
     assert number == errno.EFAULT
     assert 8000 <= done <= 2 * PAGE
-    after = bytes(local.numpy())
+    afterwards = bytes(local.numpy())
     if write:
-        assert after == before
-        assert peer.ask("peek", address, done) == before[:done]
-        assert peer.ask("peek", address + done, 2 * PAGE - done) == data[done:]
+        assert afterwards == before
+        assert peer.call("peek", address, done) == before[:done]
+        assert peer.call("peek", address + done, 2 * PAGE - done) == data[done:]
     else:
-        assert after[:done] == data[:done]
-        assert after[2 * PAGE :] == before[2 * PAGE :]
+        assert afterwards[:done] == data[:done]
+        assert afterwards[2 * PAGE :] == before[2 * PAGE :]
 
 
 def test_a_wild_local_address_is_an_errno_and_no_crash(peer: Peer, far: int) -> None:
@@ -313,7 +313,7 @@ def test_nothing_to_do(peer: Peer) -> None:
 
 def test_a_deadline_in_the_past_moves_nothing(peer: Peer, far: int) -> None:
     local = torch.zeros(SPACE, dtype=torch.uint8)
-    peer.ask("poke", far, b"\1" * SPACE)
+    peer.call("poke", far, b"\1" * SPACE)
     bases = addresses(local.data_ptr()), addresses(far)
     assert _C.read_process(peer.pid, *bases, as_runs([(0, 0, SPACE)]), 1) == (0, 0)
     assert int(local.sum()) == 0
@@ -324,19 +324,19 @@ def test_a_deadline_in_the_past_moves_nothing(peer: Peer, far: int) -> None:
 def test_a_deadline_in_the_middle_ends_it_early(peer: Peer) -> None:
     """2 GiB within 5 ms: no machine does that."""
     nbytes = 32 << 20
-    address = peer.ask("map_pages", nbytes)
+    address = peer.call("map_pages", nbytes)
     local = torch.zeros(nbytes, dtype=torch.uint8)
     bases = addresses(local.data_ptr()), addresses(address)
     runs = as_runs([(0, 0, nbytes)] * 64)
     done, number = _C.read_process(peer.pid, *bases, runs, time.monotonic_ns() + 5_000_000)
     assert number == 0
     assert done < 64 * nbytes
-    peer.ask("unmap", address, nbytes)
+    peer.call("unmap", address, nbytes)
 
 
 def test_other_threads_run_meanwhile(peer: Peer) -> None:
     nbytes = 64 << 20
-    address = peer.ask("map_pages", nbytes)
+    address = peer.call("map_pages", nbytes)
     local = torch.zeros(nbytes, dtype=torch.uint8)
     bases = addresses(local.data_ptr()), addresses(address)
     finished = threading.Event()
@@ -353,7 +353,7 @@ def test_other_threads_run_meanwhile(peer: Peer) -> None:
         turns += 1
     thread.join(60)
     assert turns > 3  # with the GIL held there would be one
-    peer.ask("unmap", address, nbytes)
+    peer.call("unmap", address, nbytes)
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_numbers_that_are_no_process_ids(pid: int) -> None:
 
 def test_the_peers_traceback_comes_home(peer: Peer) -> None:
     with pytest.raises(AssertionError, match=r"RuntimeError: what went wrong"):
-        peer.ask("fail", "what went wrong")
+        peer.call("fail", "what went wrong")
 
 
 def test_own_pages_can_be_unmapped() -> None:
@@ -405,16 +405,16 @@ def start_ticks(pid: int) -> int:
 def test_another_process_with_the_pid_is_left_alone(peer: Peer, write: bool) -> None:
     """The pid is the peer's, but the process that was meant started at another time."""
     local = torch.full((PAGE,), 7, dtype=torch.uint8)
-    far = peer.ask("map_pages", PAGE)
-    peer.ask("poke", far, noise(PAGE, 1))
+    far = peer.call("map_pages", PAGE)
+    peer.call("poke", far, noise(PAGE, 1))
     runs, bases = as_runs([(0, 0, PAGE)]), (addresses(local.data_ptr()), addresses(far))
     call = _C.write_process if write else _C.read_process
     started = start_ticks(peer.pid)
     assert call(peer.pid, *bases, runs, 0, -1, started + 1) == (0, errno.ESRCH)
-    assert peer.ask("peek", far, PAGE) == noise(PAGE, 1)
+    assert peer.call("peek", far, PAGE) == noise(PAGE, 1)
     assert local.unique().tolist() == [7]
     assert call(peer.pid, *bases, runs, 0, -1, started) == (PAGE, 0)
-    peer.ask("unmap", far, PAGE)
+    peer.call("unmap", far, PAGE)
 
 
 def test_the_pidfd_of_a_process_that_has_ended(peer: Peer) -> None:
@@ -444,9 +444,9 @@ def test_many_pieces_of_many_runs(peer: Peer) -> None:
     )
     empty = torch.zeros((count, 3), dtype=torch.int64)
     runs = torch.stack([runs, empty], dim=1).view(-1, 3).contiguous()
-    far = peer.ask("map_pages", -(-2 * nbytes // PAGE) * PAGE)
+    far = peer.call("map_pages", -(-2 * nbytes // PAGE) * PAGE)
     data = noise(2 * nbytes, 5)
-    peer.ask("poke", far, data)
+    peer.call("poke", far, data)
     local = torch.zeros(2 * nbytes, dtype=torch.uint8)
     here = local.data_ptr()
     done = _C.read_process(
@@ -455,4 +455,4 @@ def test_many_pieces_of_many_runs(peer: Peer) -> None:
     assert done == (2 * nbytes, 0)
     source = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(2, count, block)
     assert torch.equal(local.view(2, count, block), source[:, order])
-    peer.ask("unmap", far, -(-2 * nbytes // PAGE) * PAGE)
+    peer.call("unmap", far, -(-2 * nbytes // PAGE) * PAGE)

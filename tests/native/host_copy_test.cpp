@@ -50,7 +50,7 @@ Bytes painted() {
 }
 
 // Block ids[i] of `dst` must hold what block i was painted with.
-bool holds(const Bytes& dst, const std::vector<int64_t>& ids) {
+bool is_painted(const Bytes& dst, const std::vector<int64_t>& ids) {
   for (int64_t i = 0; i < kBlocks; ++i) {
     const uint8_t* block = dst.data() + ids[i] * kBlockBytes;
     if (block[0] != i + 1 || block[kBlockBytes - 1] != i + 1) return false;
@@ -72,7 +72,7 @@ void copy_between(std::mt19937& random) {
   limits.max_threads = kHelpers;
   const int64_t done = copy_runs({dst_bases, src_bases, 2}, runs.data(), runs.size(), limits);
   expect(done == 2 * kBlocks * kBlockBytes, "all bytes were copied");
-  expect(holds(first, to) && holds(second, to), "every block is where it belongs");
+  expect(is_painted(first, to) && is_painted(second, to), "every block is where it belongs");
 }
 
 void permute(std::mt19937& random) {
@@ -86,7 +86,7 @@ void permute(std::mt19937& random) {
       order_blocks(to.data(), from.data(), kBlocks, table, kBlockBytes, kBlockBytes);
   const uint64_t bases[] = {address_of(first), address_of(second)};
   copy_ordered(bases, 2, order, kHelpers);
-  expect(holds(first, to) && holds(second, to), "a permutation is a snapshot");
+  expect(is_painted(first, to) && is_painted(second, to), "a permutation is a snapshot");
 }
 
 void use(Arena& arena, std::mt19937& random) {

@@ -42,7 +42,7 @@ def pair(request: pytest.FixtureRequest, here: NpuService, peers: Callable[[], P
     """Instance 1 here and 2 in another process, linked; and the port of 2."""
     arguments = getattr(request, "param", {})
     there = peers()
-    port = there.ask("start", 2, **arguments)
+    port = there.call("start", 2, **arguments)
     here.start(1, **arguments)
     assert here.link(2, port) == OK
     return here, there, port
@@ -51,10 +51,10 @@ def pair(request: pytest.FixtureRequest, here: NpuService, peers: Callable[[], P
 def give(pair: Pair, rows: int = 8, row_bytes: int = 4096) -> bytes:
     """A blocks cache on each side, the peer's filled; returns its bytes."""
     here, there, _ = pair
-    there.ask("allocate", "theirs", 2, rows, row_bytes, paged=True, keys=KEY)
+    there.call("allocate", "theirs", 2, rows, row_bytes, paged=True, keys=KEY)
     here.allocate("mine", 2, rows, row_bytes, paged=True)
     here.paint("mine", 0)
-    return there.ask("fill", "theirs", 1)
+    return there.call("fill", "theirs", 1)
 
 
 def pull(here: NpuService, src=(0, 1, 2), dst=(5, 6, 7), key=KEY):

@@ -49,7 +49,7 @@ class NpuService(Service):
         self.base = torch.zeros(count, rows, row_bytes, dtype=torch.uint8, device="npu:0")
         desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8)
         cache = self.manager.register_blocks_cache(desc, list(self.base), key)
-        self._hold(name, cache, cache.tensor_addrs[0], self.base.numel(), self.base)
+        self._keep(name, cache, cache.tensor_addrs[0], self.base.numel(), self.base)
 
     def adopt_addresses(
         self, name: str, count: int, rows: int, row_bytes: int, key: Any = None
@@ -59,7 +59,7 @@ class NpuService(Service):
         desc = CacheDesc(count, [rows, row_bytes], DataType.DT_UINT8)
         addresses = [tensor.data_ptr() for tensor in self.base]
         cache = self.manager.register_blocks_cache(desc, addresses, key)
-        self._hold(name, cache, addresses[0], self.base.numel(), self.base)
+        self._keep(name, cache, addresses[0], self.base.numel(), self.base)
 
     def free_under_the_cache(self, name: str) -> None:
         """Give the memory of `adopt_addresses` back to the runtime."""

@@ -16,7 +16,7 @@ from llm_datadist_torch.transports.hixl.native import NativeLibrary
 from llm_datadist_torch.transports.hixl.ports import describe
 from tests.npu.hixl_pair import KEY, MINE, OK, Pair, blocks, give, here, pair, peers, pull
 from tests.npu.npu_service import NpuService, without_library
-from tests.peers import Peer, Ref, settle
+from tests.peers import Peer, Ref, eventually
 
 __all__ = ["here", "pair", "peers"]
 
@@ -29,7 +29,7 @@ both_modes = pytest.mark.parametrize(
 
 def test_device_memory_goes_by_hixl_and_host_memory_stays_local(pair: Pair):
     here, there, _ = pair
-    assert here.transports(2) == there.ask("transports", 1) == ("local", "hixl")
+    assert here.transports(2) == there.call("transports", 1) == ("local", "hixl")
     here.allocate("mine", 1, 2, 64, paged=True)
     assert here.device("mine") == "npu:0"
 
@@ -51,7 +51,7 @@ def test_push_blocks(pair: Pair):
     mine = blocks(here.fill("mine", 5), 8, 4096)
     assert here.attempt("push_blocks", KEY, MINE, [0, 2, 1], [7, 1, 4]) is None
     for tensor, old, new in zip(
-        blocks(there.ask("dump", "theirs"), 8, 4096), before, mine, strict=True
+        blocks(there.call("dump", "theirs"), 8, 4096), before, mine, strict=True
     ):
         expected = list(old)
         expected[7], expected[1], expected[4] = new[0], new[2], new[1]
@@ -61,8 +61,8 @@ def test_push_blocks(pair: Pair):
 @both_modes
 def test_pull_cache(pair: Pair):
     here, there, _ = pair
-    there.ask("allocate", "theirs", 4, 2, 6000, paged=False, keys=(CacheKey(2, 0), CacheKey(2, 1)))
-    data = blocks(there.ask("fill", "theirs", 9), 2, 6000)
+    there.call("allocate", "theirs", 4, 2, 6000, paged=False, keys=(CacheKey(2, 0), CacheKey(2, 1)))
+    data = blocks(there.call("fill", "theirs", 9), 2, 6000)
     here.allocate("mine", 4, 3, 6000, paged=False)
     here.paint("mine", 0)
     assert here.attempt("pull_cache", CacheKey(2, 1), MINE, 2) is None
@@ -78,18 +78,18 @@ def test_both_directions_at_once(pair: Pair):
     give(pair)
     here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
     here.paint("ours", 77)
-    there.ask("allocate", "wanted", 2, 8, 4096, paged=True)
+    there.call("allocate", "wanted", 2, 8, 4096, paged=True)
     order = list(range(8))
     there.begin("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("wanted"), order, order)
     assert pull(here) is None
     assert there.answer() is None
-    assert there.ask("rows", "wanted") == [[77] * 8] * 2
+    assert there.call("rows", "wanted") == [[77] * 8] * 2
 
 
 def test_registered_tensors(pair: Pair):
     here, there, _ = pair
-    there.ask("adopt", "theirs", 3, 4, 512, KEY)
-    there.ask("paint", "theirs", 42)
+    there.call("adopt", "theirs", 3, 4, 512, KEY)
+    there.call("paint", "theirs", 42)
     here.adopt("mine", 3, 4, 512)
     assert pull(here, [0, 3], [2, 1]) is None
     assert here.rows("mine") == [[0, 42, 42, 0]] * 3
@@ -100,8 +100,8 @@ def test_host_memory_by_hixl(pair: Pair):
     """As between machines, where `local` has no good way."""
     here, there, _ = pair
     assert here.transports(2) == ("hixl", "hixl")
-    there.ask("allocate", "theirs", 2, 4, 1000, paged=True, keys=KEY, placement=Placement.HOST)
-    there.ask("paint", "theirs", 9)
+    there.call("allocate", "theirs", 2, 4, 1000, paged=True, keys=KEY, placement=Placement.HOST)
+    there.call("paint", "theirs", 9)
     here.allocate("mine", 2, 4, 1000, paged=True, placement=Placement.HOST)
     here.paint("mine", 1)
     assert pull(here, [0, 1], [3, 0]) is None
@@ -120,7 +120,7 @@ def test_the_peer_is_killed(pair: Pair):
     count, failure = here.hammer("pull_blocks", KEY, MINE, [0, 1], [0, 1])
     assert count < 1000
     assert failure.status in {"LLM_NOT_YET_LINK", "LLM_FAILED"}
-    assert settle(lambda: here.link_states() == {2: "lost"})
+    assert eventually(lambda: here.link_states() == {2: "lost"})
     assert pull(here).status == "LLM_NOT_YET_LINK"
 
 
@@ -129,12 +129,12 @@ def test_the_peer_comes_back_as_a_new_process(pair: Pair, peers: Callable[[], Pe
     give(pair)
     assert pull(here) is None
     there.kill()
-    assert settle(lambda: here.link_states() == {2: "lost"})
+    assert eventually(lambda: here.link_states() == {2: "lost"})
     second = peers()
     # The engine of the new process may have the very address that the old one had.
-    assert second.ask("start", 2, listen=f"127.0.0.1:{port}") == port
-    second.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
-    second.ask("paint", "theirs", 5)
+    assert second.call("start", 2, listen=f"127.0.0.1:{port}") == port
+    second.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    second.call("paint", "theirs", 5)
     here.unlink(2, force=True)
     assert here.link(2, port) == OK
     assert pull(here, range(8), range(8)) is None
@@ -206,7 +206,7 @@ def test_through_the_python_module(
     monkeypatch.setattr(NativeLibrary, "load", classmethod(without_library))
     assert re.search("the Python module hixl of .*, because .* the test hides it", describe())
     there = peers()
-    port = there.ask("start", 2)
+    port = there.call("start", 2)
     here.start(1)
     assert here.link(2, port) == OK
     data = blocks(give((here, there, port), 3000, 64), 3000, 64)
@@ -232,12 +232,12 @@ def test_the_references_backend(pair: Pair):
 def test_with_the_references_backend_each_side_asks(pair: Pair):
     here, there, port = pair
     back = here.dd.listen_address[1]
-    assert there.ask("link", 1, back) == OK
-    assert there.ask("link", 1, back)[0] == here.link(2, port)[0] == "LLM_ALREADY_LINK"
+    assert there.call("link", 1, back) == OK
+    assert there.call("link", 1, back)[0] == here.link(2, port)[0] == "LLM_ALREADY_LINK"
     assert here.link(1, back)[0] == "LLM_PARAM_INVALID"
     assert here.unlink(2) == OK
-    assert there.ask("unlink", 1) == OK
-    assert here.link_states() == there.ask("link_states") == {}
+    assert there.call("unlink", 1) == OK
+    assert here.link_states() == there.call("link_states") == {}
 
 
 @pytest.mark.parametrize("listen", [None, "0.0.0.0:0"])
@@ -246,7 +246,7 @@ def test_an_instance_without_an_address_has_an_engine_too(
 ):
     """A decoder that only dials: it pulls and is pushed to."""
     there = peers()
-    port = there.ask("start", 2)
+    port = there.call("start", 2)
     here.start(1, listen=listen, options={"llm.Transport": "hixl"})
     assert here.link(2, port) == OK
     assert here.transports(2) == ("hixl", "hixl")
@@ -256,7 +256,7 @@ def test_an_instance_without_an_address_has_an_engine_too(
     assert pull(here, range(8), range(8)) is None
     assert blocks(here.dump("mine"), 8, 4096) == source
     push = ("push_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [2], [3])
-    assert there.ask("attempt", *push) is None
+    assert there.call("attempt", *push) is None
     assert [tensor[3] for tensor in blocks(here.dump("ours"), 8, 4096)] == [
         tensor[2] for tensor in source
     ]

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from tests.npu.hixl_pair import Pair, blocks, give, here, pair, peers, pull
-from tests.peers import settle
+from tests.peers import eventually
 
 __all__ = ["here", "pair", "peers"]
 
@@ -106,8 +106,8 @@ def test_finalize_while_a_transfer_hangs(pair: Pair):
     failures = []
     thread = threading.Thread(target=lambda: failures.append(pull(here)), daemon=True)
     thread.start()
-    assert settle(lambda: here.calls("hixl.transfer_async") == 1)
+    assert eventually(lambda: here.calls("hixl.transfer_async") == 1)
     here.finish()
     thread.join(30)
     assert [failure.status in {"LLM_TIMEOUT", "LLM_NOT_YET_LINK"} for failure in failures] == [True]
-    assert settle(lambda: there.ask("counters")["leases"] == 0)
+    assert eventually(lambda: there.call("counters")["leases"] == 0)

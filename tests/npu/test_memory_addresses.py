@@ -156,7 +156,7 @@ def test_registered_caches(
     register = manager.register_blocks_cache if paged else manager.register_cache
     cache = register(DESC, given)
     assert cache.device == device
-    assert cache.is_foreign is as_ints
+    assert cache.is_unowned is as_ints
     assert cache.tensor_addrs == [each.data_ptr() for each in owners]
     cache.tensors[1][3] = 7
     assert owners[1][3].cpu().unique().tolist() == [7]

@@ -94,11 +94,11 @@ def test_peers_read_and_write_pinned_host_caches() -> None:
     """They can't map them, but the kernel copies between the two processes."""
     here, there, key = Service(), spawn(), BlocksCacheKey(2, 0)
     try:
-        port = there.ask("start", 2)
+        port = there.call("start", 2)
         here.start(1)
-        for each in (here.allocate, partial(there.ask, "allocate")):
+        for each in (here.allocate, partial(there.call, "allocate")):
             each("cache", 2, 4, 5000, paged=True, keys=key, placement=Placement.HOST)
-        sent = there.ask("fill", "cache", 7)
+        sent = there.call("fill", "cache", 7)
         cache = here.held["cache"].cache
         assert cache.tensors[0].is_pinned()
         assert here.link(2, port)[0] == "LLM_SUCCESS"
@@ -108,7 +108,7 @@ def test_peers_read_and_write_pinned_host_caches() -> None:
             assert torch.equal(cache.tensors[number], rows.view(4, 5000).flip(0))
         cache.tensors[1].fill_(9)
         here.manager.push_blocks(key, cache, [0], [2])
-        received = there.ask("dump", "cache")
+        received = there.call("dump", "cache")
         start = here.span("cache").starts[1] + 2 * 5000
         assert received[start : start + 5000] == bytes([9]) * 5000
     finally:

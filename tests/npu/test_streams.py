@@ -33,7 +33,7 @@ from llm_datadist_torch import (
 )
 from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.in_flight import InFlight
-from tests.peers import settle
+from tests.peers import eventually
 
 ROWS, WIDTH = 8, 4096
 BUSY = 50  # kernels before the one that matters
@@ -262,7 +262,7 @@ def test_caches_that_end_meanwhile_keep_their_memory(manager: CacheManager) -> N
         launch(other, 8)
     torch.npu.synchronize()
     assert kept[0][5].unique().tolist() == kept[1][5].unique().tolist() == [2]
-    assert settle(lambda: len(streams.in_flight) == 0)
+    assert eventually(lambda: len(streams.in_flight) == 0)
 
 
 def test_unregister_waits_for_the_copy(manager: CacheManager) -> None:
@@ -285,7 +285,7 @@ def test_host_tensors_live_until_the_copy_is_done(npu: Any) -> None:
     others = [torch.full((4, 1 << 16), 5.0).pin_memory() for _ in range(3)]
     npu.synchronize()
     assert device.cpu()[0].unique().tolist() == [1]
-    assert settle(lambda: (gc.collect(), gone() is None)[1])
+    assert eventually(lambda: (gc.collect(), gone() is None)[1])
     del others
 
 
@@ -313,7 +313,7 @@ def test_finalize_with_copies_under_way(instance_factory) -> None:
     instance.finalize()
     torch.npu.synchronize()
     assert kept[0][5].unique().tolist() == [2]
-    assert settle(lambda: len(streams.in_flight) == 0)
+    assert eventually(lambda: len(streams.in_flight) == 0)
 
 
 def test_threads_with_streams_of_their_own(manager: CacheManager, npu: Any) -> None:

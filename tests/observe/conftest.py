@@ -22,8 +22,8 @@ BLOCK_BYTES = 4 * 4 * 8 * 4
 def linked() -> Iterator[tuple[Any, ld.Node, ld.Cache, ld.Peer]]:
     """A process with node 1 and a cache "kv"; node 2 here, its cache, and the peer."""
     far = spawn(NodeService)
-    far.address = far.ask("open", cluster_id=1)
-    far.ask("allocate", name="kv", **SIZE)
+    far.address = far.call("open", cluster_id=1)
+    far.call("allocate", name="kv", **SIZE)
     with ld.open(cluster_id=2, timeout_s=20) as node:
         yield far, node, node.allocate(**SIZE), node.connect(far.address)
     far.close()

@@ -45,7 +45,7 @@ def test_transfers_are_counted_with_their_bytes(linked):
 
 def test_rows_and_tails_are_counted_exactly(linked):
     far, node, _, peer = linked
-    far.ask("allocate", rows=1, layers=1, shape=(10,), dtype=torch.uint8, keys=[RequestKey(1)])
+    far.call("allocate", rows=1, layers=1, shape=(10,), dtype=torch.uint8, keys=[RequestKey(1)])
     row = node.allocate(rows=1, layers=1, shape=(10,), dtype=torch.uint8)
     blocks = node.allocate(blocks=4, layers=1, shape=(4,), dtype=torch.uint8)
     peer.pull(RequestKey(1), row)

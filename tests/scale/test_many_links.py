@@ -11,7 +11,7 @@ import torch
 
 from llm_datadist_torch import BlocksCacheKey, LinkEvent, LLMDataDist, LLMRole
 from tests.conftest import make_options
-from tests.peers import Peer, settle, spawn
+from tests.peers import Peer, eventually, spawn
 from tests.scale.many import DESC, Many, block, colour_of, infos
 
 PROCESSES, EACH = 4, 128
@@ -60,7 +60,7 @@ def test_dialing_and_being_dialed(
     pull_from(here, ids[::8])
     assert here.unlink_clusters(infos(addresses), 60_000)[0].name == OK
     assert here.links() == []
-    assert settle(lambda: sum(peer.ask("num_linked") for peer in peers) == 0, 60)
+    assert eventually(lambda: sum(peer.call("num_linked") for peer in peers) == 0, 60)
 
     for peer in peers:
         peer.begin("link_many", ME, here.listen_address[1])
@@ -74,8 +74,8 @@ def test_dialing_and_being_dialed(
     block(here, ME)
     peers[-1].kill()
     dead = {peer for peer in ids if peer >= 1000 * PROCESSES}
-    assert settle(lambda: states(here)["lost"] == len(dead), 60)
-    assert settle(lambda: len(seen) >= len(dead), 60)
+    assert eventually(lambda: states(here)["lost"] == len(dead), 60)
+    assert eventually(lambda: len(seen) >= len(dead), 60)
     assert {event.peer for event in seen} == dead
     pull_from(here, [peer for peer in ids[::8] if peer not in dead])
     # We end all links; peers that close their side while we still tell others are not lost.

@@ -11,7 +11,7 @@ import pytest
 
 from llm_datadist_torch.links.table import LinkTable
 from tests.faults.helpers import ME, PEER, Peers
-from tests.peers import Peer, Service, settle, spawn
+from tests.peers import Peer, Service, eventually, spawn
 from tests.scale.many import Many, infos
 from tests.transfer.helpers import free_port
 
@@ -39,13 +39,13 @@ def test_one_that_hangs_does_not_hold_up_the_others(
     here.start(ME)
     sleeper = peers()
     # The first in the list.
-    addresses = [(PEER, sleeper.ask("start", PEER))]
-    addresses += many.ask("start_many", OTHERS[0], len(OTHERS))
+    addresses = [(PEER, sleeper.call("start", PEER))]
+    addresses += many.call("start_many", OTHERS[0], len(OTHERS))
     linked = dict.fromkeys(OTHERS, "linked")
     with ThreadPoolExecutor(1) as pool:
         with sleeper.stopped():
             work = pool.submit(link_all, here, addresses, 60_000)
-            assert settle(lambda: here.link_states() == linked, 30)
+            assert eventually(lambda: here.link_states() == linked, 30)
             assert not work.done()
         # It wakes up in time.
         assert work.result(60) == ("LLM_SUCCESS", ["LLM_SUCCESS", *SUCCESS])
@@ -54,8 +54,8 @@ def test_one_that_hangs_does_not_hold_up_the_others(
 def test_one_deadline_for_all(here: Service, peers: Peers, many: Peer) -> None:
     here.start(ME)
     sleeper = peers()
-    addresses = [(PEER, sleeper.ask("start", PEER)), (3, free_port())]
-    addresses += many.ask("start_many", OTHERS[0], len(OTHERS))
+    addresses = [(PEER, sleeper.call("start", PEER)), (3, free_port())]
+    addresses += many.call("start_many", OTHERS[0], len(OTHERS))
     with sleeper.stopped():
         overall, each = link_all(here, addresses, 3000)
         assert overall in each
@@ -84,8 +84,8 @@ def test_who_stays_hears_nothing_of_who_goes(
         goes = others.pop()
         # Without a word.
         goes.instance.links.endpoint.close()
-        assert settle(lambda: here.link_states()[13] == "lost")
-        assert settle(lambda: not any(here.instance.links.endpoint.loop.timers._times.values()))
+        assert eventually(lambda: here.link_states()[13] == "lost")
+        assert eventually(lambda: not any(here.instance.links.endpoint.loop.timers._times.values()))
         assert heard == []
         assert here.link_states() == {10: "linked", 11: "linked", 12: "linked", 13: "lost"}
         goes.finish()

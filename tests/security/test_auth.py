@@ -18,7 +18,7 @@ from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.framing import Unreadable
 from llm_datadist_torch.net.tls import LinkKeys
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 from tests.wire import stranger
 
 TEXT = "correct horse battery staple"
@@ -55,7 +55,7 @@ def test_secrets_that_differ(
         assert any(part in told[0] for part in text.split("|"))
         assert "Remedy: give all instances the same LLMConfig.link_secret" in told[0]
         assert not near.link_states()
-        assert settle(lambda: "refused a connection" in caplog.text) or not theirs
+        assert eventually(lambda: "refused a connection" in caplog.text) or not theirs
     finally:
         near.finish()
 
@@ -65,14 +65,14 @@ def test_a_client_key_that_is_not_ours(here: Service, caplog: pytest.LogCaptureF
     port = start_here(here, **SECRET)
     keys = LinkKeys.from_secret(TEXT)
     with stranger(port, keys) as speaker:
-        assert isinstance(speaker.ask(messages.Unlink()), messages.Refused)
+        assert isinstance(speaker.request(messages.Unlink()), messages.Refused)
     # It trusts the right listener, and shows a certificate of its own.
     own = tls._certificate(bytes(32), "dialer")
     context = tls._context(ssl.PROTOCOL_TLS_CLIENT, own, keys.listener)
     impostor = dataclasses.replace(keys, contexts=(keys.contexts[0], context))
     with pytest.raises((OSError, Unreadable)), stranger(port, impostor) as speaker:
-        speaker.ask(messages.Unlink())
-    assert settle(lambda: "refused a connection" in caplog.text)
+        speaker.request(messages.Unlink())
+    assert eventually(lambda: "refused a connection" in caplog.text)
 
 
 def stay_on_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,11 +142,11 @@ def test_what_is_captured_is_of_no_use(
             except OSError:
                 pass
             assert b"Welcome" not in with_answer
-    assert peer.ask("link_states") == {ME: "linked"}
+    assert peer.call("link_states") == {ME: "linked"}
     here.paint("mine", 0)
     assert pull(here) is None
     assert here.colours("mine") == [7]
-    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+    assert eventually(lambda: peer.call("counters")["leases"] == 0)
 
 
 def test_relink_needs_the_secret_too(here: Service, peers: Peers) -> None:
@@ -155,14 +155,14 @@ def test_relink_needs_the_secret_too(here: Service, peers: Peers) -> None:
     start_here(here, **SECRET)
     assert here.link(PEER, port) == OK
     first.kill()
-    assert settle(lambda: here.link_states() == {PEER: "lost"})
+    assert eventually(lambda: here.link_states() == {PEER: "lost"})
     impostor = peers()
     start_peer(impostor, 9, listen=f"127.0.0.1:{port}", **OTHER)
     assert pull(here).status == "LLM_NOT_YET_LINK"
     assert here.colours("mine") != [9]
     impostor.kill()
     start_peer(peers(), 8, listen=f"127.0.0.1:{port}", **SECRET)
-    assert settle(lambda: pull(here) is None)
+    assert eventually(lambda: pull(here) is None)
     assert here.colours("mine") == [8]
 
 

@@ -24,7 +24,7 @@ from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import CacheView, Envelope, encode
 from llm_datadist_torch.transports.base import RegionView
 from llm_datadist_torch.transports.local.host import HostIdentity, start_time
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.wire import Listener, Speaker
 
 ME, LIAR, OTHER = 1, 66, 2
@@ -119,16 +119,16 @@ WHO: dict[str, Callable[[], HostIdentity]] = {
 
 
 @pytest.mark.parametrize("who", WHO)
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("unowned", [False, True])
 def test_who_says_that_it_is_this_process_is_taken_for_far_away(
-    me: Service, who: str, foreign: bool
+    me: Service, who: str, unowned: bool
 ) -> None:
     """None of the addresses that it gives are touched, not even good ones: bytes are relayed."""
     # Something of this process that a peer has no business with.
     secret = torch.full((ROWS, ROW_BYTES), 99, dtype=torch.uint8)
     for address in (WILD, secret.data_ptr()):
         addrs = address.to_bytes(8, "little")
-        with liar(WHO[who](), addrs=addrs, foreign=foreign) as peer:
+        with liar(WHO[who](), addrs=addrs, unowned=unowned) as peer:
             assert me.link(LIAR, peer.port)[0] == "LLM_SUCCESS"
             (info,) = (info for info in me.dd.links() if info.peer == LIAR)
             assert "says that it is this process, and is not" in info.choices[0].reason
@@ -169,9 +169,9 @@ def test_a_thread_that_gets_the_pid_later(me: Service, monkeypatch: pytest.Monke
 def test_a_pid_that_is_not_the_peers(here: Service, peers: Callable[[], Peer]) -> None:
     """The kernel says which process has connected: nobody else's memory is written to."""
     peer, victim = peers(), peers()
-    peer.ask("say_that_it_is", victim.pid)
-    port = peer.ask("start", OTHER)
-    peer.ask("register", "theirs", 1, ROWS, ROW_BYTES, paged=True, keys=BlocksCacheKey(OTHER, 0))
+    peer.call("say_that_it_is", victim.pid)
+    port = peer.call("start", OTHER)
+    peer.call("register", "theirs", 1, ROWS, ROW_BYTES, paged=True, keys=BlocksCacheKey(OTHER, 0))
     here.start(ME)
     here.register("mine", 1, ROWS, ROW_BYTES, paged=True)
     here.paint("mine", 7)
@@ -229,7 +229,8 @@ def test_between_two_instances_of_one_process(me: Service, changed: str, strided
     fields, status = CHANGES[changed]
     other = Service()
     port = other.start(OTHER)
-    other.register("theirs", 1, ROWS, ROW_BYTES, paged=True, pitch=96 if strided else ROW_BYTES,
+    other.register("theirs", 1, ROWS, ROW_BYTES, paged=True,
+                   row_stride_bytes=96 if strided else ROW_BYTES,
                    keys=BlocksCacheKey(OTHER, 0))  # fmt: skip
     other.paint("theirs", 9)
 
@@ -251,7 +252,7 @@ def test_between_two_instances_of_one_process(me: Service, changed: str, strided
         assert other.colours("theirs") == [9]
         # Whose lease was given another number on the way, can't give it back.
         me.unlink(OTHER, between.port, force=True)
-        assert settle(lambda: other.counters()["leases"] == me.counters()["leases"] == 0)
+        assert eventually(lambda: other.counters()["leases"] == me.counters()["leases"] == 0)
     finally:
         between.close()
         other.finish()
@@ -279,10 +280,10 @@ NONSENSE = {
     "too few addresses": {"num_tensors": 2},
     "half an address": {"addrs": b"\x10\0\0"},
     "no rows": {"rows": 0},
-    "rows that overlap": {"pitch": 8},
-    "rows backwards": {"pitch": -ROW_BYTES},
+    "rows that overlap": {"row_stride_bytes": 8},
+    "rows backwards": {"row_stride_bytes": -ROW_BYTES},
     "more than there can be": {"rows": 1 << 60},
-    "no number that fits": {"pitch": 2**64 - 1},
+    "no number that fits": {"row_stride_bytes": 2**64 - 1},
 }
 
 
@@ -294,5 +295,5 @@ def test_a_cache_that_can_not_be(me: Service, what: str) -> None:
             failure = move(me, operation, KEY, 0, 1)
             assert failure is not None
             assert failure.status == "LLM_FAILED", failure
-        assert settle(lambda: peer.asked.count("Release") == 2)
+        assert eventually(lambda: peer.asked.count("Release") == 2)
         assert me.link_states() == {LIAR: "linked"}

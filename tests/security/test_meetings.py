@@ -16,12 +16,12 @@ import msgspec
 import pytest
 
 from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.links.auth import Seal
+from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Rendezvous
 from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
 from tests.faults.helpers import OK, PEER, Peers, pull, start_here, start_peer
-from tests.peers import Peer, Service, settle
+from tests.peers import Peer, Service, eventually
 from tests.transfer.helpers import free_port
 from tests.transfer.tables import TABLE, WAIT_MS, members
 from tests.wire import GREETING
@@ -43,9 +43,9 @@ def bystander(here: Service, peers: Peers) -> Service:
 def start_members(peers: Peers, point: str, options: dict[str, str]) -> list[Peer]:
     made = [peers() for _ in MEMBERS]
     for cluster_id, peer in zip(MEMBERS, made, strict=True):
-        peer.ask("set_environment", {RENDEZVOUS_VARIABLE: point})
-        peer.ask("note_ways")
-        peer.ask("start", cluster_id, listen=None, options=options)
+        peer.call("set_environment", {RENDEZVOUS_VARIABLE: point})
+        peer.call("note_paths")
+        peer.call("start", cluster_id, listen=None, options=options)
     return made
 
 
@@ -60,16 +60,16 @@ def all_meet(everybody: list[Peer]) -> None:
     assert meet(everybody, WAIT_MS) == [""] * len(MEMBERS)
     for cluster_id, peer in zip(MEMBERS, everybody, strict=True):
         others = dict.fromkeys(set(MEMBERS) - {cluster_id}, "linked")
-        assert peer.ask("link_states") == others
+        assert peer.call("link_states") == others
 
 
 @contextmanager
 def stranger(said: bytes, *, stays: bool) -> Iterator[int]:
     """Somebody at the meeting point who says this to whoever comes; yields the port."""
-    over, kept = threading.Event(), []
+    done, kept = threading.Event(), []
 
     def serve() -> None:
-        while not over.is_set():
+        while not done.is_set():
             with suppress(OSError):
                 it, _ = server.accept()
                 it.sendall(said)
@@ -85,7 +85,7 @@ def stranger(said: bytes, *, stays: bool) -> Iterator[int]:
         try:
             yield server.getsockname()[1]
         finally:
-            over.set()
+            done.set()
             thread.join()
             for it in kept:
                 it.close()
@@ -107,7 +107,7 @@ def test_a_stranger_at_the_meeting_point(bystander: Service, peers: Peers, said:
         everybody = start_members(peers, f"127.0.0.1:{port}", {})
         assert meet(everybody, SHORT_MS) == ["LLM_TIMEOUT"] * len(MEMBERS)
         assert pull(bystander) is None
-    assert [peer.ask("link_states") for peer in everybody] == [{}] * len(MEMBERS)
+    assert [peer.call("link_states") for peer in everybody] == [{}] * len(MEMBERS)
     # The stranger has gone, and they meet at the very same place.
     all_meet(everybody)
     assert bystander.link_states() == {PEER: "linked"}
@@ -124,9 +124,9 @@ class Vandal:
         nothing: Any = lambda *_: None  # noqa: E731
         self.knows = Rendezvous(
             NAME, seats, 0, ("127.0.0.1", port), Deadline.after_ms(0), nothing, nothing, nothing,
-            Seal(None),
+            MessageAuthenticator(None),
         )  # fmt: skip
-        self.over = threading.Event()
+        self.done = threading.Event()
         self.spoke = False
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
@@ -134,14 +134,14 @@ class Vandal:
     def _run(self) -> None:
         from torch.distributed import TCPStore
 
-        while not self.over.is_set():
+        while not self.done.is_set():
             # A store that has nobody to connect to takes its time to say so.
             with suppress(RuntimeError, OSError):
                 socket.create_connection(("127.0.0.1", self.port)).close()
                 self.store = TCPStore(
                     "127.0.0.1", self.port, wait_for_workers=False, timeout=timedelta(seconds=1)
                 )
-                while not self.over.is_set():
+                while not self.done.is_set():
                     self.say(self)
                     self.spoke = True
                     time.sleep(0.002)
@@ -152,7 +152,7 @@ class Vandal:
         self.store.set(self.knows._key(what), text)
 
     def close(self) -> None:
-        self.over.set()
+        self.done.set()
         self.thread.join()
 
 
@@ -190,7 +190,7 @@ def test_a_vandal_in_the_meeting(
         for peer in everybody[:-1]:
             peer.begin("try_link_by_table", NAME, MEMBERS, TABLE, 2 * SHORT_MS)
         # The last one comes when there is something to read.
-        assert settle(lambda: vandal.spoke)
+        assert eventually(lambda: vandal.spoke)
         outcomes = meet(everybody[-1:], SHORT_MS)
         outcomes += [peer.answer() for peer in everybody[:-1]]
     finally:
@@ -200,7 +200,7 @@ def test_a_vandal_in_the_meeting(
     assert set(outcomes) <= typed, outcomes
     assert pull(bystander) is None
     for peer in everybody:
-        assert "error in the link thread" not in peer.ask("noted")[1]
-        peer.ask("give_up_tables")
+        assert "error in the link thread" not in peer.call("noted")[1]
+        peer.call("give_up_tables")
     all_meet(everybody)
     assert bystander.link_states() == {PEER: "linked"}

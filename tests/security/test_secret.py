@@ -14,7 +14,7 @@ import pytest
 
 from llm_datadist_torch import LLMConfig, LLMDataDist, LLMException, LLMRole
 from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.links.auth import Seal
+from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.net import addresses
 from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.secret_file import SECRET_FILE_VARIABLE
@@ -139,7 +139,11 @@ def test_without_cryptography(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_seals() -> None:
-    seal, other, none = Seal(b"k" * 32), Seal(b"o" * 32), Seal(None)
+    seal, other, none = (
+        MessageAuthenticator(b"k" * 32),
+        MessageAuthenticator(b"o" * 32),
+        MessageAuthenticator(None),
+    )
     closed = seal.close(("name", "card/1", "t"), b"value")
     assert seal.open(("name", "card/1", "t"), closed) == b"value"
     assert none.open(("a",), none.close(("b",), b"value")) == b"value"

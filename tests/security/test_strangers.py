@@ -19,7 +19,7 @@ from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.net import strangers
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
-from tests.peers import Peer, Service, settle, spawn
+from tests.peers import Peer, Service, eventually, spawn
 from tests.security import attackers
 from tests.wire import GREETING, framed, stranger
 
@@ -75,14 +75,14 @@ def resident(pid: int) -> int:
 @pytest.mark.parametrize("secret", [SECRET, {}], ids=["secret", "open"])
 def test_ten_thousand_connections(here: Service, victim: Peer, peers: Peers, secret: dict) -> None:
     """While they come, a link transfers, a new one is made, and descriptors stay few."""
-    victim.ask("limit", 1024)
+    victim.call("limit", 1024)
     port = start_peer(victim, 7, **secret)
     start_here(here, **secret)
     assert here.link(PEER, port) == OK
     assert pull(here) is None
     before = resident(victim.pid)
     newcomer = peers()
-    newcomer.ask("start", 3, **secret)
+    newcomer.call("start", 3, **secret)
     pulled, most = 0, 0
     with crowd(port, 10_000, 2500, "half a greeting") as attack:
         assert attack.stdout is not None
@@ -96,17 +96,17 @@ def test_ten_thousand_connections(here: Service, victim: Peer, peers: Peers, sec
         # TCP drops what comes too fast; those who are dropped try again twice.
         assert int(attack.stdout.readline()) > 5000
         assert pulled > 3
-        assert newcomer.ask("link", PEER, port) == OK
-        assert settle(lambda: descriptors(victim.pid) < 400)
+        assert newcomer.call("link", PEER, port) == OK
+        assert eventually(lambda: descriptors(victim.pid) < 400)
     assert most <= 1024
     assert resident(victim.pid) < before + 64 * MIB
-    assert settle(lambda: descriptors(victim.pid) < 100)
+    assert eventually(lambda: descriptors(victim.pid) < 100)
     assert here.link_states() == {PEER: "linked"}
 
 
 @pytest.mark.parametrize("said", attackers.SAID)
 def test_who_never_gets_on(here: Service, victim: Peer, said: str) -> None:
-    victim.ask("patience", 1.0)
+    victim.call("patience", 1.0)
     port = start_peer(victim, 7)
     start_here(here)
     assert here.link(PEER, port) == OK
@@ -115,7 +115,7 @@ def test_who_never_gets_on(here: Service, victim: Peer, said: str) -> None:
         assert attack.stdout is not None
         assert attack.stdout.readline() == "20\n"
         # They are still there, and are turned away.
-        assert settle(lambda: descriptors(victim.pid) <= before)
+        assert eventually(lambda: descriptors(victim.pid) <= before)
     assert pull(here) is None
     assert here.colours("mine") == [7]
     assert here.link_states() == {PEER: "linked"}
@@ -135,7 +135,7 @@ def assert_ended(connection: socket.socket) -> None:
 def test_a_message_without_end(here: Service, victim: Peer) -> None:
     """A message is kept until all of it has come: this one's data never does."""
     # Not because of the time that it takes.
-    victim.ask("patience", 3600.0)
+    victim.call("patience", 3600.0)
     port = start_peer(victim, 7)
     start_here(here)
     assert here.link(PEER, port) == OK
@@ -173,14 +173,14 @@ def test_one_connection_is_one_link(victim: Peer) -> None:
         answers = []
         for cluster_id in (11, 12, 13):
             hello = messages.Hello(cluster_id, PEER, "life", False, offers)
-            answers.append(dealer.ask(hello))
+            answers.append(dealer.call(hello))
         assert [type(answer).__name__ for answer in answers] == ["Welcome", "Refused", "Refused"]
-        assert victim.ask("link_states") == {11: "linked"}
+        assert victim.call("link_states") == {11: "linked"}
         answers = set()
         for _ in range(1100):
             resolve = messages.Resolve("blocks", 0, 0, True, False)
-            answers.add(type(dealer.ask(resolve)).__name__)
-        assert victim.ask("counters")["grants"] == 1024
+            answers.add(type(dealer.call(resolve)).__name__)
+        assert victim.call("counters")["grants"] == 1024
         assert "Refused" in answers
-    assert settle(lambda: victim.ask("counters")["leases"] == 0)
-    assert ME not in victim.ask("link_states")
+    assert eventually(lambda: victim.call("counters")["leases"] == 0)
+    assert ME not in victim.call("link_states")

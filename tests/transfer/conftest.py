@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the transfer tests: this process's instance, peers, and which ways bytes took."""
+"""Fixtures of the transfer tests: this process's instance, peers, and which paths bytes took."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def remote_peer(here: Service, peers: Callable[[], Peer]) -> Peer:
     """A process, linked, with a painted blocks cache under THEIRS; and room for it here."""
     here.start(remote.ME, remote=True)
     other = peers()
-    port = other.ask("start", remote.PEER, remote=True)
+    port = other.call("start", remote.PEER, remote=True)
     assert here.link(remote.PEER, port) == OK
     here.allocate("mine", *remote.SIZE, paged=True)
-    other.ask("allocate", "theirs", *remote.SIZE, paged=True, keys=remote.THEIRS)
-    other.ask("paint", "theirs", 7)
+    other.call("allocate", "theirs", *remote.SIZE, paged=True, keys=remote.THEIRS)
+    other.call("paint", "theirs", 7)
     return other
 
 
 @pytest.fixture
-def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ways that movements of this process took, in order."""
+def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that movements of this process took, in order."""
     taken: list[str] = []
     move = LinkChannel.move
 

@@ -14,10 +14,10 @@ import torch
 from llm_datadist_torch import BlocksCacheKey, CacheKey
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.owner import MAX_LEASES, Owner
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.remote import ME, PEER, SIZE, THEIRS, pull, status
 from tests.transfer.remote import messages as said_by
-from tests.transfer.test_hostile_input import ask, hello
+from tests.transfer.test_hostile_input import hello, request
 from tests.wire import Speaker, stranger
 
 pytestmark = pytest.mark.host_memory_only
@@ -40,7 +40,7 @@ def linked_stranger(here: Service, *, remote: bool = True) -> Iterator[Speaker]:
     port = here.start(ME, remote=remote)
     here.allocate("open", 2, 4, 64, paged=True, keys=BlocksCacheKey(ME, 0))
     with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3, remote_accessible=remote)), messages.Welcome)
+        assert isinstance(request(dealer, hello(3, remote_accessible=remote)), messages.Welcome)
         yield dealer
 
 
@@ -52,11 +52,11 @@ def give_back(dealer: Speaker, view: Any) -> None:
 def test_one_message_is_enough(here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     with said_by(monkeypatch) as said:
         for colour in (8, 9, 10):
-            peer.ask("paint", "theirs", colour)
+            peer.call("paint", "theirs", colour)
             assert pull(here) is None
             assert here.colours("mine") == [colour]
     assert said == ASKS + KNOWS * 2
-    assert peer.ask("counters")["leases"] == 0
+    assert peer.call("counters")["leases"] == 0
 
 
 def test_a_claim_on_another_cache_is_refused(
@@ -65,18 +65,18 @@ def test_a_claim_on_another_cache_is_refused(
     assert pull(here) is None
     with said_by(monkeypatch) as said:
         for colour in (9, 10):
-            peer.ask("drop", "theirs")
+            peer.call("drop", "theirs")
             assert status(pull(here)) == "LLM_KV_CACHE_NOT_EXIST"
-            peer.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
-            peer.ask("paint", "theirs", colour)
+            peer.call("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+            peer.call("paint", "theirs", colour)
             assert pull(here) is None
-            peer.ask("drop", "theirs")
-            peer.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
-            peer.ask("paint", "theirs", colour + 10)
+            peer.call("drop", "theirs")
+            peer.call("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+            peer.call("paint", "theirs", colour + 10)
             assert pull(here) is None
             assert here.colours("mine") == [colour + 10]
     assert said == [*KNOWS, "Resolve", *ASKS, *KNOWS, *ASKS] * 2
-    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+    assert eventually(lambda: peer.call("counters")["leases"] == 0)
 
 
 def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
@@ -85,8 +85,8 @@ def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
     """The next pull may go another way; then the peer's counters count."""
     keys = CacheKey(PEER, req_id=5), CacheKey(PEER, req_id=6)
     here.allocate("row", 2, 1, 4096, paged=False)
-    remote_peer.ask("allocate", "first", 2, 2, 4096, paged=False, keys=keys)
-    remote_peer.ask("paint", "first", 4)
+    remote_peer.call("allocate", "first", 2, 2, 4096, paged=False, keys=keys)
+    remote_peer.call("paint", "first", 4)
     link = here.instance.links.find(PEER).channel
     channel = link._channels["local"]
     paths = channel._paths
@@ -94,9 +94,9 @@ def test_a_claim_proves_nothing_where_bytes_do_not_go_through_the_owner(
     assert here.attempt("pull_cache", keys[0], Ref("row")) is None
     assert here.colours("row") == [4]
     # The first cache stays, by its other key, and with it its memory.
-    remote_peer.ask("run", "remove_cache_key", keys[0])
-    remote_peer.ask("allocate", "second", 2, 1, 4096, paged=False, keys=keys[:1])
-    remote_peer.ask("paint", "second", 5)
+    remote_peer.call("run", "remove_cache_key", keys[0])
+    remote_peer.call("allocate", "second", 2, 1, 4096, paged=False, keys=keys[:1])
+    remote_peer.call("paint", "second", 5)
     channel._paths = paths
     link._bind()
     assert here.attempt("pull_cache", keys[0], Ref("row")) is None
@@ -119,9 +119,9 @@ def test_claims_of_strangers(here: Service, remote: bool) -> None:
         closed = "private" if remote else "open"
         if remote:
             here.register("private", 2, 4, 64, paged=True, keys=PRIVATE, accessible=False)
-        view = ask(dealer, WANTED)
+        view = request(dealer, WANTED)
         assert isinstance(view, messages.CacheView)
-        good = ask(dealer, claimed(WANTED, view))
+        good = request(dealer, claimed(WANTED, view))
         # Two-sided pulls consume keys: that takes a lease.
         assert isinstance(good, messages.Done) == remote
         for bad in (
@@ -133,11 +133,11 @@ def test_claims_of_strangers(here: Service, remote: bool) -> None:
             claimed(msgspec.structs.replace(WANTED, kind="nothing"), view),
             claimed(msgspec.structs.replace(WANTED, paged=False), view),
         ):
-            answer = ask(dealer, bad)
+            answer = request(dealer, bad)
             assert isinstance(answer, messages.Refused), bad
         call = messages.Call(0, "nothing", b"", messages.Claim(WANTED, view.cache_id, 0))
         for _ in range(3):
-            assert isinstance(ask(dealer, call), messages.Refused)
+            assert isinstance(request(dealer, call), messages.Refused)
         # None of them has left a lease.
         assert here.counters()["leases"] == 1
 
@@ -154,9 +154,9 @@ def test_the_lease_of_a_claim_lasts_as_long_as_the_request(
     read = Owner._read_leased
     monkeypatch.setattr(Owner, "_read_leased", noted)
     with linked_stranger(here) as dealer:
-        view = ask(dealer, WANTED)
+        view = request(dealer, WANTED)
         give_back(dealer, view)
-        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
+        assert isinstance(request(dealer, claimed(WANTED, view)), messages.Done)
         assert held == [1]
         assert here.counters()["leases"] == 0
 
@@ -164,18 +164,18 @@ def test_the_lease_of_a_claim_lasts_as_long_as_the_request(
 def test_too_many_leases_leave_none_to_claim(here: Service) -> None:
     with linked_stranger(here) as dealer:
         for _ in range(MAX_LEASES):
-            view = ask(dealer, WANTED)
-        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Refused)
+            view = request(dealer, WANTED)
+        assert isinstance(request(dealer, claimed(WANTED, view)), messages.Refused)
         give_back(dealer, view)
-        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
+        assert isinstance(request(dealer, claimed(WANTED, view)), messages.Done)
 
 
 def test_an_owner_that_is_leaving_takes_no_claim(here: Service) -> None:
     with linked_stranger(here) as dealer:
-        view = ask(dealer, WANTED)
+        view = request(dealer, WANTED)
         link = here.instance.links.find(3)
         link.leaving = True
-        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Refused)
+        assert isinstance(request(dealer, claimed(WANTED, view)), messages.Refused)
         link.leaving = False
-        assert isinstance(ask(dealer, claimed(WANTED, view)), messages.Done)
+        assert isinstance(request(dealer, claimed(WANTED, view)), messages.Done)
         assert len(link.grants) == 1

@@ -16,7 +16,7 @@ from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.link import Pending
 from tests.devices import examples, on_npu
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 
 Peers = Callable[[], Peer]
 PEER, ME = 2, 1
@@ -63,13 +63,13 @@ def test_sigkill_at_random_points(here: Service, peers: Peers, way: str) -> None
             role = list(ROLES)[round_ % 4]
             who, operation, key = ROLES[role]
             peer = peers()
-            peer.ask("start", PEER)
-            peer.ask("make", "allocated" if way == "relay" else way, "theirs", *BIG, paged=True,
+            peer.call("start", PEER)
+            peer.call("make", "allocated" if way == "relay" else way, "theirs", *BIG, paged=True,
                      keys=THEIRS)  # fmt: skip
-            assert peer.ask("link", ME, port) == OK, (round_, role)
+            assert peer.call("link", ME, port) == OK, (round_, role)
             if way == "relay":
                 here.only_relay(PEER)
-                peer.ask("only_relay", ME)
+                peer.call("only_relay", ME)
             if who == "here":
                 work = pool.submit(here.hammer, operation, key, Ref("mine"), BLOCKS, BLOCKS)
             else:
@@ -83,23 +83,23 @@ def test_sigkill_at_random_points(here: Service, peers: Peers, way: str) -> None
                 noticed = {NYL, FAILED} if on_npu() else {NYL}
                 assert failure.status in noticed, (round_, role, failure)
             # Whatever was under way: the next call says what happened, and nothing is held.
-            assert settle(lambda: here.link_states() == {PEER: "lost"}), (round_, role)
+            assert eventually(lambda: here.link_states() == {PEER: "lost"}), (round_, role)
             failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0])
             assert failure.kind == "LLMPeerLostError", (round_, role, failure)
-            assert settle(lambda: (here.counters(), here.pool_stats()) == at_rest), role
+            assert eventually(lambda: (here.counters(), here.pool_stats()) == at_rest), role
             peer.close()
             files = files or here.resources()["fds"]
     assert here.unlink(PEER, force=True) == OK
-    assert settle(lambda: here.resources()["fds"] <= files + 1), (files, here.resources())
+    assert eventually(lambda: here.resources()["fds"] <= files + 1), (files, here.resources())
 
 
 def test_peer_leaves_without_goodbye(here: Service, peers: Peers) -> None:
     here.start(ME)
     here.allocate("mine", 2, 4, 64, paged=True)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
+    assert here.link(PEER, peer.call("start", PEER)) == OK
     peer.begin("leave")
-    assert settle(lambda: here.link_states() == {PEER: "lost"})
+    assert eventually(lambda: here.link_states() == {PEER: "lost"})
     assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0]).status == NYL
 
 
@@ -110,11 +110,11 @@ def test_peer_leaves_without_goodbye(here: Service, peers: Peers) -> None:
 def test_sleeping_owner(here: Service, peers: Peers, dialer: str) -> None:
     port = here.start(ME, timeout_ms=300)
     peer = peers()
-    port_there = peer.ask("start", PEER)
-    linked = here.link(PEER, port_there) if dialer == "here" else peer.ask("link", ME, port)
+    port_there = peer.call("start", PEER)
+    linked = here.link(PEER, port_there) if dialer == "here" else peer.call("link", ME, port)
     assert linked == OK
-    peer.ask("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
-    peer.ask("paint", "theirs", 5)
+    peer.call("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
+    peer.call("paint", "theirs", 5)
     here.allocate("mine", 2, 4, 64, paged=True)
     for _ in range(3):
         with peer.stopped():
@@ -125,9 +125,11 @@ def test_sleeping_owner(here: Service, peers: Peers, dialer: str) -> None:
         # Awake again, it first grants the lease that nobody waits for any more: that comes back.
         assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS[:4]) is None
         assert here.colours("mine") == [5]
-        assert settle(lambda: not any(peer.ask("counters")[name] for name in ("leases", "grants")))
-    peer.ask("drop", "theirs")
-    assert settle(lambda: peer.ask("counters")["caches"] == 0)
+        assert eventually(
+            lambda: not any(peer.call("counters")[name] for name in ("leases", "grants"))
+        )
+    peer.call("drop", "theirs")
+    assert eventually(lambda: peer.call("counters")["caches"] == 0)
 
 
 @every_way
@@ -135,8 +137,8 @@ def test_sleep_at_random_points(here: Service, peers: Peers, way: str) -> None:
     rng = random.Random(7)
     here.start(ME, timeout_ms=400)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
-    peer.ask(
+    assert here.link(PEER, peer.call("start", PEER)) == OK
+    peer.call(
         "make", "allocated" if way == "relay" else way, "theirs", *BIG, paged=True, keys=THEIRS
     )
     if way == "relay":
@@ -153,7 +155,7 @@ def test_sleep_at_random_points(here: Service, peers: Peers, way: str) -> None:
             assert failure is not None
             assert failure.status == TIMEOUT
             assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [1]) is None
-            assert settle(lambda: peer.ask("counters")["leases"] == 0)
+            assert eventually(lambda: peer.call("counters")["leases"] == 0)
     assert here.counters()["leases"] == 0
 
 
@@ -163,8 +165,8 @@ def test_an_answer_in_the_last_moment_is_not_lost(
     """The lease arrives between the end of the wait and the end of the request."""
     here.start(ME)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
-    peer.ask("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
+    assert here.link(PEER, peer.call("start", PEER)) == OK
+    peer.call("allocate", "theirs", 2, 4, 64, paged=True, keys=THEIRS)
     here.allocate("mine", 2, 4, 64, paged=True)
     wait = Pending.wait
 
@@ -176,7 +178,7 @@ def test_an_answer_in_the_last_moment_is_not_lost(
     monkeypatch.setattr(Pending, "wait", too_early)
     assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0]) is None
     monkeypatch.undo()
-    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+    assert eventually(lambda: peer.call("counters")["leases"] == 0)
 
 
 # -- time is up -----------------------------------------------------------------------------------
@@ -186,17 +188,17 @@ def test_an_answer_in_the_last_moment_is_not_lost(
 def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: str) -> None:
     here.start(ME, timeout_ms=3)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER)) == OK
+    assert here.link(PEER, peer.call("start", PEER)) == OK
     shape = (8, 64, 1 << 19)  # 256 MiB
     kind = "allocated" if way == "relay" else way
-    peer.ask("make", kind, "theirs", *shape, paged=True, keys=THEIRS)
+    peer.call("make", kind, "theirs", *shape, paged=True, keys=THEIRS)
     here.allocate("mine", *shape, paged=True)
     if way == "relay":
         here.only_relay(PEER)
     for colour in (1, 2):
         # On a busy machine all may have landed before the time is looked at: then it is a success.
         for _ in range(10):
-            peer.ask("paint", "theirs", colour)
+            peer.call("paint", "theirs", colour)
             failure = transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS)
             if failure is not None:
                 break
@@ -210,7 +212,7 @@ def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: st
     # The link still works, for a call that has the time that a busy machine takes.
     assert here.attempt("pull_blocks", THEIRS, Ref("mine"), [3], [3], timeout=10_000) is None
     assert here.held["mine"].cache.block(3)[0].cpu().unique().tolist() == [2]
-    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+    assert eventually(lambda: peer.call("counters")["leases"] == 0)
 
 
 # -- caches that end meanwhile --------------------------------------------------------------------
@@ -218,18 +220,18 @@ def test_nothing_is_written_after_a_timeout(here: Service, peers: Peers, way: st
 
 def pulling_slowly(here: Service, peer: Peer) -> None:
     """The peer has a lease on our cache, and takes its time."""
-    peer.ask("slow_moves", 0.5)
+    peer.call("slow_moves", 0.5)
     peer.begin("attempt", "pull_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
-    assert settle(lambda: here.counters()["leases"] == 1)
+    assert eventually(lambda: here.counters()["leases"] == 1)
 
 
 @pytest.fixture
 def slow(here: Service, peers: Peers) -> Peer:
     port = here.start(ME, timeout_ms=100)
     peer = peers()
-    peer.ask("start", PEER)
-    assert peer.ask("link", ME, port) == OK
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("start", PEER)
+    assert peer.call("link", ME, port) == OK
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
     return peer
 
 
@@ -243,9 +245,9 @@ def test_deallocate_during_a_pull(here: Service, slow: Peer) -> None:
     here.allocate("mine", 2, 2, 64, paged=True)
     here.paint("mine", 4)
     assert slow.answer() is None
-    assert slow.ask("colours", "theirs") == [9]
-    assert settle(lambda: here.counters() == {"caches": 1, "keys": 0, "leases": 0, "grants": 0})
-    assert slow.ask("attempt", "pull_blocks", MINE, Ref("theirs"), [0], [0]).status == KNE
+    assert slow.call("colours", "theirs") == [9]
+    assert eventually(lambda: here.counters() == {"caches": 1, "keys": 0, "leases": 0, "grants": 0})
+    assert slow.call("attempt", "pull_blocks", MINE, Ref("theirs"), [0], [0]).status == KNE
 
 
 def test_unregister_waits_for_a_pull(here: Service, slow: Peer) -> None:
@@ -257,7 +259,7 @@ def test_unregister_waits_for_a_pull(here: Service, slow: Peer) -> None:
     assert failure.status == TIMEOUT
     assert not here.held["mine"].cache.ended
     assert slow.answer() is None
-    assert slow.ask("colours", "theirs") == [9]
+    assert slow.call("colours", "theirs") == [9]
     assert here.attempt("unregister_cache", cache_id) is None
     assert here.held["mine"].cache.ended
     assert here.counters()["caches"] == 0
@@ -284,18 +286,18 @@ def test_a_pull_does_not_succeed_without_its_lease(here: Service, slow: Peer, en
 def test_peer_has_freed_registered_memory(here: Service, peers: Peers, way: str) -> None:
     here.start(ME, device="cpu")
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER, device="cpu")) == OK
-    peer.ask("register", "theirs", 2, 4, 4096, paged=True, keys=THEIRS, ints=True)
+    assert here.link(PEER, peer.call("start", PEER, device="cpu")) == OK
+    peer.call("register", "theirs", 2, 4, 4096, paged=True, keys=THEIRS, ints=True)
     here.allocate("mine", 2, 4, 4096, paged=True)
     if way == "relay":
         here.only_relay(PEER)
     assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0, 1]) is None
-    peer.ask("pull_the_rug", "theirs")
+    peer.call("pull_the_rug", "theirs")
     for operation in ("pull_blocks", "push_blocks"):
         failure = transfer(here.attempt, operation, THEIRS, "mine", [0, 1])
         assert failure is not None
         assert failure.status == KNE
-    peer.ask("allocate", "other", 2, 4, 4096, paged=True, keys=BlocksCacheKey(PEER, 1))
+    peer.call("allocate", "other", 2, 4, 4096, paged=True, keys=BlocksCacheKey(PEER, 1))
     assert transfer(here.attempt, "pull_blocks", BlocksCacheKey(PEER, 1), "mine", [0]) is None
 
 
@@ -324,16 +326,16 @@ def test_peer_frees_registered_memory_during_a_pull(here: Service, peers: Peers,
     here.start(ME, device="cpu")
     here.allocate("mine", *BIG, paged=True)
     peer = peers()
-    assert here.link(PEER, peer.ask("start", PEER, device="cpu")) == OK
+    assert here.link(PEER, peer.call("start", PEER, device="cpu")) == OK
     if way == "relay":
         here.only_relay(PEER)
     for round_ in range(10):
         key, name = BlocksCacheKey(PEER, round_), f"c{round_}"
-        peer.ask("register", name, *BIG, paged=True, keys=key, ints=True)
+        peer.call("register", name, *BIG, paged=True, keys=key, ints=True)
         with ThreadPoolExecutor(1) as pool:
             work = pool.submit(here.hammer, "pull_blocks", key, Ref("mine"), BLOCKS, BLOCKS)
             time.sleep(rng.random() * 0.02)
-            peer.ask("pull_the_rug", name)
+            peer.call("pull_the_rug", name)
             _, failure = work.result(60)
         assert failure is not None
         assert failure.status == KNE, failure

@@ -28,23 +28,23 @@ def test_transfers_go_on_through_the_control_connection(
     peers: Callable[[], Peer], kind: str, users: tuple[int, int], diagnosis: str
 ) -> None:
     owner, puller = peers(), peers()
-    owner.ask("become", users[0])
-    puller.ask("become", users[1])
-    puller.ask("note_ways")
-    port = owner.ask("start", 1, device="cpu")
-    puller.ask("start", 2, device="cpu")
-    assert puller.ask("link", 1, port) == OK
-    owner.ask("make", kind, "source", 2, 4, 256, paged=True, keys=BlocksCacheKey(1))
-    puller.ask("allocate", "target", 2, 4, 256, paged=True)
-    owner.ask("paint", "source", 40)
-    puller.ask("paint", "target", 90)
+    owner.call("become", users[0])
+    puller.call("become", users[1])
+    puller.call("note_paths")
+    port = owner.call("start", 1, device="cpu")
+    puller.call("start", 2, device="cpu")
+    assert puller.call("link", 1, port) == OK
+    owner.call("make", kind, "source", 2, 4, 256, paged=True, keys=BlocksCacheKey(1))
+    puller.call("allocate", "target", 2, 4, 256, paged=True)
+    owner.call("paint", "source", 40)
+    puller.call("paint", "target", 90)
     for _ in range(2):
         assert (
-            puller.ask("attempt", "pull_blocks", BlocksCacheKey(1), Ref("target"), [0, 1], [3, 2])
+            puller.call("attempt", "pull_blocks", BlocksCacheKey(1), Ref("target"), [0, 1], [3, 2])
             is None
         )
-    assert puller.ask("colours", "target") == [40, 90]
-    taken, warnings = puller.ask("noted")
+    assert puller.call("colours", "target") == [40, 90]
+    taken, warnings = puller.call("noted")
     assert taken == ["relay", "relay"]
     (warning,) = [text for text in warnings if "process-memory" in text]
     assert diagnosis in warning

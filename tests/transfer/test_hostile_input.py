@@ -17,7 +17,7 @@ from llm_datadist_torch import BlocksCacheKey, Placement
 from llm_datadist_torch.links import messages
 from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
-from tests.peers import Ref, Service, settle
+from tests.peers import Ref, Service, eventually
 from tests.wire import GREETING, Speaker, stranger
 
 
@@ -41,7 +41,7 @@ def linked(
         [7],
     ]
     assert here.link_states() == {2: "linked"}
-    assert settle(lambda: here.counters()["leases"] == 0)
+    assert eventually(lambda: here.counters()["leases"] == 0)
     # Strangers are worth a warning; an error is one of ours.
     errors = [record for record in caplog.records if record.levelname == "ERROR"]
     assert [record.message for record in errors if "answering Hello" not in record.message] == []
@@ -78,8 +78,8 @@ def test_raw_bytes(linked: tuple[Service, int], data: bytes) -> None:
         raw(port, data, wait=wait)
 
 
-def ask(dealer: Speaker, body: messages.Message) -> messages.Message:
-    return dealer.ask(body)
+def request(dealer: Speaker, body: messages.Message) -> messages.Message:
+    return dealer.request(body)
 
 
 def test_frames_that_are_no_messages(linked: tuple[Service, int]) -> None:
@@ -101,7 +101,7 @@ def test_frames_that_are_no_messages(linked: tuple[Service, int]) -> None:
         for frames in ([b""], [b"", b""], [whole[:3]], [whole[:3], b"data"]):
             dealer.send(*frames)
         # So few are forgiven.
-        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+        assert isinstance(request(dealer, messages.Unlink()), messages.Refused)
 
 
 def test_huge_messages(linked: tuple[Service, int]) -> None:
@@ -114,7 +114,7 @@ def test_huge_messages(linked: tuple[Service, int]) -> None:
             assert dealer.ended()
     with stranger(port) as dealer:
         dealer.send(bytes(messages.MAX_MESSAGE_BYTES // 16))
-        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+        assert isinstance(request(dealer, messages.Unlink()), messages.Refused)
 
 
 def test_requests_without_a_link(linked: tuple[Service, int]) -> None:
@@ -128,7 +128,7 @@ def test_requests_without_a_link(linked: tuple[Service, int]) -> None:
         messages.Done(),
     ):
         with stranger(port) as dealer:
-            answer = ask(dealer, body)
+            answer = request(dealer, body)
             while isinstance(answer, messages.Unlink):
                 answer = messages.decode(dealer.receive()[0]).body
             assert isinstance(answer, messages.Refused), body
@@ -154,7 +154,7 @@ def hello(cluster_id: int, **changes: object) -> messages.Hello:
 def test_handshakes_that_are_refused(linked: tuple[Service, int], changes: dict) -> None:
     _, port = linked
     with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3, **changes)), messages.Refused)
+        assert isinstance(request(dealer, hello(3, **changes)), messages.Refused)
 
 
 def spans(*pairs: tuple[int, int]) -> bytes:
@@ -165,18 +165,24 @@ def spans(*pairs: tuple[int, int]) -> bytes:
 def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], strided: bool) -> None:
     """A linked peer that lies about spans reaches no byte outside the rows of its lease."""
     here, port = linked
-    here.register("rows", 2, 4, 64, paged=True, pitch=96 if strided else 64,
+    here.register("rows", 2, 4, 64, paged=True, row_stride_bytes=96 if strided else 64,
                   keys=BlocksCacheKey(1, 5), placement=Placement.HOST)  # fmt: skip
     with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3)), messages.Welcome)
-        view = ask(dealer, messages.Resolve("blocks", 0, 5, True, False))
+        assert isinstance(request(dealer, hello(3)), messages.Welcome)
+        view = request(dealer, messages.Resolve("blocks", 0, 5, True, False))
         assert isinstance(view, messages.CacheView)
         first, second = torch.frombuffer(bytearray(view.addrs), dtype=torch.int64).tolist()
-        good = spans((first, 64), (second + 3 * view.pitch, 64))
-        assert isinstance(ask(dealer, messages.ReadBytes(view.lease_id, good)), messages.Done)
-        edges = [(first - 1, 1), (first - 1, 64), (first + 3 * view.pitch, 65), (0, 8), (first, 0)]
+        good = spans((first, 64), (second + 3 * view.row_stride_bytes, 64))
+        assert isinstance(request(dealer, messages.ReadBytes(view.lease_id, good)), messages.Done)
+        edges = [
+            (first - 1, 1),
+            (first - 1, 64),
+            (first + 3 * view.row_stride_bytes, 65),
+            (0, 8),
+            (first, 0),
+        ]
         edges += [(first, -1), (first, 2**63 - 1), (-(2**63), 8), (2**63 - 1, 8), (first, 2**62)]
-        edges += [(second + view.pitch * 4, 1)]
+        edges += [(second + view.row_stride_bytes * 4, 1)]
         if strided:
             edges += [(first, 65), (first + 64, 1), (first + 95, 2)]
         for bad in edges:
@@ -184,18 +190,20 @@ def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], stride
                 messages.ReadBytes(view.lease_id, spans((first, 8), bad)),
                 messages.WriteBytes(view.lease_id, spans(bad)),
             ):
-                answer = ask(dealer, body)
+                answer = request(dealer, body)
                 assert isinstance(answer, messages.Refused), bad
         for body in (b"", b"x", bytes(17)):
-            answer = ask(dealer, messages.ReadBytes(view.lease_id, body))
+            answer = request(dealer, messages.ReadBytes(view.lease_id, body))
             assert isinstance(answer, messages.Refused)
-        answer = ask(dealer, messages.ReadBytes(view.lease_id + 1, good))
+        answer = request(dealer, messages.ReadBytes(view.lease_id + 1, good))
         assert isinstance(answer, messages.Refused)
         for fetched in ((-5, 2**40), (3, 1)):
             dealer.send(encode(Envelope(0, False, messages.Release(view.lease_id, fetched))))
-        assert isinstance(ask(dealer, messages.ReadBytes(view.lease_id, good)), messages.Refused)
+        assert isinstance(
+            request(dealer, messages.ReadBytes(view.lease_id, good)), messages.Refused
+        )
         dealer.send(encode(Envelope(0, False, messages.Unlink())))
-        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+        assert isinstance(request(dealer, messages.Unlink()), messages.Refused)
     here.drop("rows")
 
 
@@ -203,19 +211,19 @@ def test_relayed_reads_stay_inside_the_cache(linked: tuple[Service, int], stride
 def test_device_memory_is_relayed_inside_the_cache_only(linked: tuple[Service, int]) -> None:
     _, port = linked
     with stranger(port) as dealer:
-        assert isinstance(ask(dealer, hello(3)), messages.Welcome)
-        view = ask(dealer, messages.Resolve("blocks", 0, 0, True, True))
+        assert isinstance(request(dealer, hello(3)), messages.Welcome)
+        view = request(dealer, messages.Resolve("blocks", 0, 0, True, True))
         assert isinstance(view, messages.CacheView)
         first = int(torch.frombuffer(bytearray(view.addrs), dtype=torch.int64)[0])
         for start, nbytes in ((first - 1, 64), (first, 1 << 40), (0, 8), (first + 4 * 64, 1)):
             read = messages.ReadBytes(view.lease_id, spans((start, nbytes)))
-            assert isinstance(ask(dealer, read), messages.Refused)
+            assert isinstance(request(dealer, read), messages.Refused)
         dealer.send(
             encode(Envelope(7, False, messages.ReadBytes(view.lease_id, spans((first, 64)))))
         )
         assert dealer.receive()[1] == bytes([7]) * 64
         dealer.send(encode(Envelope(0, False, messages.Unlink())))
-        assert isinstance(ask(dealer, messages.Unlink()), messages.Refused)
+        assert isinstance(request(dealer, messages.Unlink()), messages.Refused)
 
 
 def test_flood(linked: tuple[Service, int]) -> None:

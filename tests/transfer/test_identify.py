@@ -25,14 +25,14 @@ def node(here: Service) -> Service:
 
 def test_the_id_of_a_listener_is_found_without_a_link(node: Service, peers: Peers):
     other = peers()
-    port = other.ask("start", 2**63 + 5)
+    port = other.call("start", 2**63 + 5)
     for _ in range(3):
         assert node.dd.identify("127.0.0.1", port, 5000) == 2**63 + 5
     assert node.dd.links() == []
-    assert other.ask("link_states") == {}
+    assert other.call("link_states") == {}
     assert node.link(2**63 + 5, port) == OK
     assert node.dd.identify("127.0.0.1", port, 5000) == 2**63 + 5
-    assert other.ask("link_states") == {7: "linked"}
+    assert other.call("link_states") == {7: "linked"}
 
 
 def test_itself(node: Service):
@@ -51,13 +51,13 @@ def test_somebody_who_says_nothing(node: Service):
 
 
 def test_another_mode_is_refused_with_the_reason(node: Service, peers: Peers):
-    port = peers().ask("start", 1, remote=True)
+    port = peers().call("start", 1, remote=True)
     with pytest.raises(LLMParamError, match="enable_remote_cache_accessible"):
         node.dd.identify("127.0.0.1", port, 5000)
 
 
 def test_another_secret_is_refused_with_the_reason(node: Service, peers: Peers):
-    port = peers().ask("start", 1, options=SECRET)
+    port = peers().call("start", 1, options=SECRET)
     with pytest.raises(LLMLinkError, match="link_secret"):
         node.dd.identify("127.0.0.1", port, 5000)
 

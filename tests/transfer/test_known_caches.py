@@ -21,7 +21,7 @@ from llm_datadist_torch import (
 from llm_datadist_torch.links import known_caches
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.transports.hixl.channel import HixlChannel
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers, Services
 from tests.transfer.remote import BLOCKS, ME, PEER, SIZE, THEIRS, messages, pull, status
 
@@ -85,7 +85,7 @@ def test_only_the_first_pull_asks(
     with messages(monkeypatch) as said:
         assert pull(here) is None
         assert said == ["Resolve", "Release"]
-        peer.ask("paint", "theirs", 8)
+        peer.call("paint", "theirs", 8)
         said.clear()
         # The owner sleeps: nothing but its memory can answer.
         with peer.stopped():
@@ -97,7 +97,7 @@ def test_only_the_first_pull_asks(
 def test_every_other_key_and_pushes_ask(
     here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    by_id = CacheKeyByIdAndIndex(PEER, peer.ask("cache_id", "theirs"), 0)
+    by_id = CacheKeyByIdAndIndex(PEER, peer.call("cache_id", "theirs"), 0)
     with messages(monkeypatch) as said:
         for _ in range(2):
             assert here.attempt("push_blocks", THEIRS, Ref("mine"), BLOCKS, BLOCKS) is None
@@ -111,9 +111,9 @@ def test_two_sided_pulls_always_ask(
 ) -> None:
     here.start(ME)
     other = peers()
-    assert here.link(PEER, other.ask("start", PEER)) == OK
+    assert here.link(PEER, other.call("start", PEER)) == OK
     here.allocate("mine", *SIZE, paged=True)
-    other.ask("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
+    other.call("allocate", "theirs", *SIZE, paged=True, keys=THEIRS)
     with messages(monkeypatch) as said:
         assert pull(here) is None
         assert pull(here) is None
@@ -123,12 +123,12 @@ def test_two_sided_pulls_always_ask(
 @pytest.mark.parametrize("kind", ["allocated", "tensors", "ints"])
 def test_an_ended_cache_is_not_read(here: Service, peer: Peer, kind: str) -> None:
     key = BlocksCacheKey(PEER, 1)
-    peer.ask("make", kind, "other", *SIZE, paged=True, keys=key)
-    peer.ask("paint", "other", 9)
+    peer.call("make", kind, "other", *SIZE, paged=True, keys=key)
+    peer.call("paint", "other", 9)
     for _ in range(2):
         assert pull(here, key) is None
     here.paint("mine", 1)
-    peer.ask("drop", "other")
+    peer.call("drop", "other")
     assert status(pull(here, key)) == "LLM_KV_CACHE_NOT_EXIST"
     assert here.colours("mine") == [1]
 
@@ -137,33 +137,33 @@ def test_an_ended_cache_is_not_read(here: Service, peer: Peer, kind: str) -> Non
 def test_the_key_of_another_cache_now(here: Service, peer: Peer, kind: str) -> None:
     key = BlocksCacheKey(PEER, 1)
     for colour in (9, 10, 11):
-        peer.ask("make", kind, "other", *SIZE, paged=True, keys=key)
-        peer.ask("paint", "other", colour)
+        peer.call("make", kind, "other", *SIZE, paged=True, keys=key)
+        peer.call("paint", "other", colour)
         for _ in range(2):
             assert pull(here, key) is None
             assert here.colours("mine") == [colour]
-        peer.ask("drop", "other")
+        peer.call("drop", "other")
 
 
 def test_rows_and_removed_keys(here: Service, peer: Peer) -> None:
     keys = (CacheKey(PEER, req_id=5), CacheKey(PEER, req_id=6))
-    peer.ask("allocate", "rows", 2, 2, 4096, paged=False, keys=keys)
-    peer.ask("paint", "rows", 3)
-    by_id = CacheKeyByIdAndIndex(PEER, peer.ask("cache_id", "rows"), 1)
+    peer.call("allocate", "rows", 2, 2, 4096, paged=False, keys=keys)
+    peer.call("paint", "rows", 3)
+    by_id = CacheKeyByIdAndIndex(PEER, peer.call("cache_id", "rows"), 1)
     here.allocate("row", 2, 1, 4096, paged=False)
     for key in (*keys, by_id) * 2:
         assert here.attempt("pull_cache", key, Ref("row")) is None
         assert here.colours("row") == [3]
-    peer.ask("run", "remove_cache_key", keys[0])
+    peer.call("run", "remove_cache_key", keys[0])
     gone = here.attempt("pull_cache", keys[0], Ref("row"))
     assert gone.status == "LLM_KV_CACHE_NOT_EXIST"
     for key in (keys[1], by_id):
         assert here.attempt("pull_cache", key, Ref("row")) is None
     # The key that is left keeps the cache, until it goes as well.
-    peer.ask("drop", "rows")
+    peer.call("drop", "rows")
     for key in (keys[1], by_id):
         assert here.attempt("pull_cache", key, Ref("row")) is None
-    peer.ask("run", "remove_cache_key", keys[1])
+    peer.call("run", "remove_cache_key", keys[1])
     for key in (keys[1], by_id):
         gone = here.attempt("pull_cache", key, Ref("row"))
         assert gone.status == "LLM_KV_CACHE_NOT_EXIST"
@@ -182,7 +182,7 @@ def test_memory_that_is_freed_while_it_is_read(
     other.paint("theirs", 7)
     assert pull(here) is None
     # The lease comes back a moment later; until then nothing is freed.
-    assert settle(lambda: other.counters()["leases"] == 0)
+    assert eventually(lambda: other.counters()["leases"] == 0)
 
     def free_and_reuse() -> None:
         if not remote:
@@ -224,11 +224,11 @@ def test_one_piece_of_memory_under_changing_keys(here: Service, peer: Peer) -> N
                 assert here.colours("sixteen") == [model]
             seen[status(failure)] = seen.get(status(failure), 0) + 1
 
-    peer.ask("drop", "theirs")
+    peer.call("drop", "theirs")
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(read)
         try:
-            peer.ask("churn", keys, 400)
+            peer.call("churn", keys, 400)
         finally:
             stop.set()
         reader.result(30)
@@ -246,7 +246,7 @@ def test_a_link_made_anew_knows_nothing(here: Service, peer: Peer) -> None:
     assert pull(here) is None
     link = here.instance.links.find(PEER)
     assert len(link.known) == 1
-    port = peer.ask("finish") or peer.ask("start", PEER, remote=True)
+    port = peer.call("finish") or peer.call("start", PEER, remote=True)
     assert here.unlink(PEER, force=True) == OK
     assert here.link(PEER, port) == OK
     assert len(here.instance.links.find(PEER).known) == 0
@@ -267,12 +267,12 @@ def test_memory_of_the_users_is_asked_for_each_time(
 ) -> None:
     """torch tells nobody that it moved a tensor, so only its owner knows where it is."""
     key = BlocksCacheKey(PEER, 1)
-    peer.ask("register", "given", *SIZE, paged=True, keys=key)
-    peer.ask("paint", "given", 5)
+    peer.call("register", "given", *SIZE, paged=True, keys=key)
+    peer.call("paint", "given", 5)
     with messages(monkeypatch) as said:
         for _ in range(2):
             assert pull(here, key) is None
         assert said == ["Resolve", "Release"] * 2
     assert here.colours("mine") == [5]
-    peer.ask("move_tensor", "given", "data", 0)
+    peer.call("move_tensor", "given", "data", 0)
     assert "has moved" in pull(here, key).text

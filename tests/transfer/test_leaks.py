@@ -14,7 +14,7 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, LLMException
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.devices import on_npu
-from tests.peers import Ref, Service, settle
+from tests.peers import Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers
 
 PEER, ME = 2, 1
@@ -31,13 +31,13 @@ def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: st
     at_first = here.resources()["shared"] if mover == "here" else 0
     port = here.start(ME)
     peer = peers()
-    peer.ask("start", PEER)
-    assert peer.ask("link", ME, port) == OK
+    peer.call("start", PEER)
+    assert peer.call("link", ME, port) == OK
 
     def local(name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(here, name)(*args, **kwargs)
 
-    work, own = (local, peer.ask) if mover == "here" else (peer.ask, local)
+    work, own = (local, peer.call) if mover == "here" else (peer.call, local)
     owner = PEER if mover == "here" else ME
     work("allocate", "dst", 2, 4, 4096, paged=False)
 
@@ -54,8 +54,8 @@ def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: st
     rounds(20)
     # The counters of both sides, and the destination; what the owner freed is unmapped.
     shared = 2 if on_npu() else 3
-    assert settle(lambda: work("resources")["shared"] - at_first == shared)
-    assert settle(lambda: own("counters")["caches"] == 0)
+    assert eventually(lambda: work("resources")["shared"] - at_first == shared)
+    assert eventually(lambda: own("counters")["caches"] == 0)
     before = at_rest()
     rounds(200)
 
@@ -66,38 +66,38 @@ def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: st
             for name in then
         )
 
-    assert settle(no_growth), (before, at_rest())
+    assert eventually(no_growth), (before, at_rest())
 
 
 def test_a_hundred_links_leave_nothing(here: Service, peers: Peers) -> None:
     port = here.start(ME)
     here.allocate("mine", 2, 4, 4096, paged=True, keys=MINE)
     peer = peers()
-    port_there = peer.ask("start", PEER)
-    peer.ask("allocate", "theirs", 2, 4, 4096, paged=True)
+    port_there = peer.call("start", PEER)
+    peer.call("allocate", "theirs", 2, 4, 4096, paged=True)
 
     def rounds(count: int) -> None:
         for at in range(count):
-            assert (here.link(PEER, port_there) if at % 2 else peer.ask("link", ME, port)) == OK
+            assert (here.link(PEER, port_there) if at % 2 else peer.call("link", ME, port)) == OK
             assert (
                 transfer(
-                    lambda *args: peer.ask("attempt", *args), "pull_blocks", MINE, "theirs", [0]
+                    lambda *args: peer.call("attempt", *args), "pull_blocks", MINE, "theirs", [0]
                 )
                 is None
             )
             assert (
-                here.unlink(PEER, port_there) if at % 4 < 2 else peer.ask("unlink", ME, port)
+                here.unlink(PEER, port_there) if at % 4 < 2 else peer.call("unlink", ME, port)
             ) == OK
-            assert settle(lambda: not here.link_states() and not peer.ask("link_states"))
+            assert eventually(lambda: not here.link_states() and not peer.call("link_states"))
 
     def resources() -> list[dict[str, int]]:
-        return [here.resources(), peer.ask("resources")]
+        return [here.resources(), peer.call("resources")]
 
     rounds(12)
     time.sleep(0.3)
     before = resources()
     rounds(100)
-    assert settle(
+    assert eventually(
         lambda: all(
             now[name] <= then[name] + (8 if name == "maps" else 1)
             for now, then in zip(resources(), before, strict=True)
@@ -157,7 +157,7 @@ def test_finalize_during_pulls(here: Service, services: Any) -> None:
         near.finish()
 
 
-def test_ways_recorder_sees_moves(here: Service, services: Any, ways: list[str]) -> None:
+def test_ways_recorder_sees_moves(here: Service, services: Any, paths: list[str]) -> None:
     """The fixture that other tests rely on sees what LinkChannel does."""
     here.start(ME)
     near = services()
@@ -165,5 +165,5 @@ def test_ways_recorder_sees_moves(here: Service, services: Any, ways: list[str])
     near.allocate("theirs", 1, 2, 64, paged=True, keys=THEIRS)
     here.allocate("mine", 1, 2, 64, paged=True)
     assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", [0]) is None
-    assert ways == ["same-process"]
+    assert paths == ["same-process"]
     assert LinkChannel.move.__name__ == "recorded"

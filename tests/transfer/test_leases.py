@@ -8,7 +8,7 @@ import time
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, CacheDesc, DataType
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers
 
 ME, PEER = 1, 2
@@ -23,23 +23,23 @@ def slow(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
     """A peer whose transfers take half a second."""
     port = here.start(ME, pool=POOL, timeout_ms=300)
     peer = peers()
-    port_there = peer.ask("start", PEER)
+    port_there = peer.call("start", PEER)
     linked = (
         here.link(PEER, port_there)
         if request.param == "dialed here"
-        else peer.ask("link", ME, port)
+        else peer.call("link", ME, port)
     )
     assert linked == OK
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("paint", "theirs", 5)
-    peer.ask("slow_moves", 0.5)
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("paint", "theirs", 5)
+    peer.call("slow_moves", 0.5)
     return peer
 
 
 def begin(here: Service, peer: Peer, operation: str) -> None:
     """The peer has a lease, and has not moved a byte."""
     peer.begin("attempt", operation, MINE, Ref("theirs"), [0, 1], [0, 1])
-    assert settle(lambda: here.counters()["leases"] == 1)
+    assert eventually(lambda: here.counters()["leases"] == 1)
     # The answer that grants it goes out a moment later.
     time.sleep(0.1)
 
@@ -58,9 +58,9 @@ def test_unlink_by_force_waits_for_the_peer(here: Service, slow: Peer, operation
     assert here.unlink(PEER, None, 20_000, force=True) == OK
     assert here.counters()["leases"] == 0
     assert slow.answer() is None
-    assert slow.ask("colours", "theirs") == here.colours("mine")
+    assert slow.call("colours", "theirs") == here.colours("mine")
     assert (
-        slow.ask("attempt", operation, MINE, Ref("theirs"), [0], [0]).status == "LLM_NOT_YET_LINK"
+        slow.call("attempt", operation, MINE, Ref("theirs"), [0], [0]).status == "LLM_NOT_YET_LINK"
     )
 
 
@@ -83,11 +83,11 @@ def test_what_a_sleeping_peer_uses_is_not_freed(
         assert failure.status == "LLM_OUT_OF_MEMORY"
         if end == "it dies":
             slow.kill()
-            assert settle(lambda: here.counters()["leases"] == 0)
+            assert eventually(lambda: here.counters()["leases"] == 0)
     if end == "it wakes up":
         ended_well_or_typed(slow)
     # The lease is counted down a moment before the pages are free.
-    assert settle(lambda: here.counters()["leases"] == here.arena_in_use() == 0)
+    assert eventually(lambda: here.counters()["leases"] == here.arena_in_use() == 0)
     here.allocate("mine", 2, 2, 64, paged=True, keys=MINE)
 
 
@@ -98,7 +98,7 @@ def test_unregister_waits_also_after_unlink(here: Service, slow: Peer) -> None:
         assert here.unlink(PEER, None, 100, force=True) == OK
         assert here.attempt("unregister_cache", cache_id).status == "LLM_TIMEOUT"
     ended_well_or_typed(slow)
-    assert settle(lambda: here.attempt("unregister_cache", cache_id) is None)
+    assert eventually(lambda: here.attempt("unregister_cache", cache_id) is None)
 
 
 def test_linked_again_while_the_old_lease_lasts(here: Service, slow: Peer) -> None:
@@ -108,19 +108,19 @@ def test_linked_again_while_the_old_lease_lasts(here: Service, slow: Peer) -> No
     with slow.stopped():
         assert here.unlink(PEER, None, 100, force=True) == OK
     ended_well_or_typed(slow)
-    assert settle(lambda: slow.ask("link", ME, port) == OK)
-    assert settle(lambda: here.counters()["leases"] == 0)
-    assert slow.ask("attempt", "pull_blocks", MINE, Ref("theirs"), [0], [0]) is None
+    assert eventually(lambda: slow.call("link", ME, port) == OK)
+    assert eventually(lambda: here.counters()["leases"] == 0)
+    assert slow.call("attempt", "pull_blocks", MINE, Ref("theirs"), [0], [0]) is None
 
 
 @pytest.mark.parametrize("operation", ["pull_blocks", "push_blocks"])
 def test_finalize_waits_for_the_peer(here: Service, peers: Peers, operation: str) -> None:
     port = here.start(ME, timeout_ms=20_000)
     peer = peers()
-    peer.ask("start", PEER)
-    assert peer.ask("link", ME, port) == OK
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("slow_moves", 0.5)
+    peer.call("start", PEER)
+    assert peer.call("link", ME, port) == OK
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("slow_moves", 0.5)
     here.allocate("mine", 2, 2, 64, paged=True, keys=MINE)
     begin(here, peer, operation)
     here.finish()

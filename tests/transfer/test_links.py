@@ -23,7 +23,7 @@ from llm_datadist_torch import (
 )
 from llm_datadist_torch.links import table
 from llm_datadist_torch.values.version import VERSION
-from tests.peers import Ref, Service, cluster, settle
+from tests.peers import Ref, Service, cluster, eventually
 from tests.transfer.helpers import OK, Peers, Services, free_port, give_block, only, pull_block
 
 
@@ -186,7 +186,9 @@ def test_another_version_is_refused(
         caplog.clear()
         assert dialer.link(peer, address) == only("LLM_LINK_FAILED")
         told = [r.message for r in caplog.records if "runs version" in r.message]
-        assert settle(lambda: len([r for r in caplog.records if "runs version" in r.message]) >= 1)
+        assert eventually(
+            lambda: len([r for r in caplog.records if "runs version" in r.message]) >= 1
+        )
         assert any(f"{version}/" in text and f"{VERSION}/" in text for text in told)
     assert (here.link_states(), other.link_states()) == ({}, {})
 
@@ -258,25 +260,25 @@ def test_both_sides_link_at_the_same_moment(here: Service, peers: Peers) -> None
     ports = {1: here.start(1)}
     give_block(here, 1, 11)
     peer = peers()
-    ports[2] = peer.ask("start", 2)
-    peer.ask("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(2, 0))
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("paint", "mine", 22)
+    ports[2] = peer.call("start", 2)
+    peer.call("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(2, 0))
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("paint", "mine", 22)
     for _ in range(25):
         peer.begin("link", 1, ports[1])
         mine, theirs = here.link(2, ports[2])[0], peer.answer()[0]
         # Who comes when the link is there is told so; whose dials crossed has what it asked for.
         assert "LLM_SUCCESS" in (mine, theirs)
         assert {mine, theirs} <= {"LLM_ALREADY_LINK", "LLM_SUCCESS"}
-        assert (here.link_states(), peer.ask("link_states")) == ({2: "linked"}, {1: "linked"})
+        assert (here.link_states(), peer.call("link_states")) == ({2: "linked"}, {1: "linked"})
         assert pull_block(here, 2) is None
         assert (
-            peer.ask("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [0, 1], [0, 1])
+            peer.call("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("theirs"), [0, 1], [0, 1])
             is None
         )
-        assert (here.colours("theirs"), peer.ask("colours", "theirs")) == ([22], [11])
+        assert (here.colours("theirs"), peer.call("colours", "theirs")) == ([22], [11])
         assert here.unlink(2, ports[2]) == OK
-        assert settle(lambda: peer.ask("link_states") == {})
+        assert eventually(lambda: peer.call("link_states") == {})
 
 
 @pytest.mark.parametrize("me", [1, 3])
@@ -290,7 +292,7 @@ def test_a_dial_that_nobody_answers_makes_way(here: Service, services: Services,
     with listening() as silent, ThreadPoolExecutor(1) as pool:
         for _ in range(20):
             mine = pool.submit(here.link, 2, silent, 60_000)
-            assert settle(lambda: here.instance.links._handshake._dials)
+            assert eventually(lambda: here.instance.links._handshake._dials)
             assert other.link(me, port) == OK
             # What was asked for is there, by the other's dial.
             assert mine.result(10) == OK
@@ -298,7 +300,7 @@ def test_a_dial_that_nobody_answers_makes_way(here: Service, services: Services,
             assert pull_block(here, 2) is None
             assert pull_block(other, me) is None
             assert other.unlink(me, port) == OK
-            assert settle(lambda: here.link_states() == {})
+            assert eventually(lambda: here.link_states() == {})
 
 
 @pytest.mark.parametrize("me", [1, 3])
@@ -309,17 +311,17 @@ def test_a_sleeping_peer_does_not_keep_the_other_dial_away(
     port = here.start(me)
     give_block(here, me, 11)
     old, new = peers(), services()
-    port_of_old = old.ask("start", 2)
+    port_of_old = old.call("start", 2)
     new.start(2)
     give_block(new, 2, 22)
     with old.stopped(), ThreadPoolExecutor(1) as pool:
         mine = pool.submit(here.link, 2, port_of_old, 60_000)
-        assert settle(lambda: here.instance.links._handshake._dials)
+        assert eventually(lambda: here.instance.links._handshake._dials)
         assert new.link(me, port) == OK
         assert mine.result(10) == OK
         assert pull_block(here, 2) is None
     # Awake, it finds nobody who wants a link of it.
-    assert settle(lambda: old.ask("link_states") == {})
+    assert eventually(lambda: old.call("link_states") == {})
     assert here.link_states() == {2: "linked"}
     assert pull_block(new, me) is None
 
@@ -340,17 +342,17 @@ def test_restarted_peer_links_again(here: Service, peers: Peers, who: str) -> No
     port = here.start(1)
     give_block(here, 1, 11)
     first = peers()
-    assert here.link(2, first.ask("start", 2)) == OK
+    assert here.link(2, first.call("start", 2)) == OK
     first.kill()
     second = peers()
-    port_of_second = second.ask("start", 2)
+    port_of_second = second.call("start", 2)
     if who == "survivor":
-        assert settle(lambda: here.link_states() == {2: "lost"})
+        assert eventually(lambda: here.link_states() == {2: "lost"})
         assert here.link(2, port_of_second) == OK
     else:
-        assert second.ask("link", 1, port) == OK
-    second.ask("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(2, 0))
-    second.ask("paint", "mine", 99)
+        assert second.call("link", 1, port) == OK
+    second.call("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(2, 0))
+    second.call("paint", "mine", 99)
     assert pull_block(here, 2) is None
     assert here.colours("theirs") == [99]
     assert here.link_states() == {2: "linked"}

@@ -49,7 +49,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     peers: dict[str, Peer | NearPeer] = {"far": spawn(), "near": NearPeer()}
     for name, peer in peers.items():
         pool = POOL if name == "far" else None
-        port = peer.ask("start", IDS[name], remote=request.param, pool=pool, device="cpu")
+        port = peer.call("start", IDS[name], remote=request.param, pool=pool, device="cpu")
         assert here.link(IDS[name], port)[0] == "LLM_SUCCESS"
     yield World(here, peers)
     for peer in peers.values():
@@ -76,12 +76,12 @@ class Run:
     """One sequence of steps with one cache on each side."""
 
     def __init__(self, world: World, peer: str, kinds: tuple[str, str]) -> None:
-        there = world.peers[peer].ask
+        there = world.peers[peer].call
 
         def here(name: str, *args: Any, **kwargs: Any) -> Any:
             return getattr(world.here, name)(*args, **kwargs)
 
-        self._ask: dict[str, Any] = {"mine": here, "theirs": there}
+        self._call: dict[str, Any] = {"mine": here, "theirs": there}
         self._name = f"p{next(_names)}"
         self._key = BlocksCacheKey(IDS[peer], next(_names))
         self._models = {"mine": Model(kinds[0]), "theirs": Model(kinds[1])}
@@ -91,18 +91,18 @@ class Run:
     def _make(self, side: str) -> None:
         keys = self._key if side == "theirs" else None
         kind = self._models[side].kind
-        self._ask[side]("make", kind, self._name, COUNT, ROWS, ROW_BYTES, paged=True, keys=keys)
+        self._call[side]("make", kind, self._name, COUNT, ROWS, ROW_BYTES, paged=True, keys=keys)
         self._models[side] = Model(kind)
         for tensor in range(COUNT):
-            self._ask[side]("paint_tensor", self._name, tensor, 0)
+            self._call[side]("paint_tensor", self._name, tensor, 0)
 
     def end(self) -> None:
         for side in self._models:
-            self._ask[side]("drop", self._name)
+            self._call[side]("drop", self._name)
 
     def check(self) -> None:
         for side, model in self._models.items():
-            assert self._ask[side]("users_rows", self._name) == model.rows, side
+            assert self._call[side]("users_rows", self._name) == model.rows, side
 
     def step(self, what: str, *args: Any) -> None:
         getattr(self, f"_{what}")(*args)
@@ -111,7 +111,7 @@ class Run:
     def _transfer(self, operation: str, dst: str, src: str, to: int, at: int) -> None:
         models = self._models
         blocks = ([at], [to])
-        failure = self._ask["mine"]("attempt", operation, self._key, Ref(self._name), *blocks)
+        failure = self._call["mine"]("attempt", operation, self._key, Ref(self._name), *blocks)
         if models["mine"].moved or models["theirs"].moved:
             assert failure is not None
             assert "has moved" in failure.text
@@ -127,7 +127,7 @@ class Run:
         self._transfer("push_blocks", "theirs", "mine", to, at)
 
     def _copy(self, side: str, to: int, at: int) -> None:
-        failure = self._ask[side]("attempt", "copy_blocks", Ref(self._name), {at: [to]})
+        failure = self._call[side]("attempt", "copy_blocks", Ref(self._name), {at: [to]})
         if self._models[side].moved:
             assert failure is not None
             assert "has moved" in failure.text
@@ -137,19 +137,19 @@ class Run:
             rows[to] = rows[at]
 
     def _paint(self, side: str, tensor: int, value: int) -> None:
-        self._ask[side]("paint_tensor", self._name, tensor, value)
+        self._call[side]("paint_tensor", self._name, tensor, value)
         self._models[side].rows[tensor] = [value] * ROWS
 
     def _move(self, side: str, tensor: int, how: str) -> None:
         model = self._models[side]
         if how == "resize" and (model.kind == "allocated" or model.moved):
             return  # torch refuses the one, and does not survive the other after share_memory_
-        self._ask[side]("move_tensor", self._name, how, tensor)
+        self._call[side]("move_tensor", self._name, how, tensor)
         # Memory of ours is shared as it is.
         model.moved |= not (how == "send" and model.kind == "allocated" and not model.moved)
 
     def _renew(self, side: str) -> None:
-        self._ask[side]("drop", self._name)
+        self._call[side]("drop", self._name)
         self._make(side)
 
 

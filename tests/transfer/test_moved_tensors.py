@@ -31,13 +31,13 @@ class World:
         name, key = f"c{self.made}", BlocksCacheKey(IDS[peer], self.made)
         self.here.make(mine, name, *SIZE, paged=True)
         self.here.paint(name, 1)
-        self.peers[peer].ask("make", theirs, name, *SIZE, paged=True, keys=key)
-        self.peers[peer].ask("paint", name, 2)
+        self.peers[peer].call("make", theirs, name, *SIZE, paged=True, keys=key)
+        self.peers[peer].call("paint", name, 2)
         return name, key
 
     def drop(self, peer: str, name: str) -> None:
         self.here.drop(name)
-        self.peers[peer].ask("drop", name)
+        self.peers[peer].call("drop", name)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["two-sided", "known"])
@@ -48,7 +48,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
     peers: dict[str, Peer | NearPeer] = {"far": spawn(), "near": NearPeer(), "relayed": spawn()}
     for name, peer in peers.items():
         pool = POOL if name == "near" else None
-        port = peer.ask("start", IDS[name], remote=remote, pool=pool, device="cpu")
+        port = peer.call("start", IDS[name], remote=remote, pool=pool, device="cpu")
         assert here.link(IDS[name], port)[0] == "LLM_SUCCESS"
     here.only_relay(IDS["relayed"])
     yield World(here, peers)
@@ -76,7 +76,7 @@ def test_a_transfer_is_refused(
     name, key = world.caches(peer, kind, kind)
     # In remote-accessible mode the next pull knows the cache.
     assert operation(world, which, name, key) is None
-    there = world.peers[peer].ask
+    there = world.peers[peer].call
     colours = (world.here.colours(name), there("colours", name))
     if side == "mine":
         world.here.move_tensor(name, how, 1)

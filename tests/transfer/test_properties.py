@@ -19,7 +19,7 @@ from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests import reference
 from tests.devices import examples, on_npu
-from tests.peers import NearPeer, Peer, Ref, Service, settle, spawn
+from tests.peers import NearPeer, Peer, Ref, Service, eventually, spawn
 
 FAR, NEAR, RELAYED = 2, 3, 4
 WAYS = {
@@ -42,7 +42,7 @@ if on_npu():
 
 @dataclass
 class World:
-    """This process's instance (1) and its peers, all linked; and the ways that were taken here."""
+    """This process's instance (1) and its peers, all linked; and the paths that were taken here."""
 
     here: Service
     peers: dict[str, Peer | NearPeer]
@@ -59,11 +59,11 @@ def world() -> Iterator[World]:
     if "relayed" in PEERS:
         peers["relayed"] = spawn()
     for name, peer in peers.items():
-        peer.ask("start", ids[name])
-        assert peer.ask("link", 1, port)[0] == "LLM_SUCCESS"
+        peer.call("start", ids[name])
+        assert peer.call("link", 1, port)[0] == "LLM_SUCCESS"
     if "relayed" in PEERS:
         here.only_relay(RELAYED)
-        peers["relayed"].ask("only_relay", 1)
+        peers["relayed"].call("only_relay", 1)
     taken: list[str] = []
     move = LinkChannel.move
 
@@ -174,12 +174,12 @@ def build(service: Any, case: Case, side: int, paged: bool, key: Any) -> tuple[s
         case.rows[side],
         size,
         paged=paged,
-        pitch=size + case.slack[side],
+        row_stride_bytes=size + case.slack[side],
         keys=key,
     )
     memory = bytearray(service("fill", name, next(_names)))
-    starts, rows, row_bytes, pitch = service("span", name)
-    return name, reference.Rows(memory, starts, rows, row_bytes, pitch)
+    starts, rows, row_bytes, row_stride_bytes = service("span", name)
+    return name, reference.Rows(memory, starts, rows, row_bytes, row_stride_bytes)
 
 
 def expect(case: Case, local: reference.Rows, remote: reference.Rows) -> bool:
@@ -239,7 +239,7 @@ def test_any_transfer(world: World, case: Case) -> None:
     def here(name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(world.here, name)(*args, **kwargs)
 
-    there = world.peers[case.peer].ask
+    there = world.peers[case.peer].call
     mover, owner = (here, there) if case.mover_here else (there, here)
     owner_id = world.ids[case.peer] if case.mover_here else 1
     paged = (case.operation != "pull_cache" and case.operation != "push_cache",
@@ -271,10 +271,10 @@ def test_any_transfer(world: World, case: Case) -> None:
 def test_nothing_is_left(world: World) -> None:
     for service in (world.here, world.peers["near"].service):  # type: ignore[union-attr]
         # The last lease may be on its way back.
-        assert settle(lambda s=service: s.counters()["caches"] == 0)
+        assert eventually(lambda s=service: s.counters()["caches"] == 0)
         assert service.counters()["leases"] == 0
     for name in set(PEERS) - {"near"}:
-        assert world.peers[name].ask("counters") == {
+        assert world.peers[name].call("counters") == {
             "caches": 0,
             "keys": 0,
             "leases": 0,

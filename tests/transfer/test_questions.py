@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ask`` and ``on_question``: what programs say to each other over a link."""
+"""``request`` and ``on_request``: what programs say to each other over a link."""
 
 from __future__ import annotations
 
@@ -206,3 +206,13 @@ def test_wrong_arguments(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
     for call in (lambda: asker.request(1, b""), lambda: asker.on_request(None)):
         with pytest.raises(RuntimeError):
             call()
+
+
+def test_the_old_names_warn_and_work(pair: tuple[LLMDataDist, LLMDataDist]) -> None:
+    asker, answerer = pair
+    with pytest.warns(DeprecationWarning, match="on_request"):
+        answerer.on_question(lambda peer, payload: payload[::-1])
+    with pytest.warns(DeprecationWarning, match="request"):
+        assert asker.ask(answerer.cluster_id, b"abc") == b"cba"
+    with pytest.warns(DeprecationWarning, match="send"):
+        asker.tell(answerer.cluster_id, b"abc")

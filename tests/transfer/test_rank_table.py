@@ -10,7 +10,7 @@ import pytest
 from llm_datadist_torch import LLMDataDist, LLMException, LLMRole, LLMStatusCode, RegisterMemStatus
 from llm_datadist_torch.links.communicators import MAX_COMMUNICATORS
 from llm_datadist_torch.links.rank_table import meeting_host, members_of, port_of
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 from tests.transfer.tables import device, server, table
 
 PI = LLMStatusCode.LLM_PARAM_INVALID
@@ -123,14 +123,16 @@ def test_too_many_communicators(here: Service) -> None:
     for comm_id in ids:
         here.dd.unlink(comm_id)
     assert here.dd.link("n", SECOND, TABLE) == MAX_COMMUNICATORS + 1
-    assert settle(lambda: here.instance.communicators.preparing == 1)
+    assert eventually(lambda: here.instance.communicators.preparing == 1)
 
 
 @pytest.mark.parametrize("name", ["{braces}", "new\nline", "名字", "\udc80", "n" * 127, "a/b c"])
 def test_names(here: Service, name: str) -> None:
     here.start(1)
     comm_id = here.dd.link(name, TWO, TABLE, timeout=100)
-    assert settle(lambda: here.dd.query_register_mem_status(comm_id) == RegisterMemStatus.FAILED)
+    assert eventually(
+        lambda: here.dd.query_register_mem_status(comm_id) == RegisterMemStatus.FAILED
+    )
     assert 16384 <= port_of(name) < 32768
 
 

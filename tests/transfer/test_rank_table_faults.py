@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from llm_datadist_torch import LLMException
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 from tests.transfer.helpers import Peers, Services
 from tests.transfer.tables import TABLE, WAIT_MS, device, members, server, status_of, table
 
@@ -31,7 +31,7 @@ def at_rest() -> Iterator[None]:
 
     before = counted()
     yield
-    assert settle(lambda: counted()[1] == 0 and counted()[0] <= before[0]), (before, counted())
+    assert eventually(lambda: counted()[1] == 0 and counted()[0] <= before[0]), (before, counted())
 
 
 @pytest.mark.usefixtures("at_rest")
@@ -46,7 +46,7 @@ def test_nobody_comes(services: Services, me: int) -> None:
     with pytest.raises(LLMException, match="no communicator"):
         service.dd.query_register_mem_status(1)
     assert service.dd.link("n", members(1, 2), TABLE, timeout=100) == 2
-    assert settle(lambda: status_of(service, 2) == "FAILED")
+    assert eventually(lambda: status_of(service, 2) == "FAILED")
     service.dd.unlink(2)
     service.finish()
 
@@ -68,13 +68,13 @@ def test_a_member_falls_asleep(here: Service, peers: Peers, sleeper: int) -> Non
     """The third never comes; meanwhile one of the two that have come sleeps."""
     here.start(3 - sleeper, listen=None)
     peer = peers()
-    peer.ask("start", sleeper, listen=None)
-    peer.ask("begin_link_by_table", "n", members(1, 2, 3), TABLE, WAIT_MS)
+    peer.call("start", sleeper, listen=None)
+    peer.call("begin_link_by_table", "n", members(1, 2, 3), TABLE, WAIT_MS)
     time.sleep(0.2)
     comm_id = here.dd.link("n", members(1, 2, 3), TABLE, timeout=1500)
     time.sleep(0.3)
     with peer.stopped():
-        assert settle(lambda: status_of(here, comm_id) == "FAILED")
+        assert eventually(lambda: status_of(here, comm_id) == "FAILED")
         here.dd.unlink(comm_id)
         here.finish()
 
@@ -84,16 +84,16 @@ def test_a_member_dies_and_comes_again(here: Service, peers: Peers, victim: int)
     here.start(3 - victim, listen=None)
     here.dd.link("n", members(1, 2, 3), TABLE, timeout=WAIT_MS)
     first = peers()
-    first.ask("start", victim, listen=None)
-    first.ask("begin_link_by_table", "n", members(1, 2, 3), TABLE, WAIT_MS)
+    first.call("start", victim, listen=None)
+    first.call("begin_link_by_table", "n", members(1, 2, 3), TABLE, WAIT_MS)
     time.sleep(0.3)
     first.kill()
     assert status_of(here, 1) == "PREPARING"
     here.dd.unlink(1)
     # The same three, with a new process in the place of the dead one.
     second, third = peers(), peers()
-    second.ask("start", victim, listen=None)
-    third.ask("start", 3, listen=None)
+    second.call("start", victim, listen=None)
+    third.call("start", 3, listen=None)
     for peer in (second, third):
         peer.begin("link_by_table", "n", members(1, 2, 3), TABLE, WAIT_MS)
     assert here.link_by_table("n", members(1, 2, 3), TABLE, WAIT_MS) == 2
@@ -107,7 +107,7 @@ def test_members_that_disagree(two: tuple[Service, Service]) -> None:
     with pytest.raises(LLMException, match=r"\(2, 3\)") as caught:
         other.dd.link("n", {1: 0, 2: 1}, TABLE, timeout=500, wait=True)
     assert caught.value.status_code.name == "LLM_PARAM_INVALID"
-    assert settle(lambda: status_of(here, 1) == "FAILED")
+    assert eventually(lambda: status_of(here, 1) == "FAILED")
 
 
 def test_an_address_that_is_not_ours(two: tuple[Service, Service]) -> None:
@@ -125,7 +125,7 @@ def test_flags_that_differ(here: Service, services: Services) -> None:
     for service in (here, other):
         service.dd.link("n", members(1, 2), TABLE, timeout=1000)
     for service in (here, other):
-        assert settle(lambda s=service: status_of(s, 1) == "FAILED")
+        assert eventually(lambda s=service: status_of(s, 1) == "FAILED")
     assert (here.link_states(), other.link_states()) == ({}, {})
 
 

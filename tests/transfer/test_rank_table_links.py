@@ -14,7 +14,7 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey, LLMException
 from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
 from tests.devices import on_npu
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers, Services, free_port, give_block, pull_block
 from tests.transfer.tables import TABLE, WAIT_MS, device, members, server, status_of, table
 
@@ -24,13 +24,13 @@ ENGINE = "127.0.0.1:0" if on_npu() else None
 
 def give(peer: Peer, cluster_id: int) -> None:
     """A blocks cache of its own colour, and room for another's."""
-    peer.ask("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(cluster_id, 0))
-    peer.ask("allocate", "theirs", 2, 2, 64, paged=True)
-    peer.ask("paint", "mine", cluster_id)
+    peer.call("allocate", "mine", 2, 2, 64, paged=True, keys=BlocksCacheKey(cluster_id, 0))
+    peer.call("allocate", "theirs", 2, 2, 64, paged=True)
+    peer.call("paint", "mine", cluster_id)
 
 
 def pull(peer: Peer, owner: int) -> Any:
-    return peer.ask(
+    return peer.call(
         "attempt", "pull_blocks", BlocksCacheKey(owner, 0), Ref("theirs"), [0, 1], [0, 1]
     )
 
@@ -52,7 +52,7 @@ def assert_linked(here: Service, other: Service) -> None:
 
 
 def assert_apart(here: Service, other: Service) -> None:
-    assert settle(lambda: here.link_states() == other.link_states() == {})
+    assert eventually(lambda: here.link_states() == other.link_states() == {})
     assert pull_block(here, 2).status == "LLM_NOT_YET_LINK"
     assert pull_block(other, 1).status == "LLM_NOT_YET_LINK"
 
@@ -66,21 +66,21 @@ def test_processes_link_all_at_once(peers: Peers, count: int, remote: bool) -> N
     ids = [7, 3, 9, 5][:count]
     processes = {cluster_id: peers() for cluster_id in ids}
     for cluster_id, process in processes.items():
-        process.ask("start", cluster_id, listen=ENGINE, remote=remote)
+        process.call("start", cluster_id, listen=ENGINE, remote=remote)
         give(process, cluster_id)
     for process in processes.values():
         process.begin("link_by_table", "all", members(*ids), TABLE, WAIT_MS)
     assert [process.answer() for process in processes.values()] == [1] * count
     for cluster_id, process in processes.items():
         others = [other for other in ids if other != cluster_id]
-        assert process.ask("link_states") == dict.fromkeys(others, "linked")
+        assert process.call("link_states") == dict.fromkeys(others, "linked")
         for other in others:
             assert pull(process, other) is None
-            assert process.ask("colours", "theirs") == [other]
+            assert process.call("colours", "theirs") == [other]
     for process in processes.values():
-        process.ask("unlink_by_table", 1)
+        process.call("unlink_by_table", 1)
     for process in processes.values():
-        assert process.ask("link_states") == {}
+        assert process.call("link_states") == {}
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
@@ -95,7 +95,7 @@ def test_members_may_come_late(here: Service, services: Services, first: int) ->
         if service is not order[-1]:
             assert status_of(service, 1) == "PREPARING"
     for service in three:
-        assert settle(lambda s=service: status_of(s, 1) == "OK")
+        assert eventually(lambda s=service: status_of(s, 1) == "OK")
         assert set(service.link_states().values()) == {"linked"}
 
 
@@ -105,7 +105,7 @@ def test_until_ok_there_is_no_link(two: tuple[Service, Service]) -> None:
     assert status_of(here, comm_id) == "PREPARING"
     assert pull_block(here, 2).status == "LLM_NOT_YET_LINK"
     assert other.dd.link("n", members(1, 2), TABLE, timeout=WAIT_MS, wait=True) == 1
-    assert settle(lambda: status_of(here, comm_id) == "OK")
+    assert eventually(lambda: status_of(here, comm_id) == "OK")
     assert_linked(here, other)
 
 
@@ -239,8 +239,8 @@ def test_one_member_more_or_less(here: Service, services: Services) -> None:
             communicators = three[cluster_id - 1].instance.communicators
             communicators.wait(2 if name == "some" else 1)
     three[0].dd.unlink(1)
-    assert settle(lambda: three[0].link_states() == {2: "linked"})
-    assert settle(lambda: three[2].link_states() == {2: "linked"})
+    assert eventually(lambda: three[0].link_states() == {2: "linked"})
+    assert eventually(lambda: three[2].link_states() == {2: "linked"})
     assert three[1].link_states() == {1: "linked", 3: "linked"}
 
 
@@ -249,7 +249,7 @@ def test_linked_again_after_the_peer_was_killed(here: Service, peers: Peers) -> 
     give_block(here, 1, 11)
     for round_ in (1, 2, 3):
         peer = peers()
-        peer.ask("start", 2, listen=ENGINE)
+        peer.call("start", 2, listen=ENGINE)
         give(peer, 2)
         peer.begin("link_by_table", "again", members(1, 2), TABLE, WAIT_MS)
         assert here.link_by_table("again", members(1, 2), TABLE, WAIT_MS) == round_
@@ -257,9 +257,9 @@ def test_linked_again_after_the_peer_was_killed(here: Service, peers: Peers) -> 
         assert pull_block(here, 2) is None
         peer.kill()
         if round_ == 2:
-            assert settle(lambda: here.link_states() == {2: "lost"})
+            assert eventually(lambda: here.link_states() == {2: "lost"})
             here.dd.unlink(round_)
-    assert settle(lambda: here.link_states() == {2: "lost"})
+    assert eventually(lambda: here.link_states() == {2: "lost"})
     for comm_id in (1, 3):
         here.dd.unlink(comm_id)
     assert here.link_states() == {}

@@ -18,7 +18,7 @@ import torch
 from llm_datadist_torch import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.transports.choice import LinkChannel
 from tests.devices import on_npu
-from tests.peers import NearPeer, Peer, Ref, Service, settle
+from tests.peers import NearPeer, Peer, Ref, Service, eventually
 
 OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
 COUNT, ROWS, ROW_BYTES = 3, 32, 8192
@@ -35,16 +35,18 @@ def test_many_threads_on_several_links(
     images: dict[int, list[torch.Tensor]] = {}
     for peer_id, kind in kinds.items():
         near = services() if peer_id == 5 else None
-        ask = (
-            peers().ask if near is None else lambda name, *a, s=near, **k: getattr(s, name)(*a, **k)
+        call = (
+            peers().call
+            if near is None
+            else lambda name, *a, s=near, **k: getattr(s, name)(*a, **k)
         )
-        assert here.link(peer_id, ask("start", peer_id)) == OK
+        assert here.link(peer_id, call("start", peer_id)) == OK
         if kind == "relay":
             here.only_relay(peer_id)
         made = "allocated" if kind == "relay" else kind
         key = BlocksCacheKey(peer_id)
-        ask("make", made, "theirs", COUNT, ROWS, ROW_BYTES, paged=True, keys=key)
-        data, span = ask("fill", "theirs", peer_id), ask("span", "theirs")
+        call("make", made, "theirs", COUNT, ROWS, ROW_BYTES, paged=True, keys=key)
+        data, span = call("fill", "theirs", peer_id), call("span", "theirs")
         whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         images[peer_id] = [
             whole[start : start + ROWS * ROW_BYTES].view(ROWS, ROW_BYTES) for start in span.starts
@@ -75,16 +77,16 @@ def test_both_directions_at_once(here: Service, peers: Callable[[], Peer]) -> No
     """Pulls and pushes of both sides on one link; each has its rows to itself."""
     port = here.start(1)
     peer = peers()
-    peer.ask("start", 2)
-    assert peer.ask("link", 1, port) == OK
+    peer.call("start", 2)
+    assert peer.call("link", 1, port) == OK
     here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1))
     here.allocate("mine", 2, 8, 4096, paged=True)
-    peer.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=BlocksCacheKey(2))
-    peer.ask("allocate", "own", 2, 8, 4096, paged=True)
+    peer.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=BlocksCacheKey(2))
+    peer.call("allocate", "own", 2, 8, 4096, paged=True)
     here.paint("ours", 1)
     here.paint("mine", 4)
-    peer.ask("paint", "theirs", 2)
-    peer.ask("paint", "own", 3)
+    peer.call("paint", "theirs", 2)
+    peer.call("paint", "own", 3)
     ids = [0, 1, 2, 3]
     # They pull our blocks 0..3 into "own"; we pull their 0..3 and push to their blocks 4..7.
     peer.begin("hammer", "pull_blocks", BlocksCacheKey(1), Ref("own"), ids, ids, seconds=1.0)
@@ -111,18 +113,18 @@ def test_both_directions_at_once(here: Service, peers: Callable[[], Peer]) -> No
     for tensor in here.held["mine"].cache.tensors:
         assert tensor[:4].cpu().unique().tolist() == [2]
         assert tensor[4:].cpu().unique().tolist() == [4]
-    assert peer.ask("colours", "own") == [1, 3]
-    assert peer.ask("colours", "theirs") == [1, 2]
-    assert settle(lambda: peer.ask("counters")["leases"] == 0)
+    assert peer.call("colours", "own") == [1, 3]
+    assert peer.call("colours", "theirs") == [1, 2]
+    assert eventually(lambda: peer.call("counters")["leases"] == 0)
 
 
 def test_one_key_is_consumed_once(here: Service, peers: Callable[[], Peer]) -> None:
     """Pulls of the same keys on one link: each key serves exactly one."""
     here.start(1)
     peer = peers()
-    assert here.link(2, peer.ask("start", 2)) == OK
+    assert here.link(2, peer.call("start", 2)) == OK
     keys = tuple(CacheKey(2, number) for number in range(40))
-    peer.ask("allocate", "theirs", 2, 40, 64, paged=False, keys=keys)
+    peer.call("allocate", "theirs", 2, 40, 64, paged=False, keys=keys)
     for at in range(4):
         here.allocate(f"t{at}", 2, 1, 64, paged=False)
 
@@ -139,7 +141,7 @@ def test_one_key_is_consumed_once(here: Service, peers: Callable[[], Peer]) -> N
     with ThreadPoolExecutor(4) as pool:
         won = [number for numbers in pool.map(work, range(4)) for number in numbers]
     assert sorted(won) == list(range(40))
-    assert settle(lambda: peer.ask("counters")["keys"] == 0)
+    assert eventually(lambda: peer.call("counters")["keys"] == 0)
 
 
 def test_a_pull_does_not_wait_for_another_one_on_its_link(
@@ -147,9 +149,9 @@ def test_a_pull_does_not_wait_for_another_one_on_its_link(
 ) -> None:
     here.start(1)
     peer = peers()
-    assert here.link(2, peer.ask("start", 2)) == OK
-    peer.ask("allocate", "theirs", 2, 8, 4096, paged=True, keys=BlocksCacheKey(2))
-    peer.ask("paint", "theirs", 3)
+    assert here.link(2, peer.call("start", 2)) == OK
+    peer.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=BlocksCacheKey(2))
+    peer.call("paint", "theirs", 3)
     for name in ("slow", "quick"):
         here.allocate(name, 2, 8, 4096, paged=True)
     move, first, moving, go_on = LinkChannel.move, [True], threading.Event(), threading.Event()
@@ -184,9 +186,9 @@ def test_others_run_during_a_long_pull(
     nbytes = 512 << 20
     here.start(1)
     peer = NearPeer(services()) if on_npu() else peers()
-    assert here.link(2, peer.ask("start", 2)) == OK
-    cache_id = peer.ask("make", kind, "theirs", 1, 1, nbytes, paged=False)
-    peer.ask("paint", "theirs", 3)
+    assert here.link(2, peer.call("start", 2)) == OK
+    cache_id = peer.call("make", kind, "theirs", 1, 1, nbytes, paged=False)
+    peer.call("paint", "theirs", 3)
     here.allocate("mine", 1, 1, nbytes, paged=False)
     gap, stop = 0.0, threading.Event()
 

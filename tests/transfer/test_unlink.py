@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch.transports.choice import LinkChannel
-from tests.peers import Service, settle
+from tests.peers import Service, eventually
 from tests.transfer.helpers import OK, Peers, free_port, only, pull_block
 
 
@@ -22,7 +22,7 @@ def test_unlink_ends_both_sides(pair: tuple[Service, Service, int], asker: str) 
     for _ in range(20):
         assert here.link(2, port) == OK
         assert (here.unlink(2, port) if asker == "dialer" else other.unlink(1, port_here)) == OK
-        assert settle(lambda: here.link_states() == other.link_states() == {})
+        assert eventually(lambda: here.link_states() == other.link_states() == {})
         assert pull_block(here, 2).status == "LLM_NOT_YET_LINK"
         assert pull_block(other, 1).status == "LLM_NOT_YET_LINK"
 
@@ -53,7 +53,7 @@ def test_unlink_not_linked(pair: tuple[Service, Service, int]) -> None:
 def test_unlink_dead_peer(here: Service, peers: Peers) -> None:
     here.start(1)
     peer = peers()
-    port = peer.ask("start", 2)
+    port = peer.call("start", 2)
     assert here.link(2, port) == OK
     peer.kill()
     assert here.unlink(2, port) == only("LLM_UNLINK_FAILED")
@@ -66,7 +66,7 @@ def test_unlink_dead_peer(here: Service, peers: Peers) -> None:
 def test_unlink_sleeping_peer(here: Service, peers: Peers) -> None:
     here.start(1)
     peer = peers()
-    port = peer.ask("start", 2)
+    port = peer.call("start", 2)
     assert here.link(2, port) == OK
     with peer.stopped():
         assert here.unlink(2, port, 300) == only("LLM_TIMEOUT")
@@ -138,7 +138,7 @@ def test_own_finalize_forgets_links(pair: tuple[Service, Service, int]) -> None:
     here, other, port = pair
     assert here.link(2, port) == OK
     here.dd.finalize()
-    assert settle(lambda: other.link_states().get(1) != "linked")
+    assert eventually(lambda: other.link_states().get(1) != "linked")
     assert pull_block(other, 1).status == "LLM_NOT_YET_LINK"
     assert other.unlink(1, force=True) == OK
     here.held.clear()

@@ -44,9 +44,9 @@ def test_a_pull_of_one_block(
 ) -> None:
     here.start(1, remote=remote)
     peer = peers()
-    assert here.link(2, peer.ask("start", 2, remote=remote)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
-    peer.ask("allocate", "theirs", 1, 8, 4096, paged=True, keys=KEY)
-    peer.ask("paint", "theirs", 3)
+    assert here.link(2, peer.call("start", 2, remote=remote)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+    peer.call("allocate", "theirs", 1, 8, 4096, paged=True, keys=KEY)
+    peer.call("paint", "theirs", 3)
     here.allocate("mine", 1, 8, 4096, paged=True)
     manager, cache = here.manager, here.held["mine"].cache
     for _ in range(2):

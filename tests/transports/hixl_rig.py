@@ -12,7 +12,7 @@ from llm_datadist_torch.transports.hixl.channel import HixlChannel
 from llm_datadist_torch.transports.hixl.connection import Connection
 from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.registrations import Registrations
-from tests.peers import settle
+from tests.peers import eventually
 from tests.transports.fake_hixl import FakeEngine, TransferStatus
 
 REMOTE = "10.0.0.2:26000"
@@ -29,7 +29,7 @@ class Rig:
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.script = self.engine.script
-        self.memory = Registrations(self.engine, lambda: self.memory.settle())  # type: ignore[arg-type]
+        self.memory = Registrations(self.engine, lambda: self.memory.eventually())  # type: ignore[arg-type]
         self.memory.add(MemorySpan(BASE, SIZE, META))
         self.connection = Connection(self.engine, REMOTE, self.memory)  # type: ignore[arg-type]
         self.said: list[messages.Message] = []
@@ -47,9 +47,9 @@ class Rig:
         message = messages.decode(payload)
         self.said.append(message)
         if isinstance(message, messages.Query):
-            self.tell(*self.their_ranges)
+            self.advertise(*self.their_ranges)
 
-    def tell(self, *ranges: RegisteredRange, whole: bool = True) -> None:
+    def advertise(self, *ranges: RegisteredRange, whole: bool = True) -> None:
         """The peer tells what it has registered."""
         latest = max((one.generation for one in ranges), default=0)
         self.connection.told(messages.Registered(latest, list(ranges), whole))
@@ -62,7 +62,7 @@ class Rig:
 
     def reconnected(self):
         """Whether the connection was broken, and made anew in the background."""
-        return self.count("disconnect") == 1 and settle(lambda: self.count("connect") == 2)
+        return self.count("disconnect") == 1 and eventually(lambda: self.count("connect") == 2)
 
 
 def moved(

@@ -27,7 +27,7 @@ from llm_datadist_torch.transports.hixl.connection import Generations
 from llm_datadist_torch.transports.hixl.ports import ModulePort
 from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.statuses import hixl_error
-from tests.peers import settle
+from tests.peers import eventually
 from tests.transports.fake_hixl import TransferOp, TransferStatus
 from tests.transports.hixl_rig import (
     ALREADY_CONNECTED,
@@ -257,13 +257,13 @@ def served(rig, movement):
 
 def test_later_memory_goes_by_another_path_until_the_connection_is_renewed(rig):
     rig.move()
-    rig.tell(RegisteredRange(LATE, SIZE, 2), whole=False)
+    rig.advertise(RegisteredRange(LATE, SIZE, 2), whole=False)
     movement = later(LATE)
     with pytest.raises(PathUnavailable, match="does not reach this memory now"):
         rig.move(movement)
     assert rig.move() == "hixl", "what it reaches is served meanwhile"
-    assert settle(lambda: rig.count("connect") == 2)
-    assert settle(lambda: served(rig, movement))
+    assert eventually(lambda: rig.count("connect") == 2)
+    assert eventually(lambda: served(rig, movement))
     assert rig.count("disconnect") == 1
 
 
@@ -273,12 +273,12 @@ def test_later_memory_of_ours(rig):
     movement = moved(local=BASE * 4)
     with pytest.raises(PathUnavailable):
         rig.move(movement)
-    assert settle(lambda: served(rig, movement))
+    assert eventually(lambda: served(rig, movement))
 
 
 def test_later_memory_is_waited_for_where_nothing_else_serves(rig):
     rig.move()
-    rig.tell(RegisteredRange(LATE, SIZE, 2), whole=False)
+    rig.advertise(RegisteredRange(LATE, SIZE, 2), whole=False)
     assert rig.channel.move_at_last(later(LATE), Deadline.after_ms(5000)) == "hixl"
     assert rig.script.names().count("disconnect") == 1
 
@@ -286,10 +286,10 @@ def test_later_memory_is_waited_for_where_nothing_else_serves(rig):
 def test_a_burst_of_registrations_costs_one_connection(rig):
     rig.move()
     for number in range(50):
-        rig.tell(RegisteredRange(LATE + number * SIZE, SIZE, 2 + number), whole=False)
+        rig.advertise(RegisteredRange(LATE + number * SIZE, SIZE, 2 + number), whole=False)
         with pytest.raises(PathUnavailable):
             rig.move(later(LATE + number * SIZE))
-    assert settle(lambda: served(rig, later(LATE + 49 * SIZE)))
+    assert eventually(lambda: served(rig, later(LATE + 49 * SIZE)))
     assert rig.count("connect") == 2
 
 
@@ -297,7 +297,7 @@ def test_the_peer_deregisters(rig):
     """We disconnect, say so, and come back when it tells what it has."""
     rig.move()
     rig.channel.note(messages.encode(messages.Disconnect()))
-    assert settle(lambda: messages.Disconnected() in rig.said)
+    assert eventually(lambda: messages.Disconnected() in rig.said)
     assert rig.count("disconnect") == 1
     with pytest.raises(PathUnavailable):
         rig.move()
@@ -320,10 +320,10 @@ def test_what_the_peer_has_not_registered_goes_by_another_path(rig):
 def test_a_movement_whose_connection_another_one_breaks_is_tried_again(rig):
     """HIXL forgets its requests, as if they had never been."""
     rig.script.then("get_transfer_status", WAITING, (PARAM_INVALID, TransferStatus.FAILED))
-    ask = rig.engine.get_transfer_status
+    status = rig.engine.get_transfer_status
 
     def break_it_once(request):
-        answer = ask(request)
+        answer = status(request)
         if answer == WAITING:
             with rig.connection._changed:
                 rig.connection._disconnect()
@@ -364,7 +364,7 @@ def test_a_link_that_ends_during_a_movement(rig):
     rig.engine.get_transfer_status = end
     with pytest.raises(LLMPeerLostError):
         rig.move()
-    assert settle(lambda: not [t for t in threading.enumerate() if REMOTE in t.name])
+    assert eventually(lambda: not [t for t in threading.enumerate() if REMOTE in t.name])
     assert [name for name in rig.script.names() if name.endswith("connect")] == [
         "connect",
         "disconnect",
@@ -380,7 +380,7 @@ def test_a_new_link_does_not_suffer_from_the_old_ones_end(rig):
         rig.channel.close()
         rig.channel = rig.new_channel()
     assert rig.move() == "hixl"
-    assert settle(lambda: rig.script.names().count("disconnect") == 1)
+    assert eventually(lambda: rig.script.names().count("disconnect") == 1)
     names = [name for name in rig.script.names() if name.endswith("connect")]
     assert names == ["connect", "disconnect", "connect"]
 

@@ -153,7 +153,7 @@ def test_between_hosts_it_beats_the_relay():
         offer = msgspec.msgpack.encode(peer)
         channel = transports.connect(
             {"local": offer, "nixl": offer},
-            SimpleNamespace(neighbour=None, process=known if expected == "local" else None),
+            SimpleNamespace(same_process_peer=None, process=known if expected == "local" else None),
         )
         choice = channel.choice(MemoryKind.HOST)
         assert choice.transport == expected
@@ -198,16 +198,16 @@ class SomeCache:
 
     def __init__(self) -> None:
         self.addrs, self.extent, self.writable = torch.tensor([0]), 64, True
-        self.holds = 0
+        self.leases = 0
 
     def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
         pass
 
-    def hold(self) -> None:
-        self.holds += 1
+    def acquire(self) -> None:
+        self.leases += 1
 
     def end(self) -> None:
-        self.holds -= 1
+        self.leases -= 1
 
 
 def test_a_peer_that_asks_for_everything_at_once(monkeypatch: pytest.MonkeyPatch):
@@ -231,11 +231,11 @@ def test_a_peer_that_asks_for_everything_at_once(monkeypatch: pytest.MonkeyPatch
     assert failure.value.status_code is LLMStatusCode.LLM_LINK_BUSY
     # To stop is always possible, and what was refused holds nothing.
     serving.stop(Stop(0, failed=False))
-    assert cache.holds == 1 + MAX_JOBS
+    assert cache.leases == 1 + MAX_JOBS
     go_on.set()
     serving.close()
     serving.join(30)
-    assert (cache.holds, len(answers)) == (0, 1 + MAX_JOBS)
+    assert (cache.leases, len(answers)) == (0, 1 + MAX_JOBS)
 
 
 class SomeAgent:
@@ -266,7 +266,7 @@ def test_a_ticket_holds_until_its_memory_goes(monkeypatch: pytest.MonkeyPatch):
     tickets = []
 
     def ticket(spans: list[MemorySpan]) -> None:
-        port.hold(spans)
+        port.register(spans)
         tickets.append(port.ticket(spans))
 
     for spans in (first, first, second, second):
@@ -278,7 +278,7 @@ def test_a_ticket_holds_until_its_memory_goes(monkeypatch: pytest.MonkeyPatch):
     port.abandon()
     ticket(second)
     # Registered anew, because something overlaps it.
-    port.hold([span(64, 128)])
+    port.register([span(64, 128)])
     ticket(second)
     assert tickets[4:] == [b"3", b"3", b"4", b"5"]
 

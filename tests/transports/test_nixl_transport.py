@@ -14,7 +14,7 @@ from llm_datadist_torch import BlocksCacheKey
 from tests.faults.conftest import here, peers
 from tests.faults.helpers import ME, NYL, OK, PEER, THEIRS, TIMEOUT, Peers
 from tests.faults.test_network import network
-from tests.peers import Peer, Ref, Service, settle
+from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.remote import messages
 
 __all__ = ["here", "network", "peers"]
@@ -40,13 +40,13 @@ def start(peer: Any, cluster: int, listen: str = "127.0.0.1:0") -> int:
 
 
 def offer_cache(peer: Peer, colour: int) -> None:
-    peer.ask("allocate", "theirs", 2, len(BLOCKS), BLOCK_BYTES, paged=True, keys=THEIRS)
-    peer.ask("paint", "theirs", colour)
+    peer.call("allocate", "theirs", 2, len(BLOCKS), BLOCK_BYTES, paged=True, keys=THEIRS)
+    peer.call("paint", "theirs", colour)
 
 
 def linked(here: Service, peers: Peers, colour: int = 5) -> Peer:
     peer = peers()
-    port = start(peer.ask, PEER)
+    port = start(peer.call, PEER)
     offer_cache(peer, colour)
     if here.datadist is None:
         start(lambda _, *args, **more: here.start(*args, **more), ME)
@@ -81,7 +81,7 @@ def test_a_known_cache_takes_one_message(
     here: Service, peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer = peers()
-    port = peer.ask("start", PEER, options=NIXL, remote=True)
+    port = peer.call("start", PEER, options=NIXL, remote=True)
     offer_cache(peer, 5)
     here.start(ME, options=NIXL, remote=True)
     here.allocate("mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
@@ -89,13 +89,13 @@ def test_a_known_cache_takes_one_message(
     known = ["Call"]
     with messages(monkeypatch) as said:
         for colour in (6, 7):
-            peer.ask("paint", "theirs", colour)
+            peer.call("paint", "theirs", colour)
             assert move(here, "pull_blocks") is None
             assert here.all_are("mine", colour)
         assert said == ["Resolve", "Call", "Release", *known]
         channel = here.instance.links.find(PEER).channel._channels["nixl"]
         agent = channel._incoming._agent
-        peer.ask("drop", "theirs")
+        peer.call("drop", "theirs")
         offer_cache(peer, 8)
         said.clear()
         assert move(here, "pull_blocks") is None
@@ -103,7 +103,7 @@ def test_a_known_cache_takes_one_message(
     assert here.all_are("mine", 8)
     # A claim that is refused costs a message, and not the agent.
     assert channel._incoming._agent is agent
-    peer.ask("drop", "theirs")
+    peer.call("drop", "theirs")
     assert move(here, "pull_blocks").status == "LLM_KV_CACHE_NOT_EXIST"
     assert here.all_are("mine", 8)
 
@@ -113,7 +113,7 @@ def test_a_pull_that_times_out_writes_no_more(here: Service, peers: Peers) -> No
     assert move(here, "pull_blocks") is None
     timeouts = 0
     for after_ms in (1, 10, 30):
-        peer.ask("paint", "theirs", 7)
+        peer.call("paint", "theirs", 7)
         failure = move(here, "pull_blocks", timeout=after_ms)
         if failure is not None:
             assert failure.status == TIMEOUT
@@ -123,14 +123,14 @@ def test_a_pull_that_times_out_writes_no_more(here: Service, peers: Peers) -> No
         assert move(here, "pull_blocks") is None
         assert here.all_are("mine", 7)
     assert timeouts
-    assert settle(lambda: not peer.ask("counters")["leases"])
+    assert eventually(lambda: not peer.call("counters")["leases"])
 
 
 def test_a_push_that_times_out_writes_no_more(here: Service, peers: Peers) -> None:
     peer = linked(here, peers)
     here.paint("mine", 4)
     assert move(here, "push_blocks") is None
-    assert peer.ask("all_are", "theirs", 4)
+    assert peer.call("all_are", "theirs", 4)
     timeouts = 0
     for after_ms in (1, 10, 30):
         here.paint("mine", 6)
@@ -139,17 +139,17 @@ def test_a_push_that_times_out_writes_no_more(here: Service, peers: Peers) -> No
             assert failure.status == TIMEOUT
             timeouts += 1
             # The owner keeps the lease until nothing is on its way any more.
-            assert settle(lambda: not peer.ask("counters")["leases"])
-            stays(peer.ask, "theirs", 3)
+            assert eventually(lambda: not peer.call("counters")["leases"])
+            stays(peer.call, "theirs", 3)
         assert move(here, "push_blocks") is None
-        assert peer.ask("all_are", "theirs", 6)
+        assert peer.call("all_are", "theirs", 6)
     assert timeouts
 
 
 def test_a_stopped_peer_writes_no_more_when_it_wakes(here: Service, peers: Peers) -> None:
     peer = linked(here, peers)
     assert move(here, "pull_blocks") is None
-    peer.ask("paint", "theirs", 7)
+    peer.call("paint", "theirs", 7)
     failures: list[Any] = []
     puller = threading.Thread(
         target=lambda: failures.append(move(here, "pull_blocks", timeout=1000))
@@ -163,7 +163,7 @@ def test_a_stopped_peer_writes_no_more_when_it_wakes(here: Service, peers: Peers
     if failures[0] is not None:
         assert failures[0].status == TIMEOUT
         assert here.all_are("mine", 3)
-    assert settle(lambda: move(here, "pull_blocks") is None)
+    assert eventually(lambda: move(here, "pull_blocks") is None)
     assert here.all_are("mine", 7)
 
 
@@ -182,7 +182,7 @@ def test_the_peer_dies(here: Service, peers: Peers, operation: str) -> None:
         assert failure.status == NYL
         assert time.monotonic() - started < 20
         stays(call(here), "mine", 3)
-        assert settle(lambda: here.link_states() == {PEER: "lost"})
+        assert eventually(lambda: here.link_states() == {PEER: "lost"})
         assert not here.counters()["leases"]
 
 
@@ -195,14 +195,14 @@ def test_who_works_on_our_cache_dies(here: Service, peers: Peers, operation: str
         here.allocate("ours", 2, len(BLOCKS), BLOCK_BYTES, paged=True, keys=ours)
         here.paint("ours", number)
         peer = peers()
-        start(peer.ask, number)
-        peer.ask("allocate", "mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
-        assert peer.ask("link", ME, port) == OK
-        assert peer.ask("attempt", operation, ours, Ref("mine"), BLOCKS, BLOCKS) is None
+        start(peer.call, number)
+        peer.call("allocate", "mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
+        assert peer.call("link", ME, port) == OK
+        assert peer.call("attempt", operation, ours, Ref("mine"), BLOCKS, BLOCKS) is None
         peer.begin("hammer", operation, ours, Ref("mine"), BLOCKS, BLOCKS)
         time.sleep(after_s)
         peer.kill()
-        assert settle(lambda: not here.counters()["leases"])
+        assert eventually(lambda: not here.counters()["leases"])
         stays(call(here), "ours", 1)
         here.drop("ours")
 
@@ -211,21 +211,21 @@ def test_memory_comes_and_goes(here: Service, peers: Peers) -> None:
     """Stale registrations are never used: each time other memory, or the same one anew."""
     peer = linked(here, peers)
     for colour in range(1, 5):
-        peer.ask("drop", "theirs")
+        peer.call("drop", "theirs")
         here.drop("mine")
         if colour % 2:
             offer_cache(peer, colour)
             here.allocate("mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
         else:
             blocks = (2, len(BLOCKS), BLOCK_BYTES)
-            peer.ask("make", "tensors", "theirs", *blocks, paged=True, keys=THEIRS)
-            peer.ask("paint", "theirs", colour)
+            peer.call("make", "tensors", "theirs", *blocks, paged=True, keys=THEIRS)
+            peer.call("paint", "theirs", colour)
             here.make("tensors", "mine", *blocks, paged=True)
         assert move(here, "pull_blocks") is None
         assert here.all_are("mine", colour)
         here.paint("mine", colour + 100)
         assert move(here, "push_blocks") is None
-        assert peer.ask("all_are", "theirs", colour + 100)
+        assert peer.call("all_are", "theirs", colour + 100)
 
 
 @pytest.mark.needs_netns
@@ -235,28 +235,28 @@ def test_between_hosts(peers: Peers, network: tuple[str, str, Callable[[str], No
     near, far = peers(), peers()
     # Of all our interfaces only this one leads there, which UCX can't know. Only a process that has
     # not loaded UCX yet takes it.
-    near.ask("set_environment", {"UCX_NET_DEVICES": f"va{space[3:]}", "UCX_TLS": "tcp"})
-    far.ask("set_environment", {"UCX_NET_DEVICES": f"vb{space[3:]}", "UCX_TLS": "tcp"})
-    far.ask("enter_network", space)
-    port = start(far.ask, PEER, listen=f"{address}:0")
+    near.call("set_environment", {"UCX_NET_DEVICES": f"va{space[3:]}", "UCX_TLS": "tcp"})
+    far.call("set_environment", {"UCX_NET_DEVICES": f"vb{space[3:]}", "UCX_TLS": "tcp"})
+    far.call("enter_network", space)
+    port = start(far.call, PEER, listen=f"{address}:0")
     offer_cache(far, 5)
-    start(near.ask, ME)
-    near.ask("allocate", "mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
-    assert near.ask("link", PEER, port, ip=address) == OK
-    near.ask("note_ways")
+    start(near.call, ME)
+    near.call("allocate", "mine", 2, len(BLOCKS), BLOCK_BYTES, paged=True)
+    assert near.call("link", PEER, port, ip=address) == OK
+    near.call("note_paths")
 
     def move_near(operation: str, **further: Any) -> Any:
-        return near.ask("attempt", operation, THEIRS, Ref("mine"), BLOCKS, BLOCKS, **further)
+        return near.call("attempt", operation, THEIRS, Ref("mine"), BLOCKS, BLOCKS, **further)
 
     assert move_near("pull_blocks") is None
-    assert near.ask("all_are", "mine", 5)
-    near.ask("paint", "mine", 6)
+    assert near.call("all_are", "mine", 5)
+    near.call("paint", "mine", 6)
     assert move_near("push_blocks") is None
-    assert far.ask("all_are", "theirs", 6)
-    assert near.ask("noted")[0] == ["nixl", "nixl"]
+    assert far.call("all_are", "theirs", 6)
+    assert near.call("noted")[0] == ["nixl", "nixl"]
     set_link("down")
     failure = move_near("pull_blocks", timeout=1000)
     assert failure.status in (NYL, TIMEOUT)
     set_link("up")
-    assert settle(lambda: move_near("pull_blocks", timeout=20_000) is None)
-    assert near.ask("all_are", "mine", 6)
+    assert eventually(lambda: move_near("pull_blocks", timeout=20_000) is None)
+    assert near.call("all_are", "mine", 6)

@@ -20,7 +20,7 @@ from llm_datadist_torch.transports.registry import (
     why_unavailable,
 )
 from tests.conftest import InstanceFactory
-from tests.peers import Peer, Ref, Service, cluster, settle
+from tests.peers import Peer, Ref, Service, cluster, eventually
 from tests.transfer.helpers import OK
 from tests.transports.conftest import EXAMPLE
 
@@ -161,7 +161,7 @@ def test_links_say_what_they_use(instance_factory: InstanceFactory, caplog):
     assert f"linked with cluster {there.cluster_id}: host memory by local (same" in caplog.text
     assert not there.links()[0].dialed
     there.finalize()
-    assert settle(lambda: here.links() == [] or here.links()[0].state == "lost")
+    assert eventually(lambda: here.links() == [] or here.links()[0].state == "lost")
 
 
 @pytest.mark.usefixtures("example")
@@ -177,23 +177,23 @@ def test_ends_without_a_common_transport(instance_factory: InstanceFactory, capl
 @pytest.mark.usefixtures("example")
 def test_bytes_through_one_of_others(here: Service, peers: Callable[[], Peer]):
     far, options = peers(), {"llm.Transport": "procmem"}
-    far.ask("see", str(EXAMPLE))
-    port = far.ask("start", 2)
-    far.ask("allocate", "cache", 2, 4, 1000, paged=True, keys=BlocksCacheKey(2, 0))
+    far.call("see", str(EXAMPLE))
+    port = far.call("start", 2)
+    far.call("allocate", "cache", 2, 4, 1000, paged=True, keys=BlocksCacheKey(2, 0))
     here.start(1, options=options)
     here.allocate("cache", 2, 4, 1000, paged=True)
     assert here.link(2, port) == OK
-    assert here.transports(2) == far.ask("transports", 1) == ("procmem", None)
+    assert here.transports(2) == far.call("transports", 1) == ("procmem", None)
     key, cache = BlocksCacheKey(2, 0), Ref("cache")
 
-    far.ask("paint", "cache", 7)
+    far.call("paint", "cache", 7)
     here.paint("cache", 1)
     assert here.attempt("pull_blocks", key, cache, [0, 1], [3, 1]) is None
     blocks = [tensor[:, 0].tolist() for tensor in here.held["cache"].cache.tensors]
     assert blocks == [[1, 7, 1, 7]] * 2
     here.paint("cache", 9)
     assert here.attempt("push_blocks", key, cache, [0], [2]) is None
-    assert far.ask("colours", "cache") == [7, 9]
+    assert far.call("colours", "cache") == [7, 9]
 
     far.kill()
-    assert settle(lambda: here.link_states() == {2: "lost"})
+    assert eventually(lambda: here.link_states() == {2: "lost"})

@@ -49,10 +49,10 @@ _find_target, _send_layer = Sender._find_target, Sender._send_layer
 
 
 def _wait_while(bends: Path, wish: str, transfer_id: str) -> None:
-    hold = bends / f"{wish}-{transfer_id}"
-    if hold.exists():
+    gate = bends / f"{wish}-{transfer_id}"
+    if gate.exists():
         (bends / f"held-{transfer_id}").touch()
-        while hold.exists():
+        while gate.exists():
             time.sleep(0.01)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,7 +19,7 @@ CONSUMERS = ("d1", "d2")
 """One that computes what it could not load, and one that fails such requests."""
 
 
-def hold(bend: Path) -> None:
+def hold_back(bend: Path) -> None:
     (bend / "hold").touch()
 
 
@@ -61,7 +61,7 @@ def test_a_consumer_that_comes_too_late(engines: Engines) -> None:
     prompts = random_prompts(200, 300, seed=23)
     all_blocks = engines["victim1"].state()["free_blocks"]
     params = engines.prefill("victim1", prompts)
-    assert settle(lambda: engines["victim1"].state()["free_blocks"] == all_blocks)
+    assert eventually(lambda: engines["victim1"].state()["free_blocks"] == all_blocks)
     answers = engines["d1"].generate(prompts, 12, params)
     assert tokens_of(answers) == engines.right(prompts, 12)
     assert re.search("has given up the blocks|have been given up", engines["d1"].text())
@@ -72,12 +72,12 @@ def test_killed_between_prefill_and_pull_and_as_a_consumer(engines: Engines) -> 
     params = engines.prefill("victim1", prompts[:2])
     bend = engines.bends["victim1"]
     before = engines["p1"].state()["free_blocks"]
-    hold(bend)
+    hold_back(bend)
     engines["victim1"].begin(prompts[2:], 12, engines.prefill("p1", prompts[2:]))
-    assert settle(lambda: is_held(bend))
+    assert eventually(lambda: is_held(bend))
     assert engines["p1"].state()["free_blocks"] < before
     engines["victim1"].kill()
-    assert settle(lambda: engines["p1"].state()["free_blocks"] == before), "nobody reads them"
+    assert eventually(lambda: engines["p1"].state()["free_blocks"] == before), "nobody reads them"
     check_both_policies(engines, prompts, params)
 
 
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_of_a_pull(engines: Engines) -> None:
     params = engines.prefill("victim2", prompts)
     bends = [engines.bends[name] for name in CONSUMERS]
     for bend in bends:
-        hold(bend)
+        hold_back(bend)
     check_both_policies(engines, prompts, params, bends)
 
 
@@ -100,7 +100,7 @@ def check_both_policies(
     for at, name in enumerate(CONSUMERS):
         engines[name].begin([prompts[at]], 12, [params[at]])
     if bends:
-        assert settle(lambda: all(map(is_held, bends)))
+        assert eventually(lambda: all(map(is_held, bends)))
         engines["victim2"].kill()
         for bend in bends:
             release(bend)

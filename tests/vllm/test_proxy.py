@@ -77,7 +77,7 @@ class Setting:
         self.session: aiohttp.ClientSession
         self.proxy: TestServer
 
-    async def ask(self, path: str = "/v1/completions", **body: Any) -> tuple[int, Any]:
+    async def post(self, path: str = "/v1/completions", **body: Any) -> tuple[int, Any]:
         async with self.session.post(self.proxy.make_url(path), json=body) as answer:
             return answer.status, await answer.json()
 
@@ -110,7 +110,7 @@ def run(test: Callable[[Setting], Awaitable[None]], peers: Sequence[list[Peer]] 
 def test_prefill_first_then_decode_with_its_params(path: str) -> None:
     async def test(on: Setting) -> None:
         body = {"prompt": "x", "max_tokens": 7, "max_completion_tokens": 7, "n": 2, "min_tokens": 3}
-        status, told = await on.ask(path, **body)
+        status, told = await on.post(path, **body)
         assert (status, told) == (200, {"from": "d0", "params": {"of": "p0"}})
         (asked,) = on.prefill[0].asked
         assert asked == {
@@ -135,7 +135,7 @@ def test_a_client_that_goes(peers: Sequence[list[Peer]], waits_for: str, *, stre
     async def test(on: Setting) -> None:
         waiting = on.prefill[0] if waits_for == "prefill" else on.decode[0]
         waiting.answers.clear()
-        asking = asyncio.ensure_future(on.ask(prompt="x", stream=stream))
+        asking = asyncio.ensure_future(on.post(prompt="x", stream=stream))
         while not waiting.asked:
             await asyncio.sleep(0.01)
         asking.cancel()
@@ -145,8 +145,8 @@ def test_a_client_that_goes(peers: Sequence[list[Peer]], waits_for: str, *, stre
             assert not on.decode[0].asked
         waiting.answers.set()
         # The server did nothing wrong, and is asked again in its turn.
-        assert (await on.ask(prompt="y"))[0] == 200
-        assert (await on.ask(prompt="y"))[0] == 200
+        assert (await on.post(prompt="y"))[0] == 200
+        assert (await on.post(prompt="y"))[0] == 200
         assert len(on.decode[0].asked) + len(on.decode[1].asked) >= 2
 
     run(test, peers)
@@ -154,7 +154,7 @@ def test_a_client_that_goes(peers: Sequence[list[Peer]], waits_for: str, *, stre
 
 def test_servers_take_turns() -> None:
     async def test(on: Setting) -> None:
-        told = [(await on.ask(prompt=[1, 2]))[1] for _ in range(4)]
+        told = [(await on.post(prompt=[1, 2]))[1] for _ in range(4)]
         assert [each["from"] for each in told] == ["d0", "d1"] * 2
         assert [each["params"]["of"] for each in told] == ["p0", "p1"] * 2
 
@@ -196,7 +196,7 @@ def test_the_next_is_tried(how: str) -> None:
             else:
                 backend.status = 503
         for _ in range(4):
-            status, told = await on.ask(prompt="x")
+            status, told = await on.post(prompt="x")
             assert (status, told) == (200, {"from": "d0", "params": {"of": "p1"}})
         if how == "503":
             assert len(on.prefill[0].asked) == 1, "it is left alone for a while"
@@ -209,7 +209,7 @@ def test_without_prefill_servers_decode_does_it_all() -> None:
     async def test(on: Setting) -> None:
         for backend in on.prefill:
             await backend.server.close()
-        assert await on.ask(prompt="x") == (200, {"from": "d0", "params": None})
+        assert await on.post(prompt="x") == (200, {"from": "d0", "params": None})
         assert (await on.health())[0] == 200
 
     run(test)
@@ -219,7 +219,7 @@ def test_without_decode_servers() -> None:
     async def test(on: Setting) -> None:
         for backend in on.decode:
             await backend.server.close()
-        status, told = await on.ask(prompt="x")
+        status, told = await on.post(prompt="x")
         assert (status, told["error"]["code"]) == (503, 503)
         assert (await on.health())[0] == 503
         async with on.session.get(on.proxy.make_url("/v1/models")) as answer:
@@ -231,13 +231,13 @@ def test_without_decode_servers() -> None:
 def test_what_is_refused_is_passed_on_or_said() -> None:
     async def test(on: Setting) -> None:
         on.prefill[0].status = 400
-        assert await on.ask(prompt="x") == (400, {"error": "p0"})
+        assert await on.post(prompt="x") == (400, {"error": "p0"})
         assert not on.prefill[1].asked
         assert not on.decode[0].asked
         for prompts in (["x", "y"], [[1], [2]]):
-            status, told = await on.ask(prompt=prompts)
+            status, told = await on.post(prompt=prompts)
             assert (status, told["error"]["type"]) == (400, "BadRequestError")
-        assert (await on.ask(prompt=["x"]))[1]["params"] == {"of": "p1"}
+        assert (await on.post(prompt=["x"]))[1]["params"] == {"of": "p1"}
         assert on.prefill[1].asked[0]["prompt"] == "x"
         url = on.proxy.make_url("/v1/completions")
         for data in (b"{", b"[]"):

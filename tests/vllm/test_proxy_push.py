@@ -39,7 +39,7 @@ def test_both_are_asked_at_the_same_time() -> None:
             p, d = on.prefill[at], on.decode[at]
             for backend in (p, d):
                 backend.answers.clear()
-            asking = asyncio.ensure_future(on.ask(prompt="x", max_tokens=7, n=2))
+            asking = asyncio.ensure_future(on.post(prompt="x", max_tokens=7, n=2))
             await until(lambda p=p, d=d: bool(p.asked and d.asked))
             (sent,), (wanted,) = sent_to(p), sent_to(d)
             name = wanted["transfer_id"]
@@ -84,7 +84,7 @@ def test_a_prefill_server_that_fails_ends_the_pair_and_the_next_gets_a_new_trans
         else:
             on.prefill[0].status = 503
             on.prefill[0].answers.clear()
-        asking = asyncio.ensure_future(on.ask(prompt="x"))
+        asking = asyncio.ensure_future(on.post(prompt="x"))
         if how == "503":
             await until(lambda: bool(on.decode[0].asked))
             on.prefill[0].answers.set()
@@ -107,7 +107,7 @@ def test_a_decode_server_that_fails() -> None:
         on.decode[0].status = 503
         for backend in (on.prefill[0], on.decode[1]):
             backend.answers.clear()
-        asking = asyncio.ensure_future(on.ask(prompt="x"))
+        asking = asyncio.ensure_future(on.post(prompt="x"))
         await until(lambda: len(on.prefill[0].asked) == 2)
         assert on.prefill[0].cancelled == 1, "nobody wants what it computes"
         first, second = sent_to(on.prefill[0])
@@ -124,7 +124,7 @@ def test_what_a_prefill_server_refuses_is_passed_on() -> None:
     async def test(on: Setting) -> None:
         on.prefill[0].status = 400
         on.decode[0].answers.clear()
-        assert await on.ask(prompt="x") == (400, {"error": "p0"})
+        assert await on.post(prompt="x") == (400, {"error": "p0"})
         await until(lambda: on.decode[0].cancelled == 1)
 
     run(test)
@@ -136,14 +136,14 @@ def test_without_servers_of_one_kind() -> None:
             await backend.server.close()
         for backend in on.decode:
             backend.answers.clear()
-        asking = asyncio.ensure_future(on.ask(prompt="x"))
+        asking = asyncio.ensure_future(on.post(prompt="x"))
         await until(lambda: any("kv_transfer_params" not in body for body in on.decode[1].asked))
         for backend in on.decode:
             backend.answers.set()
         assert await asking == (200, {"from": "d1", "params": None})
         for backend in on.decode:
             await backend.server.close()
-        assert (await on.ask(prompt="x"))[0] == 503
+        assert (await on.post(prompt="x"))[0] == 503
 
     run(test)
 

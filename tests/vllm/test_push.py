@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -45,7 +45,7 @@ def test_a_batch_with_cached_prefixes(engines: Engines) -> None:
     for _ in range(2):
         assert push(engines, prompts, 12) == engines.right(prompts, 12)
     for name in ("push_p", "push_d"):
-        assert settle(lambda e=engines[name]: e.state()["free_blocks"] == 255), name
+        assert eventually(lambda e=engines[name]: e.state()["free_blocks"] == 255), name
 
 
 def test_several_samples_of_one_prompt(engines: Engines) -> None:
@@ -87,7 +87,7 @@ def test_sigkill_before_and_in_the_middle(engines: Engines) -> None:
     for name, when in zip(names, ("before", "middle") * 2, strict=True):
         (bends / f"{when}-{name}").touch()
     engines["push_victim"].begin(prompts, 1, sent)
-    assert settle(lambda: all((bends / f"held-{name}").exists() for name in names))
+    assert eventually(lambda: all((bends / f"held-{name}").exists() for name in names))
     engines["push_victim"].signal(signal.SIGKILL)
     for answer in engines["push_d"].finish():
         assert (answer["finish_reason"], answer["tokens"]) == ("error", [])
@@ -95,4 +95,4 @@ def test_sigkill_before_and_in_the_middle(engines: Engines) -> None:
     for consumer in CONSUMERS:
         again = random_prompts(300, 400, seed=46)
         assert push(engines, again, 12, consumer) == engines.right(again, 12), consumer
-        assert settle(lambda e=engines[consumer]: e.state()["free_blocks"] == 255), consumer
+        assert eventually(lambda e=engines[consumer]: e.state()["free_blocks"] == 255), consumer

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm.engines import ROOT
 
 pytestmark = pytest.mark.timeout(900)
@@ -79,7 +79,7 @@ def servings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ser
     }
     try:
         for each in made.values():
-            assert settle(each.is_ready, START_S), each.text()
+            assert eventually(each.is_ready, START_S), each.text()
         yield made
     finally:
         for each in made.values():
@@ -116,4 +116,4 @@ def test_nothing_is_left_when_it_is_ended(servings: dict[str, Serving], mode: st
     serving = servings[mode]
     serving.process.send_signal(signal.SIGTERM)
     assert serving.process.wait(120) == 143
-    assert settle(lambda: not serving.processes(), 60)
+    assert eventually(lambda: not serving.processes(), 60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
 pytestmark = pytest.mark.timeout(600)
@@ -118,4 +118,4 @@ def test_all_blocks_are_free_again(engines: Engines) -> None:
         engines.hand_over(producer, consumer, prompts, 5)
     for name, blocks in (("p1", 256), ("p2", 256), ("d1", 256), ("d2", 26)):
         # One block is nobody's.
-        assert settle(lambda e=engines[name], n=blocks: e.state()["free_blocks"] == n - 1), name
+        assert eventually(lambda e=engines[name], n=blocks: e.state()["free_blocks"] == n - 1), name

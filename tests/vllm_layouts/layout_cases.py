@@ -104,7 +104,7 @@ class Worker:
         keys.view(dim, self.block_size)[:, token] = numbers[:dim]
         values.view(self.block_size, dim)[token] = numbers[dim:]
 
-    def holds(self, slot: tuple[int, int], token: int) -> bool:
+    def has_token(self, slot: tuple[int, int], token: int) -> bool:
         return all(
             torch.equal(
                 self.vector(layer, part, slot, at).flatten(),

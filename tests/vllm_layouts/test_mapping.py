@@ -60,7 +60,7 @@ def copy_rows(dst: Worker, src: Worker, found: list[mapping.Move]) -> None:
 def check_holds(worker: Worker, blocks: list[int], first: int, num_tokens: int) -> None:
     tokens = range(first, num_tokens)
     for token, slot in zip(tokens, slots(blocks, worker.block_size, tokens), strict=True):
-        assert worker.holds(slot, token), (token, slot)
+        assert worker.has_token(slot, token), (token, slot)
     for block in set(range(BLOCKS)) - set(blocks[first // worker.block_size :]):
         for at in range(worker.block_size):
             assert worker.is_untouched((block, at))

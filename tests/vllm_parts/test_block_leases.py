@@ -36,7 +36,7 @@ def test_read_and_released(leases: Leases) -> None:
     leases.grant(1, "request", ((4, 5),))
     assert claim(leases, 1, A)
     assert leases.take_finished() == set()
-    assert leases.holds(1)
+    assert leases.still_valid(1)
     assert leases.release(1, A, 1)
     assert leases.take_finished() == {"request"}
     assert leases.take_finished() == set()
@@ -48,7 +48,7 @@ def test_released_twice_is_too_late(leases: Leases) -> None:
     assert leases.release(1, A, 1)
     assert leases.release(1, A, 1) is False
     assert claim(leases, 1, A) is False
-    assert not leases.holds(1)
+    assert not leases.still_valid(1)
 
 
 def test_nobody_comes(leases: Leases, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm_parts.workers import FINGERPRINT, Worker, snapshot
 
 
@@ -61,7 +61,7 @@ def test_a_producer_that_comes_back_with_other_blocks(
     first.half.close()
     second = worker(10, 7, cluster_id=5, port=port, block=256)
     # As long as the first one's end has not been noticed, loads fail.
-    assert settle(lambda: not d.pull(second.grant([2], 60), [5], 0, 60))
+    assert eventually(lambda: not d.pull(second.grant([2], 60), [5], 0, 60))
     for name, tensor in d.kv.items():
         for head in range(2):
             # K transposed, then V: 60 of 128 tokens, of 256 there.

@@ -29,7 +29,7 @@ from llm_datadist_torch.vllm.worker import pushing, receiving
 from llm_datadist_torch.vllm.worker.processes import this_process
 from llm_datadist_torch.vllm.worker.pushing import Sender
 from llm_datadist_torch.vllm.worker.service import TimeLimit
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm_parts.workers import BLOCK, Worker, group, snapshot
 
 
@@ -135,7 +135,7 @@ def test_the_producer_ends_before_its_first_layer(
     receiver = d.half._receiver
     assert receiver is not None
     if not expected_first:
-        assert settle(lambda: "t" in receiver._refused)
+        assert eventually(lambda: "t" in receiver._refused)
         expect(d, (1, 2), 32, 64)
     assert d.wait() == {2}
     assert p.freed("p") if kept else not p.half.take_done().sent
@@ -162,9 +162,9 @@ def test_what_was_given_up_is_forgotten_after_a_while(
     receiver = d.half._receiver
     assert receiver is not None
     for name in "abc":
-        ask(p, d, Pushed("", name, "x", False))
+        request(p, d, Pushed("", name, "x", False))
     assert list(receiver._refused) == ["a", "b"]
-    assert settle(lambda: not d.half.take_done().sent and not receiver._refused)
+    assert eventually(lambda: not d.half.take_done().sent and not receiver._refused)
 
 
 @pytest.mark.parametrize("spoilt", [False, True])
@@ -198,10 +198,10 @@ def test_checksums_of_what_was_pushed(
 def where(p: Worker, d: Worker, transfer_id: str = "t") -> Place:
     """Where a producer may write."""
     question = Where(transfer_id, p.half.address, this_process())
-    return decode(ask(p, d, question), type=Place)
+    return decode(request(p, d, question), type=Place)
 
 
-def ask(p: Worker, d: Worker, question: Asked) -> bytes:
+def request(p: Worker, d: Worker, question: Asked) -> bytes:
     return p.half._service.datadist.request(d.half.address.cluster_id, encode(question))
 
 
@@ -209,8 +209,8 @@ def test_checksums_that_are_missing(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(8, 2, verify=True)
     expect(d, (1, 2), 0, 64)
     p.half._service.link(d.half.address, TimeLimit(20))
-    assert settle(lambda: where(p, d).model_ids)
-    ask(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
+    assert eventually(lambda: where(p, d).model_ids)
+    request(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
     assert d.wait() == {1, 2}
 
 
@@ -260,7 +260,7 @@ def test_another_prompt(pair: tuple[Worker, Worker], caplog: pytest.LogCaptureFi
         compute(p, d, (4, 6), 0, last=True)
         assert d.wait() == {1, 2}
         assert end(p)
-    assert settle(lambda: "has another prompt" in caplog.text)
+    assert eventually(lambda: "has another prompt" in caplog.text)
 
 
 def test_other_kv(worker: Callable[..., Worker], caplog: pytest.LogCaptureFixture) -> None:
@@ -270,14 +270,14 @@ def test_other_kv(worker: Callable[..., Worker], caplog: pytest.LogCaptureFixtur
         compute(p, d, (4, 6), 0, last=True)
         assert d.wait() == {1, 2}
         assert end(p)
-    assert settle(lambda: "has another KV" in caplog.text)
+    assert eventually(lambda: "has another KV" in caplog.text)
 
 
 def test_a_peer_that_was_not_told_where(pair: tuple[Worker, Worker]) -> None:
     p, d = pair
     expect(d, (1, 2), 0, 64)
     p.half._service.link(d.half.address, TimeLimit(20))
-    ask(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
+    request(p, d, Pushed(d.half.address.life, "t", p.half.address.life, True))
     assert d.wait() == {1, 2}, "it can't have written"
     assert not where(p, d, "unknown").known
 

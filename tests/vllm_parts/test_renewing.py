@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from llm_datadist_torch.vllm.params import RemoteBlocks
-from llm_datadist_torch.vllm.steps import Hold, Pull, Step
+from llm_datadist_torch.vllm.steps import Pull, Renewal, Step
 from llm_datadist_torch.vllm.worker.leases import Leases
-from tests.service import settle
+from tests.service import eventually
 from tests.vllm_parts.workers import Worker
 
 
@@ -31,7 +31,7 @@ def test_queued_requests_keep_their_leases(worker: Callable[..., Worker]) -> Non
     """A consumer with room for one of five prompts loses none."""
     p, d = worker(8, 1, claim_s=1.0, lease_s=1.5), worker(20, 2)
     told = remotes(p, 5, 1.5)
-    d.half.step(Step(holds=[Hold(f"d{at}", remote) for at, remote in enumerate(told)]))
+    d.half.step(Step(renewals=[Renewal(f"d{at}", remote) for at, remote in enumerate(told)]))
     for at, remote in enumerate(told):
         end = time.monotonic() + 0.9
         while time.monotonic() < end:
@@ -46,7 +46,7 @@ def test_queued_requests_keep_their_leases(worker: Callable[..., Worker]) -> Non
 def test_what_is_dropped_is_not_kept(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1, claim_s=1.0, lease_s=1.5), worker(20, 2)
     (remote,) = remotes(p, 1, 1.5)
-    d.half.step(Step(holds=[Hold("d", remote)]))
+    d.half.step(Step(renewals=[Renewal("d", remote)]))
     d.half.step(Step(drops=["d"]))
     assert p.freed("p1")
 
@@ -54,10 +54,10 @@ def test_what_is_dropped_is_not_kept(worker: Callable[..., Worker]) -> None:
 def test_leases_that_are_lost_while_requests_wait(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(20, 2)
     first, second = remotes(p, 2, 0.3)
-    d.half.step(Step(holds=[Hold("d1", first), Hold("d2", second)]))
-    assert settle(lambda: len(p.half.leases._leases[1].claimed_by) == 1)
+    d.half.step(Step(renewals=[Renewal("d1", first), Renewal("d2", second)]))
+    assert eventually(lambda: len(p.half.leases._leases[1].claimed_by) == 1)
     p.half.leases.release(1, 99, 1)
-    assert settle(lambda: "d1" in d.half.take_lost())
+    assert eventually(lambda: "d1" in d.half.take_lost())
     time.sleep(0.5)
     assert not d.half.take_lost(), "said once, and the other is there"
 
@@ -65,11 +65,11 @@ def test_leases_that_are_lost_while_requests_wait(worker: Callable[..., Worker])
 def test_a_hold_that_is_faster_than_the_engine(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(20, 2)
     remote = p.remote(((1,),), 32, 1)
-    d.half.step(Step(holds=[Hold("d", remote)]))
+    d.half.step(Step(renewals=[Renewal("d", remote)]))
     time.sleep(0.3)
     assert not d.half.take_lost()
     p.grant([1], 32, 1)
-    assert settle(lambda: p.half.leases._leases[1].claimed_by)
+    assert eventually(lambda: p.half.leases._leases[1].claimed_by)
 
 
 @pytest.mark.parametrize("claims", [0, 1])

@@ -233,11 +233,11 @@ def test_a_request_that_waits_holds_its_lease() -> None:
     first, second = (Request(name, [1, 2, 3], handed_over([1, 2, 3], [4])) for name in ("a", "b"))
     second.kv_transfer_params["remote_lease"] = 9
     consumer.arrived(first)
-    (hold,) = consumer.take_step().holds
-    assert (hold.request_id, hold.remote.remote_lease) == ("a", 1)
+    (renewal,) = consumer.take_step().renewals
+    assert (renewal.request_id, renewal.remote.remote_lease) == ("a", 1)
     consumer.num_matched(first, 0)
     consumer.num_matched(second, 0)
-    assert [each.request_id for each in consumer.take_step().holds] == ["b"]
+    assert [each.request_id for each in consumer.take_step().renewals] == ["b"]
     assert consumer.finished(first, ((),), completed=False) == (False, None)
     assert consumer.take_step().drops == ["a"]
 
@@ -249,7 +249,7 @@ def test_what_is_pulled_at_once_is_not_claimed_before() -> None:
     consumer.num_matched(request, 0)
     consumer.allocated(request, ((1,),), 3)
     step = consumer.take_step()
-    assert not step.holds
+    assert not step.renewals
     assert [pull.request_id for pull in step.pulls] == ["d"]
 
 

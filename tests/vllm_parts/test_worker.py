@@ -16,7 +16,7 @@ import torch
 from llm_datadist_torch.vllm.layouts import Kind
 from llm_datadist_torch.vllm.params import RemoteBlocks
 from llm_datadist_torch.vllm.settings import Settings
-from llm_datadist_torch.vllm.steps import Hold, Pull, Step
+from llm_datadist_torch.vllm.steps import Pull, Renewal, Step
 from llm_datadist_torch.vllm.worker.pulling import Done, Puller
 from tests.vllm_parts.workers import (
     BLOCK,
@@ -209,7 +209,7 @@ def test_questions_that_are_none(worker: Callable[..., Worker]) -> None:
     p, d = worker(8, 1), worker(8, 2)
     assert not d.pull(p.grant([1], 32), [3], 0, 32)
     remote = p.grant([2], 32)
-    ask = d.half._service.datadist.request
+    request = d.half._service.datadist.request
     peer = remote.remote_peers[0]
     rows = torch.tensor([0, 8]).numpy().tobytes()
     sums = {
@@ -231,7 +231,7 @@ def test_questions_that_are_none(worker: Callable[..., Worker]) -> None:
         msgspec.msgpack.encode(sums | {"rows": b"123"}),
     ):
         with pytest.raises(ValueError, match=r"no question|no such rows|no layers|out of range"):
-            ask(peer.cluster_id, payload)
+            request(peer.cluster_id, payload)
     assert not d.pull(remote, [4], 0, 32)
 
 
@@ -268,7 +268,7 @@ def test_so_many_workers_can_not_share_the_heads(
     p, d = worker(8, 1), worker(8, 2)
     remote = p.grant([1], 32)
     remote = msgspec.structs.replace(remote, remote_peers=remote.remote_peers * 3, remote_tp_size=3)
-    d.half.step(Step(holds=[Hold("d", remote)]))
+    d.half.step(Step(renewals=[Renewal("d", remote)]))
     with caplog.at_level(logging.WARNING):
         assert d.pull(remote, [3], 0, 32) == {3}
     assert "2 KV heads can't be shared by 3 workers" in caplog.text

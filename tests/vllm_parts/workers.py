@@ -16,7 +16,7 @@ from llm_datadist_torch.vllm.settings import Settings
 from llm_datadist_torch.vllm.steps import Grant, Pull, Step
 from llm_datadist_torch.vllm.worker.half import WorkerHalf
 from llm_datadist_torch.vllm.worker.pulling import Done
-from tests.service import settle
+from tests.service import eventually
 
 FINGERPRINT = Fingerprint(
     vllm="1",
@@ -145,7 +145,7 @@ class Worker:
 
     def freed(self, name: str) -> bool:
         """Whether the blocks of a request need not be kept any more, sooner or later."""
-        return settle(lambda: name in self.half.take_done().sent)
+        return eventually(lambda: name in self.half.take_done().sent)
 
 
 def snapshot(worker: Worker) -> dict[str, torch.Tensor]:

@@ -65,7 +65,7 @@ class HixlTransport(Transport):
         self._connections: dict[str, Connection] = {}
         self._channels: weakref.WeakSet[HixlChannel] = weakref.WeakSet()
         self._quiescing = threading.Lock()
-        self._settling = False
+        self._deregistering = False
         self._end = threading.Event()
 
     @classmethod
@@ -120,33 +120,35 @@ class HixlTransport(Transport):
                 span.nbytes,
                 span.address,
             )
-            self._settle_later()
+            self._deregister_later()
 
     def retire(self, span: MemorySpan, keep: object) -> None:
         """See :meth:`Transport.retire`."""
         if self._memory.remove(span, keep):
-            self._settle_later()
+            self._deregister_later()
 
-    def _settle_later(self) -> None:
-        if not self._may_be_connected() and self._memory.settle():
+    def _deregister_later(self) -> None:
+        if not self._may_be_connected() and self._memory.deregister_unused():
             self._tell_all()
             return
         with self._lock:
-            if self._settling or self._end.is_set():
+            if self._deregistering or self._end.is_set():
                 return
-            self._settling = True
-        threading.Thread(target=self._settle, name="llmdd-hixl-deregister", daemon=True).start()
+            self._deregistering = True
+        threading.Thread(
+            target=self._deregister_in_background, name="llmdd-hixl-deregister", daemon=True
+        ).start()
 
-    def _settle(self) -> None:
+    def _deregister_in_background(self) -> None:
         pause = _FIRST_PAUSE_S
         try:
             while not self._end.is_set() and not self._quiesce():
                 self._end.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         finally:
-            self._settling = False
-        if self._memory.unsettled:  # something came between the attempt and that line
-            self._settle_later()
+            self._deregistering = False
+        if self._memory.has_unused:  # something came between the attempt and that line
+            self._deregister_later()
 
     def _quiesce(self) -> bool:
         """Deregister what has no users any more; blocks until nobody is connected meanwhile.
@@ -159,7 +161,7 @@ class HixlTransport(Transport):
         """
         deadline = Deadline.after_ms(_QUIESCE_MS)
         with self._quiescing:
-            if not self._may_be_connected() and self._memory.settle():
+            if not self._may_be_connected() and self._memory.deregister_unused():
                 self._tell_all()
                 return True
             with self._lock:
@@ -168,20 +170,20 @@ class HixlTransport(Transport):
             try:
                 for channel in channels:
                     channel.ask_to_disconnect()
-                held = [connection.hold(OURS, deadline) for connection in connections]
+                held = [connection.suspend(OURS, deadline) for connection in connections]
                 if not all(held):
                     return False
                 # The engine itself knows best, but releases before CANN 9.0 don't refuse.
                 return _until(
                     lambda: (
                         not any(channel.peer_may_be_connected for channel in channels)
-                        and self._memory.settle()
+                        and self._memory.deregister_unused()
                     ),
                     deadline,
                 )
             finally:
                 for connection in connections:
-                    connection.let(OURS)
+                    connection.resume(OURS)
                 self._tell_all()
 
     def _may_be_connected(self) -> bool:

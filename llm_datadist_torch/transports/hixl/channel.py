@@ -209,7 +209,9 @@ class HixlChannel(Channel):
         elif isinstance(message, messages.Registered):
             self._connection.told(message)
         elif isinstance(message, messages.Disconnect):
-            self._connection.hold_for_peer(PATIENCE_S, lambda: self._say(messages.Disconnected()))
+            self._connection.suspend_for_peer(
+                PATIENCE_S, lambda: self._say(messages.Disconnected())
+            )
         else:
             self._peer_disconnected.set()
 

@@ -44,7 +44,7 @@ _CALM_S = 30.0
 """If it has served so long since it was renewed, it may be renewed early again."""
 
 OURS, PEERS = "ours", "the peer's"
-"""Whose memory is being deregistered, for `Connection.hold`."""
+"""Whose memory is being deregistered, for `Connection.suspend`."""
 
 
 class Generations(NamedTuple):
@@ -85,7 +85,7 @@ class Connection:
         self._reaches = Generations(0, 0)
         # These are read and set by threads that must not wait for a lock that is held while
         # connecting.
-        self._holds: set[str] = set()
+        self._suspended_by: set[str] = set()
         self._draining = False
         """Somebody waits for the movements under way, to connect anew: others wait, too."""
         self._renewing = False
@@ -114,7 +114,7 @@ class Connection:
             self._peer_generation = message.generation
             self._peer_changed_at = time.monotonic()
         if message.whole:
-            self._holds.discard(PEERS)
+            self._suspended_by.discard(PEERS)
 
     def forget_peer(self) -> None:
         """A new link: what the peer has registered must be asked for again; does not block."""
@@ -122,14 +122,14 @@ class Connection:
             self.peer_table = None
             self._peer_generation = 0
             self._reaches = Generations(self._reaches.local, 0)
-        self._holds.discard(PEERS)
+        self._suspended_by.discard(PEERS)
 
     def serves(self, needed: Generations) -> bool:
         """Whether a movement could begin without waiting for a connection that is too old.
 
         Does not block. If that is so, the connection is renewed in the background.
         """
-        if self._holds or self._draining:
+        if self._suspended_by or self._draining:
             return False
         if not self.is_up or self._unwanted or self._reaches.reaches(needed):
             return True
@@ -177,7 +177,7 @@ class Connection:
             self._changed.release()
 
     def _try_to_enter(self, needed: Generations, deadline: Deadline) -> bool:
-        if self._holds:
+        if self._suspended_by:
             return False
         if self._unwanted:
             self._disconnect()
@@ -214,8 +214,8 @@ class Connection:
 
     # -- for deregistering ------------------------------------------------------------------------
 
-    def hold(self, whose: str, deadline: Deadline) -> bool:
-        """Disconnect after the movements under way, and stay so until :meth:`let`.
+    def suspend(self, whose: str, deadline: Deadline) -> bool:
+        """Disconnect after the movements under way, and stay so until :meth:`resume`.
 
         Args:
             whose: `OURS` or `PEERS`: whose memory is to be deregistered.
@@ -224,12 +224,12 @@ class Connection:
         Returns:
             Whether it is disconnected.
         """
-        self._holds.add(whose)
+        self._suspended_by.add(whose)
         if not self._changed.acquire(timeout=deadline.remaining_s()):
             return False
         try:
             while self._users:
-                if deadline.expired or whose not in self._holds:
+                if deadline.expired or whose not in self._suspended_by:
                     return False
                 self._changed.wait(min(_POLL_S, deadline.remaining_s()))
             if self._up or self._unwanted:
@@ -241,26 +241,26 @@ class Connection:
         finally:
             self._changed.release()
 
-    def let(self, whose: str) -> None:
+    def resume(self, whose: str) -> None:
         """Movements may connect again; does not block."""
-        self._holds.discard(whose)
+        self._suspended_by.discard(whose)
 
-    def hold_for_peer(self, patience_s: float, disconnected: Callable[[], None]) -> None:
+    def suspend_for_peer(self, patience_s: float, disconnected: Callable[[], None]) -> None:
         """The peer wants to deregister: disconnect in the background; does not block.
 
         Args:
             patience_s: For how long we stay disconnected for a peer that says no more.
             disconnected: Called when that is done.
         """
-        self._holds.add(PEERS)
+        self._suspended_by.add(PEERS)
 
         def stay_away() -> None:
-            if self.hold(PEERS, Deadline.after_ms(int(patience_s * 1000))):
+            if self.suspend(PEERS, Deadline.after_ms(int(patience_s * 1000))):
                 disconnected()
             until = time.monotonic() + patience_s
-            while PEERS in self._holds and time.monotonic() < until:
+            while PEERS in self._suspended_by and time.monotonic() < until:
                 time.sleep(_POLL_S)
-            self._holds.discard(PEERS)
+            self._suspended_by.discard(PEERS)
 
         self._in_background(stay_away)
 
@@ -269,7 +269,7 @@ class Connection:
     def leave(self) -> None:
         """Its link has ended: disconnect in the background, unless a new link wants it first."""
         self._unwanted = True
-        self._in_background(self._settle)
+        self._in_background(self._disconnect_unwanted)
 
     def close(self) -> None:
         """Disconnect now; blocks.
@@ -334,7 +334,7 @@ class Connection:
                 return
             time.sleep(_POLL_S)
 
-    def _settle(self) -> None:
+    def _disconnect_unwanted(self) -> None:
         with self._changed:
             if self._unwanted:
                 self._disconnect()

@@ -67,15 +67,15 @@ class Registrations:
     """Registers memory once, however many caches lie in it: HIXL refuses ranges that overlap.
 
     HIXL deregisters nothing while anybody is connected with the engine. So memory without users
-    stays registered, and is kept alive, until :meth:`settle` finds a moment in which nobody is;
-    if it is wanted again before that, nothing needs to be done at all.
+    stays registered, and is kept alive, until :meth:`deregister_unused` finds a moment in which
+    nobody is; if it is wanted again before that, nothing needs to be done at all.
 
     Thread safety: all methods may be called from any thread.
 
     Args:
         engine: Ours.
-        quiesce: Disconnects everything, calls :meth:`settle` until it returns True, and returns
-            that; or False when it gave up. Blocks. Called without any lock.
+        quiesce: Disconnects everything, calls :meth:`deregister_unused` until it returns True,
+            and returns that; or False when it gave up. Blocks. Called without any lock.
     """
 
     def __init__(self, engine: HixlEngine, quiesce: Callable[[], bool]) -> None:
@@ -92,7 +92,7 @@ class Registrations:
         self.table = RangeTable()
 
     @property
-    def unsettled(self) -> bool:
+    def has_unused(self) -> bool:
         """Whether something waits to be deregistered."""
         return any(not known.users for known in self._registered) or bool(self._merges)
 
@@ -143,7 +143,7 @@ class Registrations:
             keep: What must live until the memory has been deregistered.
 
         Returns:
-            Whether its memory waits to be deregistered, by :meth:`settle`.
+            Whether its memory waits to be deregistered, by :meth:`deregister_unused`.
         """
         key = _key(span)
         with self._lock:
@@ -158,16 +158,16 @@ class Registrations:
                 known.kept.append(keep)
             return known.users == 0
 
-    def settle(self) -> bool:
+    def deregister_unused(self) -> bool:
         """Deregister what has no users, and merge what must be merged.
 
         Returns:
             False if HIXL refused, because somebody is connected.
         """
         with self._lock:
-            return self._settle()
+            return self._deregister_unused()
 
-    def _settle(self) -> bool:
+    def _deregister_unused(self) -> bool:
         for known in [known for known in self._registered if not known.users]:
             if not self._deregister(known):
                 return False
@@ -192,7 +192,7 @@ class Registrations:
             self._merges.clear()
             for known in self._registered:
                 known.users = 0
-            self._settle()
+            self._deregister_unused()
             self._registered.clear()
             self._changed()
 

@@ -56,8 +56,8 @@ class LocalChannel(Channel):
     validates_reads = True
 
     def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
-        neighbour = relay.neighbour
-        self._same_process = neighbour is not None
+        same_process_peer = relay.same_process_peer
+        self._same_process = same_process_peer is not None
         process = relay.process
         self._unreachable = "" if self._same_process else peer.unreachable_from(here, process)
         if process is not None and not self._unreachable:
@@ -69,8 +69,8 @@ class LocalChannel(Channel):
         # The other paths between processes reach what the host's processors can read.
         self._device_paths: tuple[LocalPath, ...] = (relayed,)
         self._paths: tuple[LocalPath, ...]
-        if neighbour is not None:
-            self._paths = self._device_paths = (SameProcess(neighbour, self._mappings),)
+        if same_process_peer is not None:
+            self._paths = self._device_paths = (SameProcess(same_process_peer, self._mappings),)
         elif self._unreachable:
             self._paths = (relayed,)
         else:
@@ -176,8 +176,8 @@ class SameProcess(LocalPath):
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Copy in memory, of whatever device."""
         _check_before(movement, self._mappings)
-        with self._peer.using(movement) as foreign:
-            if foreign:
+        with self._peer.using(movement) as unowned:
+            if unowned:
                 device = torch.device(movement.remote_device)
                 try:
                     check_alive(movement.remote_addrs, movement.remote_extent, device)
@@ -207,7 +207,7 @@ class SharedMapping(LocalPath):
         # The local references keep the mappings in place while bytes move, even if the link ends
         # meanwhile.
         mapping = self._mappings.by_region.get(region.region_id) or self._map(region)
-        if movement.local_foreign:
+        if movement.local_unowned:
             check_alive(movement.local_addrs, movement.local_extent, movement.local_device)
         write = movement.direction is Direction.WRITE
         _mapped, version = (None, ()) if write else _version_of(movement, self._mappings)
@@ -367,7 +367,7 @@ def _unmapped() -> LLMException:
 
 
 def _copy(movement: Movement, remote_addrs: torch.Tensor, deadline: Deadline) -> None:
-    if movement.local_foreign:
+    if movement.local_unowned:
         check_alive(movement.local_addrs, movement.local_extent, movement.local_device)
     here = (movement.local_addrs, movement.local_device)
     there = (remote_addrs, torch.device(movement.remote_device))

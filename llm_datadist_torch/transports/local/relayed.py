@@ -58,7 +58,7 @@ class Relayed(LocalPath):
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Ask the owner for the bytes, or send them, chunk by chunk."""
         device = movement.local_device
-        if movement.local_foreign:
+        if movement.local_unowned:
             check_alive(movement.local_addrs, movement.local_extent, device)
         for local, spans in relay_chunks(movement):
             if deadline.expired:

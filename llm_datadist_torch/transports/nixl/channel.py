@@ -88,7 +88,7 @@ class NixlChannel(Channel):
             LLMParamError: Memory that is not registered.
             PathUnavailable: Memory that was registered by bare addresses: it may be gone.
         """
-        if movement.local_foreign or movement.remote_foreign:
+        if movement.local_unowned or movement.remote_unowned:
             raise PathUnavailable(
                 "nixl does not move memory that was registered by addresses, which nothing keeps in"
                 " place: register tensors"
@@ -113,7 +113,7 @@ class NixlChannel(Channel):
         number = next(self._numbers)
         try:
             self._check(deadline)
-            self._incoming.hold(spans)
+            self._incoming.register(spans)
             ticket = self._incoming.ticket(spans)
             for at in range(0, runs.shape[1], FETCH_RUNS):
                 some = runs[:, at : at + FETCH_RUNS].numpy().tobytes()
@@ -136,7 +136,7 @@ class NixlChannel(Channel):
         try:
             self._check(deadline)
             ticket = self._call(movement, Expect(number), deadline)
-            self._outgoing.hold(spans)
+            self._outgoing.register(spans)
             runs = torch.stack(movement.expanded())
             self._outgoing.write(ticket, runs, lambda: self._check(deadline))
             failed = False

@@ -50,7 +50,7 @@ class Port:
         self._peer: tuple[str, bytes] | None = None
         self._ticket: tuple[list[MemorySpan], bytes] | None = None
 
-    def hold(self, spans: Iterable[MemorySpan]) -> None:
+    def register(self, spans: Iterable[MemorySpan]) -> None:
         """Have spans registered; starts the agent. Blocks for some 30 ms then, 500 the first time.
 
         Raises:

@@ -76,7 +76,7 @@ class Serving:
                 LLMStatusCode.LLM_LINK_BUSY,
                 f"{self._jobs.qsize()} requests wait, and no more than {MAX_JOBS} may",
             )
-        cache.hold()
+        cache.acquire()
         if not self._add(job):
             cache.end()
             raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link has ended")
@@ -137,7 +137,7 @@ class Serving:
 
         try:
             check()
-            self._sends.hold(self._memory.of(cache.addrs, cache.extent))
+            self._sends.register(self._memory.of(cache.addrs, cache.extent))
             self._sends.write(said.ticket, runs, check)
         except LLMException as error:
             reply(error)
@@ -151,7 +151,7 @@ class Serving:
             if said.number <= self._stopped:
                 raise error_for(LLMStatusCode.LLM_FAILED, "the peer has given up")
             spans = self._memory.of(cache.addrs, cache.extent)
-            self._receives.hold(spans)
+            self._receives.register(spans)
             ticket = self._receives.ticket(spans)
         except LLMException as error:
             cache.end()

@@ -13,7 +13,7 @@ from llm_datadist_torch.vllm.foreign import VllmObject
 from llm_datadist_torch.vllm.params import NULL_BLOCK, BlockIds, Peer, RemoteBlocks
 from llm_datadist_torch.vllm.scheduler.loads import Decision, LoadDeduplicator
 from llm_datadist_torch.vllm.scheduler.prompts import KEPT, WANTED, EngineRequest, Prompts
-from llm_datadist_torch.vllm.steps import Grant, Hold, Pull, Step
+from llm_datadist_torch.vllm.steps import Grant, Pull, Renewal, Step
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -65,7 +65,7 @@ class PullScheduler:
         """A request waits for its turn: the producer must keep its blocks meanwhile."""
         remote = self._remote_of(request)
         if remote is not None and self._loads.is_first(remote.name, request.request_id):
-            self._hold(request.request_id, remote)
+            self._renew(request.request_id, remote)
 
     def num_matched(self, request: EngineRequest, num_computed: int) -> int | None:
         """Tokens beyond the first ``num_computed`` that a producer has for this request.
@@ -80,7 +80,7 @@ class PullScheduler:
             return None if decision is Decision.WAITS else 0
         self._wanted[request.request_id] = remote
         # It may not get blocks yet.
-        self._hold(request.request_id, remote)
+        self._renew(request.request_id, remote)
         return max(0, self._num_tokens(request, remote) - num_computed)
 
     def allocated(self, request: EngineRequest, blocks: BlockIds, num_external: int) -> None:
@@ -93,8 +93,8 @@ class PullScheduler:
         params[WANTED] = False
         self._held.discard(request.request_id)
         # What is pulled in the same step need not be claimed before.
-        self._step.holds = [
-            hold for hold in self._step.holds if hold.request_id != request.request_id
+        self._step.renewals = [
+            renewal for renewal in self._step.renewals if renewal.request_id != request.request_id
         ]
         if not num_external:
             self._loads.loaded([request.request_id])
@@ -126,10 +126,10 @@ class PullScheduler:
             self._wanted.pop(request_id, None)
             self._loads.loaded([request_id])
 
-    def _hold(self, request_id: str, remote: RemoteBlocks) -> None:
+    def _renew(self, request_id: str, remote: RemoteBlocks) -> None:
         if request_id not in self._held:
             self._held.add(request_id)
-            self._step.holds.append(Hold(request_id, remote))
+            self._step.renewals.append(Renewal(request_id, remote))
 
     def _remote_of(self, request: EngineRequest) -> RemoteBlocks | None:
         params = request.kv_transfer_params

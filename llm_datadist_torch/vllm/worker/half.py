@@ -118,8 +118,8 @@ class WorkerHalf:
             self.leases.end_all("the engine's caches have been reset")
         for grant in step.grants:
             self.leases.grant(grant.number, grant.request_id, grant.blocks)
-        for hold in step.holds:
-            self.renewer.hold(hold)
+        for renewal in step.renewals:
+            self.renewer.keep(renewal)
         for pull in step.pulls:
             self.puller.start(pull)
             self.renewer.drop(pull.request_id)
@@ -211,7 +211,7 @@ class WorkerHalf:
         if isinstance(question, Release):
             held = self.leases.release(question.lease, peer, question.readers) if mine else False
             return Verdict(held)
-        if not mine or not self.leases.holds(question.lease):
+        if not mine or not self.leases.still_valid(question.lease):
             raise error_for(
                 LLMStatusCode.LLM_KV_CACHE_NOT_EXIST,
                 f"the blocks of lease {question.lease} have been given up, or never were kept",

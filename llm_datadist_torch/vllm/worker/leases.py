@@ -91,7 +91,7 @@ class Leases:
             self._end_if_released(number, lease)
             return True
 
-    def holds(self, number: int) -> bool:
+    def still_valid(self, number: int) -> bool:
         """Whether a lease is there."""
         return number in self._leases
 

@@ -247,11 +247,11 @@ class Puller:
     ) -> bool | None:
         question = Release(peer.life, remote.remote_lease, count)
 
-        def ask() -> bool | None:
+        def query() -> bool | None:
             answer = self._service.request(peer.cluster_id, question, limit)
             return msgspec.msgpack.decode(answer, type=Verdict).held
 
-        return until_known(ask, limit, _RETRY_S)
+        return until_known(query, limit, _RETRY_S)
 
     @staticmethod
     def _check_held(remote: RemoteBlocks, held: bool | None) -> None:

@@ -303,11 +303,11 @@ class Sender:
             place, numbers = self._where(sending, peer, limit)
         except LLMException:
             # It may be starting.
-            if sending.limit.over:
+            if sending.limit.expired:
                 raise
             return False
         if not place.known:
-            if sending.limit.over:
+            if sending.limit.expired:
                 raise error_for(
                     LLMStatusCode.LLM_TIMEOUT,
                     f"nobody asked for transfer {sending.push.transfer_id}",
@@ -421,7 +421,7 @@ class Sender:
                 self._tell_sums(sending, peer, life, limit)
             answer = self._service.request(peer.cluster_id, pushed, limit)
         except LLMException as error:
-            if sending.limit.over:
+            if sending.limit.expired:
                 logger.warning(
                     "the consumer waits in vain for the KV of request %s: %s",
                     sending.push.request_id,

@@ -14,7 +14,7 @@ from llm_datadist_torch.values.status import LLMException
 from llm_datadist_torch.vllm.params import Peer
 from llm_datadist_torch.vllm.protocol import Claim, Verdicts
 from llm_datadist_torch.vllm.settings import Settings
-from llm_datadist_torch.vllm.steps import Hold
+from llm_datadist_torch.vllm.steps import Renewal
 from llm_datadist_torch.vllm.worker.pulling import Puller
 from llm_datadist_torch.vllm.worker.service import TimeLimit, WorkerService
 
@@ -54,26 +54,26 @@ class Renewer:
         self._looping: set[Peer] = set()
         self._lost: set[str] = set()
 
-    def hold(self, hold: Hold) -> None:
+    def keep(self, renewal: Renewal) -> None:
         """Keep the lease of a request from now on."""
-        interval_s = hold.remote.remote_lease_s / PER_LEASE
+        interval_s = renewal.remote.remote_lease_s / PER_LEASE
         try:
-            workers = self._puller.sources(hold.remote)
+            workers = self._puller.sources(renewal.remote)
         except LLMException:
             # The pull will say so.
             return
         for worker in workers:
-            peer = hold.remote.remote_peers[worker]
+            peer = renewal.remote.remote_peers[worker]
             if peer.life == self._service.life:
                 continue
-            readers = self._puller.readers(hold.remote, worker)
-            kept = _Kept(hold.request_id, hold.remote.remote_lease, readers)
+            readers = self._puller.readers(renewal.remote, worker)
+            kept = _Kept(renewal.request_id, renewal.remote.remote_lease, readers)
             with self._lock:
-                self._kept.setdefault(peer, {})[hold.request_id] = kept
+                self._kept.setdefault(peer, {})[renewal.request_id] = kept
                 is_first = peer not in self._looping
                 self._looping.add(peer)
             lane = "hold", peer.cluster_id
-            self._service.lanes.submit(lane, partial(self._claim_new, peer, hold.request_id))
+            self._service.lanes.submit(lane, partial(self._claim_new, peer, renewal.request_id))
             if is_first:
                 self._service.lanes.later(interval_s, lane, partial(self._loop, peer, interval_s))
 

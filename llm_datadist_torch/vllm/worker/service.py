@@ -55,7 +55,7 @@ class TimeLimit:
         return max(1, int(self.left_s * 1000))
 
     @property
-    def over(self) -> bool:
+    def expired(self) -> bool:
         """Whether there is none left."""
         return self.left_s <= 0
 
@@ -290,10 +290,10 @@ def over_layers(sums: Sequence[int]) -> int:
     return zlib.crc32(array("I", sums).tobytes())
 
 
-def until_known(ask: Callable[[], bool | None], limit: TimeLimit, every_s: float) -> bool | None:
+def until_known(query: Callable[[], bool | None], limit: TimeLimit, every_s: float) -> bool | None:
     """Ask again until the answer is no None any more, or the time is over. Blocks."""
     while True:
-        held = ask()
-        if held is not None or limit.over:
+        held = query()
+        if held is not None or limit.expired:
             return held
         time.sleep(min(every_s, limit.left_s))

@@ -56,7 +56,7 @@ class Deadline {
   int left_ms() const {  // rounded up, fit for poll()
     return static_cast<int>(std::min<int64_t>((left().count() + 999'999) / 1'000'000, 1 << 30));
   }
-  bool over() const { return left().count() == 0; }
+  bool expired() const { return left().count() == 0; }
   int64_t budget_ms() const { return budget_ms_; }
 
  private:

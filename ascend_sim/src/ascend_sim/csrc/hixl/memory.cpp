@@ -29,13 +29,13 @@ Ranges::Ranges(std::vector<Range> ranges) : ranges_(std::move(ranges)) {
 }
 
 const Range* Ranges::holding(uint64_t address, uint64_t length) const {
-  auto after =
+  auto next =
       std::upper_bound(ranges_.begin(), ranges_.end(), address,
                        [](uint64_t value, const Range& range) { return value < range.address; });
-  if (after == ranges_.begin()) {
+  if (next == ranges_.begin()) {
     return nullptr;
   }
-  const Range& found = *std::prev(after);
+  const Range& found = *std::prev(next);
   return address + length <= found.address + found.length ? &found : nullptr;
 }
 

@@ -69,7 +69,7 @@ void Transfer::advance_at_random() {
 }
 
 bool Transfer::finish(const Deadline& deadline) {
-  while (waiting() && !deadline.over()) {
+  while (waiting() && !deadline.expired()) {
     if (hangs_) {
       link_->wait_until_closed(deadline);
     }

@@ -219,9 +219,9 @@ bool map_physical(uintptr_t start, size_t nbytes, const PhysicalPtr& physical, s
                     static_cast<off_t>(physical->offset + offset));
   if (made == MAP_FAILED) return false;
   const auto overlaps = [&](const Range& old) {
-    const bool over = old.start < to_int(alias) + whole && to_int(alias) < old.start + old.size;
-    if (over) all.poisoned_pieces -= round_up(old.size, kHugePage) / kHugePage;
-    return over;
+    const bool overlaps = old.start < to_int(alias) + whole && to_int(alias) < old.start + old.size;
+    if (overlaps) all.poisoned_pieces -= round_up(old.size, kHugePage) / kHugePage;
+    return overlaps;
   };
   all.poisoned.erase(std::remove_if(all.poisoned.begin(), all.poisoned.end(), overlaps),
                      all.poisoned.end());

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from llm_datadist_torch.links.link import Link
 
 _lock = threading.Lock()
-_present: weakref.WeakValueDictionary[tuple[str, str], Presence] = weakref.WeakValueDictionary()
+_present: weakref.WeakValueDictionary[tuple[str, str], LinkEnd] = weakref.WeakValueDictionary()
 
 
-class Presence:
+class LinkEnd:
     """One end of a link that is in this process, for the other end to find.
 
     In the table as long as somebody refers to it: a dial, then its link.
@@ -55,8 +55,8 @@ class Presence:
         return None if self._link is None else self._link()
 
 
-class Neighbour:
-    """A peer that is in this process; a ``Neighbour`` of the transports.
+class SameProcessPeer:
+    """A peer that is in this process; a ``SameProcessPeer`` of the transports.
 
     Messages are not believed: whoever passes on those of two instances of this process could change
     them. Only what the peer's instance itself has leased on this link, or lets all its peers read,
@@ -67,12 +67,12 @@ class Neighbour:
         epoch: The life of the instance at our end.
     """
 
-    def __init__(self, there: Presence, epoch: str) -> None:
+    def __init__(self, there: LinkEnd, epoch: str) -> None:
         self._there = there
         self._epoch = epoch
 
     @classmethod
-    def find(cls, name: str, there: str, here: str) -> Neighbour | None:
+    def find(cls, name: str, there: str, here: str) -> SameProcessPeer | None:
         """The other end of a link.
 
         Args:
@@ -87,11 +87,11 @@ class Neighbour:
     @contextmanager
     def using(self, movement: Movement) -> Iterator[bool]:
         """See ``transports.base.SameProcessPeer``."""
-        with self._hold(movement) as entry:
+        with self._acquire(movement) as entry:
             _check(movement, entry)
-            yield entry.foreign
+            yield entry.unowned
 
-    def _hold(self, movement: Movement) -> _C.Lease[CacheEntry]:
+    def _acquire(self, movement: Movement) -> _C.Lease[CacheEntry]:
         """One more lease on the cache that the movement is about."""
         link, catalog = self._there.link, self._there.catalog
         if link is None or link.epoch != self._epoch:
