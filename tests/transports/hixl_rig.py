@@ -29,7 +29,7 @@ class Rig:
     def __init__(self) -> None:
         self.engine = FakeEngine()
         self.script = self.engine.script
-        self.memory = Registrations(self.engine, lambda: self.memory.eventually())  # type: ignore[arg-type]
+        self.memory = Registrations(self.engine, lambda: self.memory.deregister_unused())  # type: ignore[arg-type]
         self.memory.add(MemorySpan(BASE, SIZE, META))
         self.connection = Connection(self.engine, REMOTE, self.memory)  # type: ignore[arg-type]
         self.said: list[messages.Message] = []

@@ -34,7 +34,7 @@ def test_registered_once_however_often(rig):
     rig.memory.remove(span)
     assert covers(rig, [BASE * 2], 4096)
     assert rig.memory.remove(span)
-    assert rig.memory.eventually()
+    assert rig.memory.deregister_unused()
     assert rig.count("deregister_mem") == 1
     assert not covers(rig, [BASE * 2], 1)
     assert not rig.memory.remove(span)
@@ -49,7 +49,7 @@ def test_memory_inside_registered_memory(rig):
     assert rig.count("deregister_mem") == 0
     assert covers(rig, [inner.address], inner.nbytes)
     assert rig.memory.remove(inner)
-    assert rig.memory.eventually()
+    assert rig.memory.deregister_unused()
     assert rig.count("deregister_mem") == 1
     rig.memory.add(MemorySpan(BASE + 4096, 4096, torch.device("cpu")))
     assert rig.script.calls[-1][2] is MemType.MEM_HOST
@@ -83,15 +83,15 @@ def test_what_is_in_use_somewhere_stays_registered_and_alive(rig):
     alive = weakref.ref(owner)
     assert rig.memory.remove(span, owner)
     del owner
-    assert not rig.memory.eventually()
+    assert not rig.memory.deregister_unused()
     assert alive() is not None
     assert covers(rig, [BASE], SIZE)
     # Wanted again meanwhile: nothing needs to be done, and its new user keeps it.
     assert rig.memory.add(span) == []
     assert alive() is None
     assert rig.memory.remove(span, Kept())
-    assert not rig.memory.eventually()
-    assert rig.memory.eventually()
+    assert not rig.memory.deregister_unused()
+    assert rig.memory.deregister_unused()
     assert not covers(rig, [BASE], 1)
     assert rig.count("register_mem") == 0
     assert rig.count("deregister_mem") == 3
@@ -123,7 +123,7 @@ def test_memory_around_registered_memory_replaces_it(rig):
     assert not rig.memory.remove(MemorySpan(BASE, SIZE, META))
     assert covers(rig, [BASE - 4096], SIZE + 8192)
     assert rig.memory.remove(around)
-    assert rig.memory.eventually()
+    assert rig.memory.deregister_unused()
     assert not covers(rig, [BASE], 1)
 
 
