@@ -42,7 +42,7 @@ test-cpu: $(VENV)/.built  ## Run the tests on the CPU
 	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
-DEVICE_TESTS := tests/npu tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
+DEVICE_TESTS := tests/npu tests/reference_programs tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
 test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those of devices on simulated NPUs
 	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)

@@ -251,8 +251,9 @@ class LinkCalls(ABC):
         ask for it. It ends when one side has let go of its last, or with its process.
 
         The instances meet at the host of the lowest rank: the ``host_ip`` of its server in the rank
-        table; else the ``server_id`` if that is an address; else loopback if all are on one server;
-        else the ``device_ip``. The port follows from the name.
+        table. Without that, at its ``server_id`` if that is an address, or else, with several
+        servers, at the ``device_ip``, where these are addresses of that host, and else at loopback,
+        where only instances on one host meet. The port follows from the name.
 
         Args:
             comm_name: 1 to 127 characters.

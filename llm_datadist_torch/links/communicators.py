@@ -42,7 +42,7 @@ class Communicator:
         name: Its name; several may have the same.
         members: All, in order.
         seat: Which of them we are.
-        address: Where the members meet.
+        addresses: Where the members may meet, the best first.
         deadline: By when all links must be there.
         token: What its links are held for; "" until the members have met.
     """
@@ -50,7 +50,7 @@ class Communicator:
     name: str
     members: list[Member]
     seat: int
-    address: tuple[str, int]
+    addresses: list[tuple[str, int]]
     deadline: Deadline
     token: str = ""
 
@@ -79,7 +79,11 @@ class Communicators:
         self._all: dict[int, tuple[Communicator, Work]] = {}
 
     def start(
-        self, name: str, members: list[Member], address: tuple[str, int], deadline: Deadline
+        self,
+        name: str,
+        members: list[Member],
+        addresses: list[tuple[str, int]],
+        deadline: Deadline,
     ) -> int:
         """Begin to link with all other members. Does not block.
 
@@ -97,7 +101,7 @@ class Communicators:
                 f"cluster {me} is not in the cluster_rank_info",
                 remedy="give all members, this one too.",
             )
-        comm = Communicator(name, members, seats[0], address, deadline)
+        comm = Communicator(name, members, seats[0], addresses, deadline)
         work = Work(lambda work: self._prepare(comm, work), 1)
         with self._lock:
             if len(self._all) >= MAX_COMMUNICATORS:
@@ -202,7 +206,7 @@ class Communicators:
                 comm.name,
                 comm.members,
                 comm.seat,
-                comm.address,
+                comm.addresses,
                 comm.deadline,
                 work.check,
                 self._card,

@@ -13,6 +13,7 @@ import msgspec
 from llm_datadist_torch.values.checks import param_error
 
 VERSIONS = ("1.0", "1.2")
+LOOPBACK = "127.0.0.1"
 _PORTS = range(16384, 32768)
 """Below the ports that the system gives to outgoing connections."""
 
@@ -53,11 +54,13 @@ def port_of(name: str) -> int:
     return _PORTS[int.from_bytes(digest[:8], "big") % len(_PORTS)]
 
 
-def meeting_host(rank_table: str, members: list[Member]) -> str:
-    """The address of the host of the first member.
+def meeting_hosts(rank_table: str, members: list[Member]) -> list[str]:
+    """Where the first member can be met: its addresses, those to be tried first at the beginning.
 
-    It is the ``host_ip`` of its server; else the ``server_id`` if that is an address; else
-    loopback if all members are on one server; else the ``device_ip``.
+    The ``host_ip`` of its server alone, where there is one. Else what may be an address of its
+    host, or of something else: the ``server_id`` if it has the form of one, else the ``device_ip``
+    unless all members are on one server. Then loopback, where members on one host meet whatever
+    stands in the table.
 
     Args:
         rank_table: JSON of version 1.0 or 1.2.
@@ -77,14 +80,11 @@ def meeting_host(rank_table: str, members: list[Member]) -> str:
         if text and not _is_address(text):
             raise _table_error(f"has {name}={text!r}, which is no IP address")
     if server.host_ip:
-        return server.host_ip
+        return [server.host_ip]
     if _is_address(str(server.server_id)):
-        return str(server.server_id)
-    if all(places[str(member.rank)][0] is server for member in members):
-        return "127.0.0.1"
-    if device.device_ip:
-        return device.device_ip
-    raise _table_error(f"has no address of rank {members[0].rank}")
+        return [str(server.server_id), LOOPBACK]
+    one_server = all(places[str(member.rank)][0] is server for member in members)
+    return [LOOPBACK] if one_server or not device.device_ip else [device.device_ip, LOOPBACK]
 
 
 def _parse(rank_table: str) -> _Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import socket
 import time
 import uuid
@@ -19,12 +20,14 @@ from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.conduit import CancellableProxy
 from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.net.addresses import resolve
+from llm_datadist_torch.net.addresses import is_of_this_host, resolve
 from llm_datadist_torch.values.checks import UINT16_MAX, param_error
 from llm_datadist_torch.values.status import LLMException, LLMLinkError, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+logger = logging.getLogger("llm_datadist_torch")
 
 _T = TypeVar("_T")
 
@@ -69,7 +72,7 @@ class Rendezvous:
         name: The communicator's.
         members: All, in order.
         seat: Which of them we are.
-        address: Host and port of the first.
+        addresses: Hosts and ports at which the first may be, the best first.
         deadline: One for everything.
         check: Raises when it is to be given up.
         card: Makes our card; called with an address of ours at which the others reach us.
@@ -80,7 +83,7 @@ class Rendezvous:
     name: str
     members: list[Member]
     seat: int
-    address: tuple[str, int]
+    addresses: list[tuple[str, int]]
     deadline: Deadline
     check: Callable[[], None]
     card: Callable[[str], Card]
@@ -114,15 +117,16 @@ class Rendezvous:
     # -- the first member -------------------------------------------------------------------------
 
     def _host(self) -> Agreement:
-        listener = self._bind()
-        store = self._call(lambda: _new_store(self.address, self.deadline, listener.detach()))
+        address = self._address()
+        listener = self._bind(address)
+        store = self._call(lambda: _new_store(address, self.deadline, listener.detach()))
         # It invites the others.
         self._put(store, "members", self._members_text())
         nonces = self._nonces(store)
         # Made of what each of them has just made up: nothing said earlier is good for it.
         token = _token_of([uuid.uuid4().hex, *nonces])
         self.add_owner(token)
-        self._put_card(store, self.address[0], token)
+        self._put_card(store, address[0], token)
         self._put(store, "token", msgspec.msgpack.encode((token, nonces)))
         cards = self._cards(store, token)
         # The store lives until the others have read everything.
@@ -134,11 +138,11 @@ class Rendezvous:
         others = range(1, len(self.members))
         return [self._get(store, f"seat/{seat}").decode("ascii", "replace") for seat in others]
 
-    def _bind(self) -> socket.socket:
-        host, port = self.address
+    def _bind(self, address: tuple[str, int]) -> socket.socket:
+        host, port = address
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            return socket.create_server((host, port), family=family, backlog=16)
+            return socket.create_server(address, family=family, backlog=16)
         except OSError as error:
             text = f"can't meet at {host}:{port}: {error.strerror}"
             if error.errno == errno.EADDRINUSE:
@@ -150,20 +154,23 @@ class Rendezvous:
                 remedy="give the host_ip of rank 0 in the rank_table, or rendezvous='ip:port'.",
             ) from None
 
+    def _address(self) -> tuple[str, int]:
+        """The first of the addresses that this host has, else the last."""
+        *others, last = self.addresses
+        ours = [address for address in others if is_of_this_host(address[0])]
+        if others and not ours:
+            logger.debug(
+                "linking %r: %s of the rank table is no address of this host, so members on other"
+                " hosts are not met; give the host_ip of rank 0 where there are any",
+                self.name,
+                others[0][0],
+            )
+        return ours[0] if ours else last
+
     # -- the others -------------------------------------------------------------------------------
 
     def _visit(self, nonce: str) -> Agreement:
-        host, port = self.address
-        try:
-            far = socket.create_connection(
-                self.address, timeout=min(_CONNECT_S, self.deadline.remaining_s() + 1e-3)
-            )
-        except OSError as error:
-            raise _NotYetError(
-                self._timeout(
-                    f"cluster {self.members[0].cluster_id} is not at {host}:{port}: {error}"
-                )
-            ) from None
+        far = self._reach()
         here = far.getsockname()[0]
         with CancellableProxy(far, self._cancelled) as proxy:
             near = ("127.0.0.1", proxy.port)
@@ -173,6 +180,21 @@ class Rendezvous:
             del store
             proxy.flush()
             return agreement
+
+    def _reach(self) -> socket.socket:
+        """Connect to the first member, wherever it listens."""
+        refusals = []
+        # Loopback comes last, and answers at once.
+        for host, port in reversed(self.addresses):
+            try:
+                return socket.create_connection(
+                    (host, port), timeout=min(_CONNECT_S, self.deadline.remaining_s() + 1e-3)
+                )
+            except OSError as error:
+                refusals.append(f"at {host}:{port}: {error}")
+        raise _NotYetError(
+            self._timeout(f"cluster {self.members[0].cluster_id} is not {', nor '.join(refusals)}")
+        )
 
     def _cancelled(self) -> bool:
         try:

@@ -41,6 +41,17 @@ def is_loopback(host: str) -> bool:
     return (mapped or address).is_loopback
 
 
+def is_of_this_host(host: str) -> bool:
+    """Whether this host has an address, given as IPv4 or IPv6 text."""
+    family, address = resolve(host, 0)
+    with socket.socket(family) as probe:
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
 def warn_of_network(host: str) -> None:
     """Log, once per process, that a link without a secret leaves this host.
 

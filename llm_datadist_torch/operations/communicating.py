@@ -7,7 +7,7 @@ from llm_datadist_torch.config import parse_listen_ip_info
 from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.instance import Instance
-from llm_datadist_torch.links.rank_table import Member, meeting_host, members_of, port_of
+from llm_datadist_torch.links.rank_table import Member, meeting_hosts, members_of, port_of
 from llm_datadist_torch.net.addresses import resolve
 from llm_datadist_torch.values.checks import (
     check_dict,
@@ -43,9 +43,9 @@ def link(
     check_isinstance("wait", wait, bool, allow_none=False)
     timeout_ms = _default_timeout(instance) if timeout is None else check_timeout_ms(timeout)
     check_available(instance, "link")
-    address = _address(comm_name, members, rank_table, rendezvous)
+    addresses = _addresses(comm_name, members, rank_table, rendezvous)
     comm_id = instance.communicators.start(
-        comm_name, members, address, Deadline.after_ms(timeout_ms)
+        comm_name, members, addresses, Deadline.after_ms(timeout_ms)
     )
     if wait:
         try:
@@ -131,17 +131,18 @@ def _default_timeout(instance: Instance) -> int:
     return instance.config.link_total_time * 1000 or DEFAULT_TIMEOUT_MS
 
 
-def _address(
+def _addresses(
     comm_name: str, members: list[Member], rank_table: str, rendezvous: str | None
-) -> tuple[str, int]:
-    """Where the members meet."""
+) -> list[tuple[str, int]]:
+    """Where the members may meet, the best first."""
     source = RENDEZVOUS_VARIABLE if rendezvous is None else "rendezvous"
     text = environment_text(source) if rendezvous is None else rendezvous
     if not text:
-        return meeting_host(rank_table, members), port_of(comm_name)
+        port = port_of(comm_name)
+        return [(host, port) for host in meeting_hosts(rank_table, members)]
     host, port = parse_listen_ip_info(text, source)
     try:
         resolve(host, port)
     except ValueError as error:
         raise param_error(f"{source}={text!r}: {error}", remedy="give ip:port.") from None
-    return host, port
+    return [(host, port)]

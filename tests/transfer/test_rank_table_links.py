@@ -148,6 +148,19 @@ def test_another_meeting_point(
     assert_linked(here, other)
 
 
+@pytest.mark.parametrize("server_id", ["203.0.113.1", "pod"])
+def test_one_host_whose_addresses_the_table_has_not(
+    two: tuple[Service, Service], server_id: str
+) -> None:
+    """A device_ip is in the network of the devices, and a server_id may be any text."""
+    servers = [server(server_id, device(rank, device_ip=f"203.0.113.{rank}")) for rank in range(2)]
+    for service in two:
+        service.dd.link("n", members(1, 2), table(*servers), timeout=WAIT_MS)
+    for service in two:
+        service.instance.communicators.wait(1)
+    assert_linked(*two)
+
+
 def test_a_taken_port_is_waited_for(two: tuple[Service, Service]) -> None:
     here, other = two
     with closing(socket.create_server(("127.0.0.1", 0))) as squatter:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs in the style of the reference's own samples, device to device, each rank a process.
+
+They say `import llm_datadist`, use nothing that the reference hasn't, and compare what arrived.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.compat.programs import ROOT
+
+HERE = Path(__file__).parent
+PROGRAMS = {
+    "pull_rows_by_rank_table": 2,
+    "pull_blocks_by_rank_table": 2,
+    "rows_into_blocks": 2,
+    "push_blocks": 2,
+    "push_rows": 2,
+    "switch_role": 2,
+    "layer_by_layer": 3,
+    "many_prompts": 3,
+    "by_transfer_backend": 2,
+}
+"""Their names, and how many processes each is."""
+TIMEOUT_S = 180
+PORTS = 4
+"""How many ports side by side a program may listen at."""
+
+pytestmark = [pytest.mark.needs_npu]
+
+
+def ports_side_by_side(count: int) -> int:
+    """The first of some ports that are free now, as whoever writes a configuration would choose."""
+    for first in range(26000, 32000, count):
+        with suppress(OSError), ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            return first
+    raise AssertionError("no free ports")
+
+
+def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Their exit codes; None of those that still ran when one had failed, or the time was up."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        codes = [process.poll() for process in processes]
+        if None not in codes or any(codes):
+            break
+        time.sleep(0.05)
+    return codes
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_program(program: str, tmp_path: Path) -> None:
+    world = PROGRAMS[program]
+    command = [sys.executable, "-m", "llm_datadist_torch", "run", str(HERE / f"{program}.py")]
+    first = ports_side_by_side(PORTS + 1)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(first + PORTS),
+        "WORLD_SIZE": str(world),
+        "FIRST_PORT": str(first),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    outputs = [tmp_path / f"rank{rank}.txt" for rank in range(world)]
+    with ExitStack() as stack:
+        processes = []
+        for rank, output in enumerate(outputs):
+            process = subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=stack.enter_context(output.open("w")),
+                stderr=subprocess.STDOUT,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        codes = wait_for(processes)
+    told = "\n".join(f"-- {path.name}\n{path.read_text()}" for path in outputs)
+    assert codes == [0] * world, told
+    assert all("\ndone\n" in path.read_text() for path in outputs), told
+
+
+def test_every_program_is_run() -> None:
+    found = {path.stem for path in HERE.glob("*.py")} - {"common", Path(__file__).stem}
+    assert found == set(PROGRAMS)
