@@ -144,12 +144,24 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
 }
 
 
+_SAME_ON_EVERY_DEVICE = "same_on_every_device"
+"""Marks what no device makes a difference to: it is run once, where there is no NPU."""
+_THOROUGH = "thorough"
+"""Marks what ``make test`` leaves to ``make test-all``."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"{_SAME_ON_EVERY_DEVICE}: the test is left out on NPUs")
+    config.addinivalue_line("markers", f"{_THOROUGH}: the test is run by make test-all only")
     for marker, (what, _) in _NEEDS.items():
         config.addinivalue_line("markers", f"{marker}: the test needs {what}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _num_npus() > 0:
+        same = [item for item in items if item.get_closest_marker(_SAME_ON_EVERY_DEVICE)]
+        config.hook.pytest_deselected(items=same)
+        items[:] = [item for item in items if not item.get_closest_marker(_SAME_ON_EVERY_DEVICE)]
     for marker, (what, available) in _NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not available():

@@ -36,6 +36,8 @@ from tests.conftest import make_options
 from tests.devices import examples
 from tests.reference import CatalogModel
 
+pytestmark = pytest.mark.same_on_every_device
+
 K = CacheKey(1, 1)
 
 

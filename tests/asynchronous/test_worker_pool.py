@@ -17,6 +17,8 @@ from tests.asynchronous.helpers import FAILED, SUCCESS, TIMEOUT, WAIT_MS
 from tests.asynchronous.jobs import Submit, succeed, wait_for
 from tests.peers import eventually
 
+pytestmark = pytest.mark.same_on_every_device
+
 
 def test_threads_are_few_lazy_and_daemons(
     pool: WorkerPool, submit: Submit, gate: threading.Event

@@ -13,6 +13,8 @@ from tests.conformance.conftest import linked_by
 from tests.conformance.setups import ANSWERS, ME, PEER, params
 from tests.peers import Peer, Ref, Service
 
+pytestmark = pytest.mark.same_on_every_device
+
 UNLINKED = 5
 NONE = 2**64 - 1
 PI, KNE, NYL = "LLM_PARAM_INVALID", "LLM_KV_CACHE_NOT_EXIST", "LLM_NOT_YET_LINK"

@@ -23,6 +23,8 @@ from llm_datadist_torch import (
 from tests.asynchronous.helpers import NYL, PI, WAIT_MS, Ready
 from tests.peers import Service
 
+pytestmark = pytest.mark.same_on_every_device
+
 BAD = object()
 NOT_LINKED = 7
 

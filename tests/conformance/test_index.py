@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.same_on_every_device
+
 TESTS = Path(__file__).resolve().parent.parent
 
 TABLES = {

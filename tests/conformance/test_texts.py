@@ -30,6 +30,8 @@ from llm_datadist_torch import (
 from llm_datadist_torch.values.status import handle_llm_status, raise_if_false, raise_if_true
 from tests.conftest import make_options
 
+pytestmark = pytest.mark.same_on_every_device
+
 TEXTS = ["{", "}", "{}", "{0}", "{name!r:>{width}}", "%s %d %", "a\nb\r\t", "名前 ü 🚀"]
 TEXTS += ["\x00", "\udcff", ""]
 

@@ -10,6 +10,8 @@ import pytest
 from llm_datadist_torch import BlocksCacheKey
 from tests.peers import Peer, Ref
 
+pytestmark = pytest.mark.same_on_every_device
+
 OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
 NOBODY, SOMEBODY = 65534, 65533
 

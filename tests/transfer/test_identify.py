@@ -14,6 +14,8 @@ from tests.peers import Service
 from tests.transfer.helpers import OK, Peers, free_port
 from tests.transfer.test_links import listening
 
+pytestmark = pytest.mark.same_on_every_device
+
 SECRET = {"llm.LinkSecret": "a secret of enough characters"}
 
 

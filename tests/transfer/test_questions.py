@@ -22,6 +22,8 @@ from llm_datadist_torch import (
 from llm_datadist_torch.links.questions import MAX_QUESTION_BYTES
 from tests.conftest import InstanceFactory
 
+pytestmark = pytest.mark.same_on_every_device
+
 
 @pytest.fixture
 def pair(instance_factory: InstanceFactory) -> tuple[LLMDataDist, LLMDataDist]:

@@ -13,6 +13,8 @@ from llm_datadist_torch.links.rank_table import meeting_hosts, members_of, port_
 from tests.peers import Service, eventually
 from tests.transfer.tables import device, server, table
 
+pytestmark = pytest.mark.same_on_every_device
+
 PI = LLMStatusCode.LLM_PARAM_INVALID
 TABLE = table(server("0", device(0), device(1), device(2), device(3)))
 TWO = {1: 0, 2: 1}
