@@ -125,8 +125,10 @@ $(NPU_VENV)/.built: $(VENV)/.built ascend_sim/pyproject.toml
 	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(NPU_BIN))/_base.pth"
 # Without its dependencies, which are there already.
 	@$(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps torch_npu==2.13.0
-# From the tree, editable: PyPI may have another version. It is compiled when it is first used.
+# From the tree, editable: PyPI may have another version.
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip --python $(NPU_BIN)/python install -q --no-deps --no-build-isolation -e ./ascend_sim
+# Its first use compiles it: now, with both cores, and not while tests run.
+	@$(NPU_BIN)/python -m ascend_sim -- true
 	@touch $@
 
 # A third, in the same way. Its own packages come first, so its transformers hides that of .venv.

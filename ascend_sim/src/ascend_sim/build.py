@@ -6,6 +6,7 @@ Nothing here imports torch or torch_npu: without a runtime neither can be import
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +77,7 @@ class _Packages:
 def build() -> Path:
     """Build what isn't in the cache yet; the first time takes about a minute.
 
-    Two processes may do it at the same time: whoever is first wins.
+    If another process is building it, this one waits for the result.
 
     Returns:
         The directory with the libraries, for ``LD_LIBRARY_PATH``.
@@ -96,17 +98,24 @@ def build() -> Path:
         )
     sys.stderr.write(f"building the simulated Ascend runtime in {cache}, about a minute\n")
     cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
-    try:
-        _compile_all(compiler, libraries, packages, scratch, cache / "objects")
+    with _only_builder(cache):
+        if target.is_dir():
+            return target
+        scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=cache))
         try:
+            _compile_all(compiler, libraries, packages, scratch, cache / "objects")
             scratch.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _only_builder(cache: Path) -> Iterator[None]:
+    """Hold the lock of a cache. The kernel releases it when its process ends, however it ends."""
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _find_packages() -> _Packages:
