@@ -15,7 +15,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help demo test test-cpu test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
+.PHONY: help demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -31,22 +31,30 @@ demo: $(VENV)/.built
 	$(BIN)/python examples/pd_generate.py --device $(DEVICE) $(DEMO_ARGS)
 endif
 
-test: test-cpu test-npu-sim  ## Run all tests: on the CPU, and on simulated NPUs
+# It leaves long programs, stress, scale, the simulator's own tests and its other scheduler to test-all.
+test:  ## Run the tests that every commit runs: the library on the CPU and on simulated NPUs
+	$(MAKE) test-cpu TEST_ARGS="-m 'not thorough' $(TEST_ARGS)"
+	$(MAKE) test-npu-sim SCHEDULERS=lazy TEST_ARGS="-m 'not thorough and not whole_programs' $(TEST_ARGS)"
 
-# How many processes run the tests, besides make's own; 0 runs all of them in one, one after the other.
-TEST_JOBS ?= 0
+test-all: test-cpu test-sim test-npu-sim  ## Run all tests: those, long ones, and the simulator's own
+
+# How many processes run the tests; 0 runs all of them in make's own, one after the other.
+TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PARALLEL := -n $(TEST_JOBS) --dist worksteal
 
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.built  ## Run the tests on the CPU
 	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
+test-sim: $(NPU_VENV)/.built  ## Run the simulator's own tests
+	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)
+
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
 DEVICE_TESTS := tests/npu tests/reference_programs tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
-test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of the simulator, and those of devices on simulated NPUs
-	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)
-	for scheduler in lazy random; do \
+SCHEDULERS ?= lazy random
+test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of devices on simulated NPUs
+	for scheduler in $(SCHEDULERS); do \
 	  $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
 	    $(PARALLEL) $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
 

@@ -198,7 +198,13 @@ class TestFleet:
 
 @pytest.mark.whole_programs
 class TestProgram:
-    @pytest.mark.parametrize("size", [("1", "1"), ("2", "2")], ids="x".join)
+    @pytest.mark.parametrize(
+        "size",
+        [
+            pytest.param(("1", "1"), id="1x1"),
+            pytest.param(("2", "2"), id="2x2", marks=pytest.mark.thorough),
+        ],
+    )
     def test_tokens_equal(self, size: tuple[str, str]) -> None:
         result = run_demo("--prefill", size[0], "--decode", size[1], "--tokens", str(TOKENS))
         assert result.returncode == 0, result.stdout + result.stderr
@@ -206,12 +212,14 @@ class TestProgram:
         assert f"bytes equal: {size[0]} of {size[0]}" in result.stdout
         assert result.stdout.count("  stopped") == 2 * int(size[0])
 
+    @pytest.mark.thorough
     def test_zeroed_blocks_are_noticed(self) -> None:
         result = run_demo("--damage", "--tokens", str(TOKENS))
         assert result.returncode == 1, result.stdout + result.stderr
         assert "TOKENS DIFFER: 0 of 1" in result.stdout
         assert "BYTES DIFFER: 0 of 1" in result.stdout
 
+    @pytest.mark.thorough
     def test_failure_of_a_process_ends_the_demo(self) -> None:
         """The prompt fits into so many blocks and the text doesn't, so decoding fails."""
         blocks = -(-len(PROMPT) // pm.BLOCK_SIZE) + 1

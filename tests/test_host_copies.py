@@ -7,12 +7,15 @@ import platform
 import subprocess
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent / "native"
 CSRC = Path(__file__).parents[1] / "csrc"
 PARTS = ("copy_engine", "stream_copy", "block_order", "runs", "arena")
 FLAGS = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-fsanitize=thread")
 
 
+@pytest.mark.thorough
 def test_threads(tmp_path: Path) -> None:
     program = tmp_path / "host_copy_test"
     sources = [HERE / "host_copy_test.cpp", *(CSRC / f"{part}.cpp" for part in PARTS)]

@@ -14,6 +14,8 @@ import pytest
 
 import llm_datadist_torch
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(llm_datadist_torch.__file__).parent
 
 # What others (torch, msgspec) do at import is not ours, so they come before the first look.

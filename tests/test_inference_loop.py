@@ -44,7 +44,10 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [[], SMALL], ids=["default", "small"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param([], id="default", marks=pytest.mark.thorough), pytest.param(SMALL, id="small")],
+)
 @pytest.mark.whole_programs
 def test_outputs_equal_plain_generation(arguments: list[str]) -> None:
     done = run_program(*arguments)

@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.thorough
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 
 

@@ -331,6 +331,7 @@ def test_torch_compile(backend):
     assert torch.equal(result, expected + 1)
 
 
+@pytest.mark.thorough
 def test_the_gil_is_released():
     """A counter thread advances while each entry copies (own process: the switch is global)."""
     code = """

@@ -9,6 +9,8 @@ import textwrap
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 HEAD = """
     import atexit, gc, os, sys, threading, time
     import torch

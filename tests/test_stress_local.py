@@ -28,6 +28,8 @@ from llm_datadist_torch import (
 from tests.api.support import counters, regions
 from tests.peers import eventually
 
+pytestmark = pytest.mark.thorough
+
 THREADS, STEPS = 6, 800
 COUNT, ROWS, WIDTH = 2, 12, 8192
 POOL = 1 << 20  # bytes, of each of the four pools

@@ -15,6 +15,8 @@ from tests.test_demo import EXAMPLES, PROMPT, demo_environment
 
 import transformers_cache as example  # isort: skip  (test_demo has made the examples importable)
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def model() -> Iterator[example.PreTrainedModel]:

@@ -129,6 +129,7 @@ def test_what_a_device_cache_is_on(monkeypatch, tmp_path, program: str, state: s
     assert re.search(word, finding.detail)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("autoload", ["0", "1"])
 def test_a_torch_npu_that_can_not_be_imported(monkeypatch, tmp_path, autoload: str):
     """It raises when it is imported; torch loads it by its entry point, which is not there."""

@@ -53,6 +53,7 @@ def test_sample(sample: str):
     run_parties(sample, {role: ["--role", role, *given] for role in ("prompt", "decoder")})
 
 
+@pytest.mark.thorough
 def test_several_prompts_and_decoders():
     meet, *ports = map(str, free_ports(3))
     given = ["--meet-port", meet, "--prompt-ports", *ports]

@@ -11,6 +11,8 @@ import pytest
 from llm_datadist_torch.compat.switch import shim_path
 from tests.compat.programs import run_module, run_python
 
+pytestmark = pytest.mark.thorough
+
 PROGRAM = """
 import sys
 import llm_datadist

@@ -18,6 +18,8 @@ from llm_datadist_torch.compat.tree.v2 import llm_utils
 from tests.compat.programs import run_python
 from tests.test_import import REFERENCE_NAMES
 
+pytestmark = pytest.mark.thorough
+
 
 def test_top_level_names():
     assert sorted(tree.v2_list) == sorted(tree.__all__) == sorted(REFERENCE_NAMES)

@@ -30,6 +30,7 @@ def start_big(peer: Peer, colour: int, listen: str) -> int:
     return port
 
 
+@pytest.mark.thorough
 def test_sigkill_of_either_side_during_200_transfers(here: Service, peers: Peers) -> None:
     seed = int(os.environ.get("LLMDD_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"seed {seed}")

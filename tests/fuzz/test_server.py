@@ -23,6 +23,8 @@ from tests.fuzz.messages import broken, frames
 from tests.peers import Ref, Service, eventually
 from tests.wire import GREETING, framed, stranger
 
+pytestmark = pytest.mark.thorough
+
 OFFER = msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))
 KEEP = BlocksCacheKey(1, 0)
 

@@ -65,6 +65,7 @@ def test_the_receiver_writes_into_the_cache(other: Any, pool: str | None) -> Non
         service.finish()
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_other_tensors_are_sent_as_ever(other: Any) -> None:
     service = Service()

@@ -17,6 +17,8 @@ from llm_datadist_torch.catalog import Catalog
 from llm_datadist_torch.memory.address_index import AddressIndex
 from llm_datadist_torch.values.layout import layout_of
 
+pytestmark = pytest.mark.thorough
+
 ROWS, TENSORS, ROW_BYTES = 100, 2, 1 << 14
 APART = 1 << 22
 """Bytes from one cache to the next; each has 3.1 MiB."""

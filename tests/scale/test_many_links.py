@@ -14,6 +14,8 @@ from tests.conftest import make_options
 from tests.peers import Peer, eventually, spawn
 from tests.scale.many import DESC, Many, block, colour_of, infos
 
+pytestmark = pytest.mark.thorough
+
 PROCESSES, EACH = 4, 128
 ME = 1
 OK = "LLM_SUCCESS"

@@ -15,6 +15,8 @@ from tests.peers import Peer, Service, eventually, spawn
 from tests.scale.many import Many, infos
 from tests.transfer.helpers import free_port
 
+pytestmark = pytest.mark.thorough
+
 OTHERS = list(range(1000, 1015))
 SUCCESS = ["LLM_SUCCESS"] * len(OTHERS)
 

@@ -12,6 +12,8 @@ from benchmarks import soak
 from benchmarks.soak import Limits
 from benchmarks.soak_worker import BLOCKS, Operations, WrongBytesError, words_of
 
+pytestmark = pytest.mark.thorough
+
 
 def test_some_seconds_of_everything() -> None:
     """Growth over seconds is warming up: only what can't be is a failure here."""

@@ -24,6 +24,7 @@ OK = ("LLM_SUCCESS", ["LLM_SUCCESS"])
 COUNT, ROWS, ROW_BYTES = 3, 32, 8192
 
 
+@pytest.mark.thorough
 def test_many_threads_on_several_links(
     here: Service, services: Callable[[], Service], peers: Callable[[], Peer]
 ) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from tests.transports.conftest import EXAMPLE
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 PICKED = "tests/conformance/test_pull_push.py"
 

@@ -136,6 +136,7 @@ def test_a_frozen_producer_is_killed(
     assert done.failed == {"x": {10}}
 
 
+@pytest.mark.thorough
 def test_frozen_producers_use_up_no_threads(
     worker: Callable[..., Worker], producer: Callable[..., Producer]
 ) -> None:
