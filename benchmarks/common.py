@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch.environment import npu_is_simulated
+from llm_datadist_torch.values.environment import npu_is_simulated
 
 if npu_is_simulated():
     raise SystemExit(

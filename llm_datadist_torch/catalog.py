@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address_index import AddressIndex
 from llm_datadist_torch.memory.generations import Generations
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 

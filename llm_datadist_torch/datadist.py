@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from llm_datadist_torch.cache_manager import CacheManager
-from llm_datadist_torch.config import EngineConfig, role_to_str
 from llm_datadist_torch.datadist_links import LinkCalls
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.observe import html, metrics, tracing
@@ -22,6 +21,7 @@ from llm_datadist_torch.values.checks import (
     check_uint64,
     param_error,
 )
+from llm_datadist_torch.values.config import EngineConfig, role_to_str
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 

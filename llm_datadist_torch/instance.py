@@ -16,8 +16,6 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.communicators import Communicators
 from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.owner import Owner
@@ -32,6 +30,8 @@ from llm_datadist_torch.transports.base import MemorySpan, joined_spans, spans_i
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for

@@ -13,8 +13,6 @@ from llm_datadist_torch.api.peer import Peer as Peer
 from llm_datadist_torch.api.transfer import PreparedTransfer as PreparedTransfer
 from llm_datadist_torch.cache import Cache as Cache
 from llm_datadist_torch.cache_manager import CacheManager as CacheManager
-from llm_datadist_torch.config import LLMConfig as LLMConfig
-from llm_datadist_torch.config import LlmConfig as LlmConfig
 from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener
@@ -25,6 +23,8 @@ from llm_datadist_torch.observe.plots import plot_transfers as plot_transfers
 from llm_datadist_torch.observe.stats import Stats as Stats
 from llm_datadist_torch.values.cache_desc import CacheDesc as CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo as LLMClusterInfo
+from llm_datadist_torch.values.config import LLMConfig as LLMConfig
+from llm_datadist_torch.values.config import LlmConfig as LlmConfig
 from llm_datadist_torch.values.data_type import DataType as DataType
 from llm_datadist_torch.values.enums import LLMRole as LLMRole
 from llm_datadist_torch.values.enums import Memtype as Memtype

@@ -15,9 +15,9 @@ from typing import TypeAlias
 
 import torch
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.in_flight import InFlight
 from llm_datadist_torch.values.checks import check_isinstance
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMDeviceError, LLMStatusCode, error_for
 
 Stream: TypeAlias = "torch.Stream | torch.cpu.Stream"

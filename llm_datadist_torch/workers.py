@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from llm_datadist_torch.work import Work
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from llm_datadist_torch.environment import npu_is_simulated
+from llm_datadist_torch.values.environment import npu_is_simulated
 
 # torch loads its backends by itself, and can't be imported where torch_npu is installed without the
 # Ascend runtime. The tests that are about torch_npu import it.

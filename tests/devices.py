@@ -8,9 +8,9 @@ import functools
 import torch
 
 from llm_datadist_torch import Placement
-from llm_datadist_torch.environment import npu_is_simulated
 from llm_datadist_torch.memory.address import HOST, tensor_over
 from llm_datadist_torch.memory.device import why_no_npu
+from llm_datadist_torch.values.environment import npu_is_simulated
 
 
 @functools.cache

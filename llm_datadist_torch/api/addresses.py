@@ -6,8 +6,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from llm_datadist_torch.config import parse_listen_ip_info
 from llm_datadist_torch.values.checks import check_isinstance, param_error
+from llm_datadist_torch.values.config import parse_listen_ip_info
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 WILDCARD = "0.0.0.0"  # noqa: S104 (this is where it is recognised)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 from llm_datadist_torch.cli import run, sim
 from llm_datadist_torch.compat.switch import ShimConflictError, shim_path
-from llm_datadist_torch.environment import environment_text, set_environment
+from llm_datadist_torch.values.environment import environment_text, set_environment
 
 PROG = "python -m llm_datadist_torch"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"

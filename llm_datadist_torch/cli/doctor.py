@@ -12,8 +12,8 @@ from typing import Literal
 
 from llm_datadist_torch import __version__
 from llm_datadist_torch.cli import probes
-from llm_datadist_torch.environment import npu_is_simulated
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
+from llm_datadist_torch.values.environment import npu_is_simulated
 
 State = Literal["ok", "no", "note", "wrong"]
 

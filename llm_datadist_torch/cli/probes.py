@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.transports.local.host import why_forbidden
 from llm_datadist_torch.transports.registry import why_unavailable
+from llm_datadist_torch.values.environment import environment_text
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 
 from llm_datadist_torch.compat.switch import install, shim_path
-from llm_datadist_torch.environment import add_to_pythonpath
+from llm_datadist_torch.values.environment import add_to_pythonpath
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

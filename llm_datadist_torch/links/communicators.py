@@ -10,13 +10,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Card, Rendezvous
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import RegisterMemStatus
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 from llm_datadist_torch.work import Work

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import SHARE_IT
 from llm_datadist_torch.links.link import Link, LinkState, Pending
 from llm_datadist_torch.links.messages import (
@@ -29,6 +28,7 @@ from llm_datadist_torch.links.same_process import LinkEnd
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, code_2_status, error_for
 
 logger = logging.getLogger("llm_datadist_torch")

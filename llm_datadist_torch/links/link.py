@@ -16,7 +16,6 @@ import torch
 
 from llm_datadist_torch import _C
 from llm_datadist_torch.cache_entry import CacheEntry, KeyName
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.held_leases import HeldLeases, LeaseTicket
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (
@@ -42,6 +41,7 @@ from llm_datadist_torch.net.process import PeerProcess
 from llm_datadist_torch.transports.base import SameProcessPeer
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMPeerLostError,

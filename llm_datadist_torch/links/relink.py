@@ -7,10 +7,10 @@ import logging
 import time
 import weakref
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Handshake
 from llm_datadist_torch.links.link import Link, LinkState, RelinkState, RelinkTurn
 from llm_datadist_torch.links.registry import LinkRegistry
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import msgspec
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.conduit import CancellableProxy
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.net.addresses import is_of_this_host, resolve
 from llm_datadist_torch.values.checks import UINT16_MAX, param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMLinkError, LLMStatusCode, error_for
 
 if TYPE_CHECKING:

@@ -10,8 +10,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
-from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
@@ -38,6 +36,8 @@ from llm_datadist_torch.net.connection import Connection, Data
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.transports.choice import TransportSet
+from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 from llm_datadist_torch.values.version import VERSION
 

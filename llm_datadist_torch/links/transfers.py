@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 import time
 
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.values.deadline import Deadline
 
 _RETRY_S = 0.001
 

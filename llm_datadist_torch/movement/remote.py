@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 
 from llm_datadist_torch.cache_entry import KeyKind, name_of
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.messages import CacheView, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.transports.base import Movement
 from llm_datadist_torch.values.checks import INT64_MAX
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.values.layout import Layout
 from llm_datadist_torch.values.status import LLMStatusCode, error_for

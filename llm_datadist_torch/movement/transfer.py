@@ -20,7 +20,6 @@ from torch.autograd.profiler import record_function
 from llm_datadist_torch import streams
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import LeaseTicket
 from llm_datadist_torch.links.link import Link, LinkState
@@ -30,6 +29,7 @@ from llm_datadist_torch.movement.remote import BLOCKS, Key, RemoteCache, query_o
 from llm_datadist_torch.streams import Stream, StreamPoint
 from llm_datadist_torch.transports.base import Direction, Movement, StaleCacheError
 from llm_datadist_torch.values.checks import check_timeout_ms, param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.keys import BlocksCacheKey
 from llm_datadist_torch.values.layout import Layout
 from llm_datadist_torch.values.status import (

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.config import parse_listen_ip_info
-from llm_datadist_torch.deadline import Deadline
-from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.rank_table import Member, meeting_hosts, members_of, port_of
 from llm_datadist_torch.net.addresses import resolve
@@ -17,7 +14,10 @@ from llm_datadist_torch.values.checks import (
     check_uint64,
     param_error,
 )
+from llm_datadist_torch.values.config import parse_listen_ip_info
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import RegisterMemStatus
+from llm_datadist_torch.values.environment import environment_text
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 MAX_NAME_LENGTH = 127

@@ -26,9 +26,9 @@ from llm_datadist_torch.transports.movement import (
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
-    from llm_datadist_torch.config import EngineConfig
-    from llm_datadist_torch.deadline import Deadline
     from llm_datadist_torch.net.process import PeerProcess
+    from llm_datadist_torch.values.config import EngineConfig
+    from llm_datadist_torch.values.deadline import Deadline
 
 __all__ = [
     "HOST_DEVICE",

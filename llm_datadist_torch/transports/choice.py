@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,
     CacheVersion,
@@ -25,6 +24,7 @@ from llm_datadist_torch.transports.base import (
     StaleCacheError,
     Transport,
 )
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")

@@ -14,7 +14,7 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
-    from llm_datadist_torch.deadline import Deadline
+    from llm_datadist_torch.values.deadline import Deadline
 
 HOST_DEVICE = torch.device("cpu")
 

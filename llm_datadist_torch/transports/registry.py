@@ -15,13 +15,13 @@ from importlib.metadata import EntryPoint, entry_points
 
 import torch
 
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import Transport
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.hixl import HixlTransport
 from llm_datadist_torch.transports.local import LocalTransport
 from llm_datadist_torch.transports.nixl import NixlTransport
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.config import EngineConfig
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.values.deadline import Deadline
 
 _PAUSE_S = 0.0002
 

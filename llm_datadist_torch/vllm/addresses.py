@@ -7,7 +7,7 @@ import ctypes
 import ipaddress
 import socket
 
-from llm_datadist_torch.environment import environment_text
+from llm_datadist_torch.values.environment import environment_text
 
 _AF_INET, _AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 

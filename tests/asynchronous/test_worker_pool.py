@@ -10,7 +10,7 @@ import pytest
 
 from llm_datadist_torch import CacheTask, LLMException
 from llm_datadist_torch import workers as workers_module
-from llm_datadist_torch.deadline import Deadline
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.work import Work
 from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import FAILED, SUCCESS, TIMEOUT, WAIT_MS

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import llm_datadist_torch as ld
-from llm_datadist_torch.api import options
+from llm_datadist_torch.values import open_options as options
 from tests.front_door.conftest import OpenNode
 from tests.peers import eventually
 from tests.transfer.helpers import free_port

@@ -11,11 +11,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from llm_datadist_torch.config import PoolConfig
 from llm_datadist_torch.memory import device as device_module
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import HostDevice, NpuDevice, choose_device
 from llm_datadist_torch.memory.products import Support, product_of
+from llm_datadist_torch.values.config import PoolConfig
 from llm_datadist_torch.values.status import (
     LLMDeviceError,
     LLMFeatureNotEnabledError,

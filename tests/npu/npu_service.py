@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMException
-from llm_datadist_torch.environment import npu_is_simulated
 from llm_datadist_torch.transports.hixl.native import NativeLibrary
+from llm_datadist_torch.values.environment import npu_is_simulated
 from tests import simulator_faults as faults
 from tests.caches import Held
 from tests.devices import overwrite, raw

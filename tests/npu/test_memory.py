@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from llm_datadist_torch import CacheDesc, CacheKey, DataType, LLMOutOfMemoryError, LLMParamError
-from llm_datadist_torch.config import PoolConfig
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import NpuDevice
 from llm_datadist_torch.memory.npu import NpuMemory
 from llm_datadist_torch.memory.npu_address import segment_at, segments_of
+from llm_datadist_torch.values.config import PoolConfig
 
 TWO_MIB = 2 << 20
 

@@ -16,11 +16,11 @@ from llm_datadist_torch import (
     LLMOutOfMemoryError,
     LLMParamError,
 )
-from llm_datadist_torch.config import PoolConfig
 from llm_datadist_torch.memory.address import check_alive, probe
 from llm_datadist_torch.memory.device import NpuDevice, choose_device
 from llm_datadist_torch.memory.npu import NpuMemory
 from llm_datadist_torch.memory.pinned import PinnedMemory, allocate_pinned_bytes
+from llm_datadist_torch.values.config import PoolConfig
 from tests import simulator_faults as faults
 
 pytestmark = pytest.mark.needs_simulated_npu

@@ -18,10 +18,10 @@ from llm_datadist_torch import (
     LLMOutOfMemoryError,
     Placement,
 )
-from llm_datadist_torch.config import PoolConfig
 from llm_datadist_torch.memory import pinned
 from llm_datadist_torch.memory.device import NpuDevice
 from llm_datadist_torch.memory.pinned import PinnedMemory
+from llm_datadist_torch.values.config import PoolConfig
 from tests.peers import Service, spawn
 
 DESC = CacheDesc(2, [4, 64], DataType.DT_FLOAT16, Placement.HOST)

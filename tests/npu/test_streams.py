@@ -31,8 +31,8 @@ from llm_datadist_torch import (
     ops,
     streams,
 )
-from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.in_flight import InFlight
+from llm_datadist_torch.values.environment import environment_text
 from tests.peers import eventually
 
 ROWS, WIDTH = 8, 4096

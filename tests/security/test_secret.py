@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from llm_datadist_torch import LLMConfig, LLMDataDist, LLMException, LLMRole
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.net import addresses
 from llm_datadist_torch.net.tls import LinkKeys
-from llm_datadist_torch.secret_file import SECRET_FILE_VARIABLE
+from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.secret_file import SECRET_FILE_VARIABLE
 from llm_datadist_torch.values.status import LLMFeatureNotEnabledError, LLMLinkError, LLMParamError
 from tests.conftest import make_options
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.links.link import Pending
+from llm_datadist_torch.values.deadline import Deadline
 from tests.devices import examples, on_npu
 from tests.peers import Peer, Ref, Service, eventually
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import torch
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import Direction, MemorySpan, Movement
 from llm_datadist_torch.transports.hixl import messages
 from llm_datadist_torch.transports.hixl.channel import HixlChannel
 from llm_datadist_torch.transports.hixl.connection import Connection
 from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.registrations import Registrations
+from llm_datadist_torch.values.deadline import Deadline
 from tests.peers import eventually
 from tests.transports.fake_hixl import FakeEngine, TransferStatus
 

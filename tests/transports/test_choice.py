@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from llm_datadist_torch import LLMException, LLMFeatureNotEnabledError, LLMLinkError
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     CacheVersion,
     Capabilities,
@@ -25,6 +24,7 @@ from llm_datadist_torch.transports.base import (
     spans_in_storages,
 )
 from llm_datadist_torch.transports.choice import LinkChannel, TransportSet
+from llm_datadist_torch.values.deadline import Deadline
 
 HOST, DEVICE = MemoryKind.HOST, MemoryKind.DEVICE
 CPU, META = torch.device("cpu"), torch.device("meta")

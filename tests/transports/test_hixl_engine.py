@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llm_datadist_torch import LLMException, LLMParamError, LLMRole
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import MemorySpan
 from llm_datadist_torch.transports.hixl.engine import _address_of, _free_addresses, _options
 from llm_datadist_torch.transports.hixl.ports import AUTO_CONNECT, CLIENT_SERVER_COMM
+from llm_datadist_torch.values.config import EngineConfig
 from tests.transports.fake_hixl import MemType
 from tests.transports.hixl_rig import BASE, FAILED, META, PARAM_INVALID, SIZE
 

@@ -15,7 +15,6 @@ from llm_datadist_torch import (
     LLMStatusCode,
     LLMTimeoutError,
 )
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     Direction,
     MemorySpan,
@@ -27,6 +26,7 @@ from llm_datadist_torch.transports.hixl.connection import Generations
 from llm_datadist_torch.transports.hixl.ports import ModulePort
 from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.statuses import hixl_error
+from llm_datadist_torch.values.deadline import Deadline
 from tests.peers import eventually
 from tests.transports.fake_hixl import TransferOp, TransferStatus
 from tests.transports.hixl_rig import (

@@ -16,7 +16,6 @@ import torch
 
 from llm_datadist_torch import LLMException, LLMParamError, LLMRole, LLMStatusCode
 from llm_datadist_torch.cli import doctor
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import HOST_DEVICE, MemoryKind, MemorySpan
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.local import LocalTransport
@@ -27,6 +26,7 @@ from llm_datadist_torch.transports.nixl.messages import Expect, Stop, runs_in
 from llm_datadist_torch.transports.nixl.port import CHUNK_BYTES, CHUNK_RUNS, Port, _requests
 from llm_datadist_torch.transports.nixl.serving import MAX_JOBS, Serving
 from llm_datadist_torch.transports.nixl.spans import Spans
+from llm_datadist_torch.values.config import EngineConfig
 
 CONFIG = EngineConfig(LLMRole.MIX)
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey, LLMFeatureNotEnabledError, LLMParamError, LLMRole
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.registry import (
     known_transports,
     open_transports,
     why_unavailable,
 )
+from llm_datadist_torch.values.config import EngineConfig
 from tests.conftest import InstanceFactory
 from tests.peers import Peer, Ref, Service, cluster, eventually
 from tests.transfer.helpers import OK

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from llm_datadist_torch.config import LLMConfig, LlmConfig
+from llm_datadist_torch.values.config import LLMConfig, LlmConfig
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMParamError,

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from llm_datadist_torch import config as config_module
-from llm_datadist_torch.config import EngineConfig, LLMConfig, PoolConfig, role_to_str
+from llm_datadist_torch.values import config as config_module
+from llm_datadist_torch.values.config import EngineConfig, LLMConfig, PoolConfig, role_to_str
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.status import (
     LLMException,

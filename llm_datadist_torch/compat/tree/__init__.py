@@ -7,10 +7,10 @@ import importlib
 from typing import Any
 
 from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.config import LLMConfig, LlmConfig
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
+from llm_datadist_torch.values.config import LLMConfig, LlmConfig
 from llm_datadist_torch.values.data_type import DataType
 from llm_datadist_torch.values.enums import LLMRole, Memtype, Placement, RegisterMemStatus
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex

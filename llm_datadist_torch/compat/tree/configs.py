@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.config import (
-    LlmConfig,
-    trans_str_ip,
-)
 from llm_datadist_torch.values.cluster_info import (
     LLMClusterInfo,
+)
+from llm_datadist_torch.values.config import (
+    LlmConfig,
+    trans_str_ip,
 )
 from llm_datadist_torch.values.enums import (
     LLMRole,

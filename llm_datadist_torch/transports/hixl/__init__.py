@@ -12,8 +12,6 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,
     Capabilities,
@@ -27,6 +25,8 @@ from llm_datadist_torch.transports.hixl.engine import HixlEngine
 from llm_datadist_torch.transports.hixl.messages import HixlOffer
 from llm_datadist_torch.transports.hixl.ports import describe
 from llm_datadist_torch.transports.hixl.registrations import Registrations
+from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException
 
 logger = logging.getLogger("llm_datadist_torch")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import threading
 import time
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     Channel,
     Fit,
@@ -24,6 +23,7 @@ from llm_datadist_torch.transports.hixl.ranges import RegisteredRange
 from llm_datadist_torch.transports.hixl.registrations import Registrations
 from llm_datadist_torch.transports.hixl.transfers import Requests
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMNotLinkedError,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import timed_out
 from llm_datadist_torch.transports.hixl.engine import HixlEngine
 from llm_datadist_torch.transports.hixl.messages import Registered
@@ -24,6 +23,7 @@ from llm_datadist_torch.transports.hixl.statuses import (
     hixl_error,
     meaning_of,
 )
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 logger = logging.getLogger("llm_datadist_torch")

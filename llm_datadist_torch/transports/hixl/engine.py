@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, closing
 
 import torch
 
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.hixl.ports import (
     AUTO_CONNECT,
     CLIENT_SERVER_COMM,
@@ -20,6 +19,7 @@ from llm_datadist_torch.transports.hixl.ports import (
 )
 from llm_datadist_torch.transports.hixl.statuses import PARAM_INVALID, SUCCESS, hixl_error
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.config import EngineConfig
 
 logger = logging.getLogger("llm_datadist_torch")
 

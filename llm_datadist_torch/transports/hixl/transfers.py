@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import Movement, timed_out
 from llm_datadist_torch.transports.hixl.engine import HixlEngine
 from llm_datadist_torch.transports.hixl.ports import COMPLETED, WAITING
@@ -16,6 +15,7 @@ from llm_datadist_torch.transports.hixl.statuses import (
     SUCCESS,
     hixl_error,
 )
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 MAX_REQUESTS = 8

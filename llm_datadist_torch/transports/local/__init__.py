@@ -9,10 +9,10 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import Capabilities, Channel, Relay, Transport
 from llm_datadist_torch.transports.local.channel import LocalChannel
 from llm_datadist_torch.transports.local.host import HostIdentity
+from llm_datadist_torch.values.config import EngineConfig
 
 
 class LocalTransport(Transport):

@@ -10,7 +10,6 @@ from typing import TypeAlias
 import torch
 
 from llm_datadist_torch import _C, device_copies, streams
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,
@@ -30,6 +29,7 @@ from llm_datadist_torch.transports.base import (
 from llm_datadist_torch.transports.local.host import HostIdentity, PeerProcess, why_forbidden
 from llm_datadist_torch.transports.local.mappings import WORD_BYTES, PeerMappings
 from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
     LLMException,
     LLMPeerLostError,

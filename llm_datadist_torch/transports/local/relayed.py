@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.transports.base import Direction, Movement, Relay, timed_out
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 RELAY_CHUNK = 4 << 20

@@ -10,12 +10,12 @@ import weakref
 import msgspec
 import torch
 
-from llm_datadist_torch.config import EngineConfig
 from llm_datadist_torch.transports.base import Capabilities, MemorySpan, Relay, Transport
 from llm_datadist_torch.transports.local.host import HostIdentity
 from llm_datadist_torch.transports.nixl.channel import NixlChannel
 from llm_datadist_torch.transports.nixl.engine import why_not_installed
 from llm_datadist_torch.transports.nixl.spans import Spans
+from llm_datadist_torch.values.config import EngineConfig
 
 _END_S = 5.0
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     Channel,
     Direction,
@@ -28,6 +27,7 @@ from llm_datadist_torch.transports.nixl.port import Port
 from llm_datadist_torch.transports.nixl.serving import Serving
 from llm_datadist_torch.transports.nixl.spans import Spans
 from llm_datadist_torch.transports.turns import Turns
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
     LLMCacheNotFoundError,
     LLMException,

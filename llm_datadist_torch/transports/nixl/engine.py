@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_datadist_torch.environment import defaults, environment_text
+from llm_datadist_torch.values.environment import defaults, environment_text
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 _PACKAGES = {"nixl_cu12": "nixl-cu12", "nixl_cu13": "nixl-cu13"}

@@ -17,10 +17,10 @@ import msgspec
 import torch
 
 from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.config import LLMConfig
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
+from llm_datadist_torch.values.config import LLMConfig
 from llm_datadist_torch.values.enums import LLMRole, Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for

@@ -10,8 +10,6 @@ from pathlib import Path
 import msgspec
 import torch
 
-from llm_datadist_torch.config import EngineConfig
-from llm_datadist_torch.deadline import Deadline
 from llm_datadist_torch.transports.base import (
     Capabilities,
     Channel,
@@ -23,6 +21,8 @@ from llm_datadist_torch.transports.base import (
     Transport,
     timed_out,
 )
+from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

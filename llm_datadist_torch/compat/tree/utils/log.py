@@ -10,7 +10,7 @@ import logging
 import sys
 import threading
 
-from llm_datadist_torch.environment import environment_text
+from llm_datadist_torch.values.environment import environment_text
 
 __all__ = ["error", "get_logger", "info", "warn"]
 

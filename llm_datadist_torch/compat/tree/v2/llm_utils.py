@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from llm_datadist_torch.config import parse_listen_ip_info
 from llm_datadist_torch.values.checks import UINT64_MAX, check_layer_range, check_uint32
+from llm_datadist_torch.values.config import parse_listen_ip_info
 from llm_datadist_torch.values.data_type import DataType, itemsize
 
 __all__ = [

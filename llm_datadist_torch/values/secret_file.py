@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import stat
 
-from llm_datadist_torch.environment import environment_text
 from llm_datadist_torch.values.checks import param_error
+from llm_datadist_torch.values.environment import environment_text
 from llm_datadist_torch.values.secret import LONGEST_SECRET, check_link_secret
 from llm_datadist_torch.values.status import LLMException
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llm_datadist_torch.secret_file import secret_from_file
 from llm_datadist_torch.values.checks import (
     INT32_MAX,
     UINT16_MAX,
@@ -32,6 +31,7 @@ from llm_datadist_torch.values.llm_config import (
     check_orphan_policy,
 )
 from llm_datadist_torch.values.secret import check_link_secret
+from llm_datadist_torch.values.secret_file import secret_from_file
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 __all__ = [
