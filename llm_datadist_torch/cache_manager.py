@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.movement.copies import CopyBlocks, CopyCache, SwapBlocks
 from llm_datadist_torch.movement.layerwise import Layerwise
 from llm_datadist_torch.movement.pulls import PullBlocks, PullCache
 from llm_datadist_torch.movement.pushes import PushBlocks, PushCache
 from llm_datadist_torch.operations import creation, remapping
-from llm_datadist_torch.streams import Stream
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement

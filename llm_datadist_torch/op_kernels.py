@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch import _C, device_copies
+from llm_datadist_torch import _C
+from llm_datadist_torch.memory import device_copies
 
 Tensors = Sequence[torch.Tensor]
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_datadist_torch import op_kernels as op_kernels  # registers torch.ops.llm_datadist_torch
-from llm_datadist_torch import streams
+from llm_datadist_torch.memory import streams
 from llm_datadist_torch.values.checks import Ids
 from llm_datadist_torch.values.checks import as_ids as as_ids
 

@@ -50,7 +50,8 @@ def test_device_memory_without_torch_npu_is_a_typed_error() -> None:
     """In a process of its own, where surely nobody has imported torch_npu."""
     code = """
         import pytest, torch
-        from llm_datadist_torch import LLMFeatureNotEnabledError, device_copies
+        from llm_datadist_torch import LLMFeatureNotEnabledError
+        from llm_datadist_torch.memory import device_copies
         addresses, runs = torch.tensor([4096]), torch.tensor([[0, 0, 8]])
         device, host = torch.device("privateuseone:0"), torch.device("cpu")
         with pytest.raises(LLMFeatureNotEnabledError, match=r"no Ascend runtime.*import torch_npu"):

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch import ops, streams
+from llm_datadist_torch import ops
+from llm_datadist_torch.memory import streams
 from tests import reference
 from tests.devices import default_device, examples
 

@@ -14,7 +14,7 @@ from llm_datadist_torch.api.transfer import PreparedTransfer, finish, millisecon
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.info import LinkInfo
-from llm_datadist_torch.streams import Stream
+from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from llm_datadist_torch.streams import Stream
+from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.values.checks import INT32_MAX, param_error
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from llm_datadist_torch.work import CacheTask

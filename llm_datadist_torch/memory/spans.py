@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from llm_datadist_torch import _C, device_copies, streams
+from llm_datadist_torch import _C
+from llm_datadist_torch.memory import device_copies, streams
 
 _HOST = torch.device(streams.HOST)
 _BASE = torch.zeros(1, dtype=torch.int64)

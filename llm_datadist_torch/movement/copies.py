@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch import _C, ops, streams
+from llm_datadist_torch import _C, ops
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.movement import arguments
 from llm_datadist_torch.values.checks import (

@@ -17,16 +17,16 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch.autograd.profiler import record_function
 
-from llm_datadist_torch import streams
 from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_entry import CacheEntry
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import LeaseTicket
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
+from llm_datadist_torch.memory import streams
+from llm_datadist_torch.memory.streams import Stream, StreamPoint
 from llm_datadist_torch.movement import background
 from llm_datadist_torch.movement.remote import BLOCKS, Key, RemoteCache, query_of
-from llm_datadist_torch.streams import Stream, StreamPoint
 from llm_datadist_torch.transports.base import Direction, Movement, StaleCacheError
 from llm_datadist_torch.values.checks import check_timeout_ms, param_error
 from llm_datadist_torch.values.deadline import Deadline

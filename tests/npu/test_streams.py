@@ -31,7 +31,7 @@ from llm_datadist_torch import (
     ops,
     streams,
 )
-from llm_datadist_torch.in_flight import InFlight
+from llm_datadist_torch.memory.in_flight import InFlight
 from llm_datadist_torch.values.environment import environment_text
 from tests.peers import eventually
 

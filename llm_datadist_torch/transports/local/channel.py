@@ -9,7 +9,8 @@ from typing import TypeAlias
 
 import torch
 
-from llm_datadist_torch import _C, device_copies, streams
+from llm_datadist_torch import _C
+from llm_datadist_torch.memory import device_copies, streams
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from llm_datadist_torch.in_flight import InFlight
+from llm_datadist_torch.memory.in_flight import InFlight
 from llm_datadist_torch.values.checks import check_isinstance
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMDeviceError, LLMStatusCode, error_for
