@@ -20,8 +20,8 @@ import torch
 
 from benchmarks import common
 from llm_datadist_torch import CacheKey
-from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName
-from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName
 from llm_datadist_torch.values.layout import layout_of
 
 ROWS, TENSORS, ROW_BYTES = 100, 80, 1 << 14

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.movement.copies import CopyBlocks, CopyCache, SwapBlocks

@@ -13,9 +13,9 @@ from contextlib import ExitStack
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.cache_entry import CacheEntry
-from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.communicators import Communicators
 from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.owner import Owner

@@ -11,8 +11,8 @@ from llm_datadist_torch.api.node import Node as Node
 from llm_datadist_torch.api.opening import open as open  # noqa: A004
 from llm_datadist_torch.api.peer import Peer as Peer
 from llm_datadist_torch.api.transfer import PreparedTransfer as PreparedTransfer
-from llm_datadist_torch.cache import Cache as Cache
 from llm_datadist_torch.cache_manager import CacheManager as CacheManager
+from llm_datadist_torch.caches.cache import Cache as Cache
 from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener

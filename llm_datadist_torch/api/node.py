@@ -18,8 +18,8 @@ from llm_datadist_torch.api import addresses, checks
 from llm_datadist_torch.api.keys import BlocksKey, PrefixKey, RequestKey
 from llm_datadist_torch.api.peer import Peer
 from llm_datadist_torch.api.transfer import milliseconds
-from llm_datadist_torch.cache import Cache
 from llm_datadist_torch.cache_manager import CacheManager
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
 from llm_datadist_torch.observe import html

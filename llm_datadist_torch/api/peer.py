@@ -11,7 +11,7 @@ from llm_datadist_torch.api.keys import KeyLike
 from llm_datadist_torch.api.layers import LayerPull, LayerPush
 from llm_datadist_torch.api.prepare import Blocks
 from llm_datadist_torch.api.transfer import PreparedTransfer, finish, milliseconds
-from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.memory.streams import Stream

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.cache_entry import CacheEntry
-from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 from llm_datadist_torch.memory.address import check_alive

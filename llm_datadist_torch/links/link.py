@@ -15,7 +15,7 @@ from enum import Enum
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.cache_entry import CacheEntry, KeyName
+from llm_datadist_torch.caches.entry import CacheEntry, KeyName
 from llm_datadist_torch.links.held_leases import HeldLeases, LeaseTicket
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.messages import (

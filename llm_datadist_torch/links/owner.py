@@ -14,8 +14,8 @@ import msgspec
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved
-from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved
 from llm_datadist_torch.links.leased_memory import (
     GrantedCache,
     check_device_memory,

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch.cache_entry import CacheEntry
-from llm_datadist_torch.catalog import Catalog
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.leased_memory import check_inside
 from llm_datadist_torch.transports.base import Direction, Movement
 from llm_datadist_torch.values.checks import param_error

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.values.checks import check_layer_range, check_uint32, param_error
 from llm_datadist_torch.values.keys import (
     BlocksCacheKey,

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.values.status import LLMException
 from llm_datadist_torch.work import CacheTask, Work, as_failure

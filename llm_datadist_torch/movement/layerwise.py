@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
-from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.memory.address import address_tensor
 from llm_datadist_torch.movement import background, geometry

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from llm_datadist_torch.cache_entry import KeyKind, name_of
+from llm_datadist_torch.caches.entry import KeyKind, name_of
 from llm_datadist_torch.links.messages import CacheView, Resolve
 from llm_datadist_torch.links.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.transports.base import Movement

@@ -17,8 +17,8 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch.autograd.profiler import record_function
 
-from llm_datadist_torch.cache import Cache
-from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import LeaseTicket
 from llm_datadist_torch.links.link import Link, LinkState

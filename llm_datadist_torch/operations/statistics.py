@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 
-from llm_datadist_torch.cache_entry import CacheEntry
+from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.memory.arena import ArenaMemory

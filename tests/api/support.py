@@ -23,7 +23,7 @@ from llm_datadist_torch import (
     LLMException,
     Placement,
 )
-from llm_datadist_torch.cache_entry import name_of
+from llm_datadist_torch.caches.entry import name_of
 from llm_datadist_torch.values.status import LLMStatusCode
 from tests.devices import default_device, device_of, on_npu, raw
 

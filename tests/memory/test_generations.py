@@ -8,7 +8,7 @@ import os
 import pytest
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.memory.generations import SLOTS, WORD_BYTES, Generations
+from llm_datadist_torch.caches.versions import SLOTS, WORD_BYTES, Generations
 from tests.memory.peer import map_pages, unmap
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llm_datadist_torch import _C, LLMCacheNotFoundError
-from llm_datadist_torch.memory.guard import make_guard
+from llm_datadist_torch.caches.guard import make_guard
 from tests.peers import eventually
 
 FOR_EVER = 0

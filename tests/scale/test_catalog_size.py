@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llm_datadist_torch import CacheKey, LLMCacheNotFoundError, LLMParamError
-from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName
-from llm_datadist_torch.catalog import Catalog
-from llm_datadist_torch.memory.address_index import AddressIndex
+from llm_datadist_torch.caches.address_index import AddressIndex
+from llm_datadist_torch.caches.catalog import Catalog
+from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName
 from llm_datadist_torch.values.layout import layout_of
 
 pytestmark = pytest.mark.thorough

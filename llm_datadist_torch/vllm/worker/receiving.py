@@ -15,7 +15,7 @@ from functools import partial
 import msgspec
 import torch
 
-from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, LLMTimeoutError, error_for
 from llm_datadist_torch.vllm.layouts import KVLayout
 from llm_datadist_torch.vllm.observing import Record

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import torch
 
-from llm_datadist_torch.cache import Cache
+from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo

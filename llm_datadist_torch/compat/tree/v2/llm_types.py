@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.cache import (
+from llm_datadist_torch.caches.cache import (
     Cache,
 )
 from llm_datadist_torch.values.cache_desc import (

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.memory.generations import Generation
-from llm_datadist_torch.memory.guard import make_guard
+from llm_datadist_torch.caches.guard import make_guard
+from llm_datadist_torch.caches.versions import Generation
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.layout import Layout

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from llm_datadist_torch.caches.guard import make_guard
 from llm_datadist_torch.memory.adopt import adopt, check_given
-from llm_datadist_torch.memory.guard import make_guard
 from llm_datadist_torch.observe import html
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error

@@ -14,9 +14,9 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch.cache_entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
-from llm_datadist_torch.memory.address_index import AddressIndex
-from llm_datadist_torch.memory.generations import Generations
+from llm_datadist_torch.caches.address_index import AddressIndex
+from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved, name_of
+from llm_datadist_torch.caches.versions import Generations
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
