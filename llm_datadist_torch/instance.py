@@ -18,7 +18,6 @@ from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.communicators import Communicators
 from llm_datadist_torch.links.link import Grant
-from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.allocate import CacheMemory
@@ -26,6 +25,7 @@ from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.net.descriptors import FOR_AN_INSTANCE, need_descriptors
 from llm_datadist_torch.observe.transfers import TransferLog
+from llm_datadist_torch.serving.owner import Owner
 from llm_datadist_torch.transports.base import MemorySpan, joined_spans, spans_in_storages
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports

@@ -24,9 +24,9 @@ from llm_datadist_torch.links.messages import (
     encode,
 )
 from llm_datadist_torch.links.registry import LinkRegistry
-from llm_datadist_torch.links.same_process import LinkEnd
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.serving.same_process import LinkEnd
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, code_2_status, error_for

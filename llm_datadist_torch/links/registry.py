@@ -9,13 +9,13 @@ import threading
 import msgspec
 
 from llm_datadist_torch.links.events import LinkEvents
-from llm_datadist_torch.links.late_writers import LateWriters
 from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
 from llm_datadist_torch.links.messages import Release
-from llm_datadist_torch.links.owner import Owner
-from llm_datadist_torch.links.same_process import LinkEnd, SameProcessPeer
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.serving.late_writers import LateWriters
+from llm_datadist_torch.serving.owner import Owner
+from llm_datadist_torch.serving.same_process import LinkEnd, SameProcessPeer
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 

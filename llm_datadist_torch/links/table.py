@@ -28,13 +28,13 @@ from llm_datadist_torch.links.messages import (
     decode,
     encode,
 )
-from llm_datadist_torch.links.owner import Owner
 from llm_datadist_torch.links.questions import Questions
 from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
 from llm_datadist_torch.links.relink import Relinker
 from llm_datadist_torch.net.connection import Connection, Data
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.net.tls import LinkKeys
+from llm_datadist_torch.serving.owner import Owner
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.config import EngineConfig
 from llm_datadist_torch.values.deadline import Deadline

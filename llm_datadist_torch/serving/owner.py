@@ -16,12 +16,6 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved
-from llm_datadist_torch.links.leased_memory import (
-    GrantedCache,
-    check_device_memory,
-    check_inside,
-    copy_unowned,
-)
 from llm_datadist_torch.links.link import Grant, Link, LinkState
 from llm_datadist_torch.links.messages import (
     Body,
@@ -42,6 +36,12 @@ from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.net.connection import Data
+from llm_datadist_torch.serving.leased_memory import (
+    GrantedCache,
+    check_device_memory,
+    check_inside,
+    copy_unowned,
+)
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.llm_config import DROP, KEEP

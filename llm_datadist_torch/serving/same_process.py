@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.links.leased_memory import check_inside
+from llm_datadist_torch.serving.leased_memory import check_inside
 from llm_datadist_torch.transports.base import Direction, Movement
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
