@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.movement.copies import CopyBlocks, CopyCache, SwapBlocks
 from llm_datadist_torch.movement.layerwise import Layerwise
@@ -25,7 +26,6 @@ from llm_datadist_torch.values.transfer import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist_torch.work import CacheTask
 
 if TYPE_CHECKING:
     import torch

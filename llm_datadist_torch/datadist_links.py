@@ -7,12 +7,12 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links import asking, communicating, linking
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
 from llm_datadist_torch.links.info import LinkInfo
+from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.linking import LinkResult
 from llm_datadist_torch.links.questions import QuestionHandler
-from llm_datadist_torch.operations import asking, communicating, linking
-from llm_datadist_torch.operations.linking import LinkResult
 from llm_datadist_torch.values.checks import check_isinstance, check_timeout_ms, check_uint16
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.deadline import Deadline

@@ -17,6 +17,7 @@ from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener
 from llm_datadist_torch.links.info import LinkInfo as LinkInfo
+from llm_datadist_torch.links.work import CacheTask as CacheTask
 from llm_datadist_torch.observe.plots import plot_links as plot_links
 from llm_datadist_torch.observe.plots import plot_pool as plot_pool
 from llm_datadist_torch.observe.plots import plot_transfers as plot_transfers
@@ -53,4 +54,3 @@ from llm_datadist_torch.values.transfer import TransferConfig as TransferConfig
 from llm_datadist_torch.values.transfer import (
     TransferWithCacheKeyConfig as TransferWithCacheKeyConfig,
 )
-from llm_datadist_torch.work import CacheTask as CacheTask

@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from llm_datadist_torch.api.transfer import PreparedTransfer, wait
+from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
-from llm_datadist_torch.work import CacheTask
 
 if TYPE_CHECKING:
     from typing_extensions import Self

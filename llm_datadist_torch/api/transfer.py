@@ -9,10 +9,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.values.checks import INT32_MAX, param_error
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
-from llm_datadist_torch.work import CacheTask
 
 
 def milliseconds(timeout_s: float | None, name: str = "timeout_s") -> int | None:

@@ -15,12 +15,12 @@ from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Card, Rendezvous
 from llm_datadist_torch.links.table import LinkTable
+from llm_datadist_torch.links.work import Work
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import RegisterMemStatus
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
-from llm_datadist_torch.work import Work
-from llm_datadist_torch.workers import WorkerPool
 
 logger = logging.getLogger("llm_datadist_torch")
 

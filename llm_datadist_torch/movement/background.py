@@ -9,10 +9,10 @@ from collections.abc import Callable
 from llm_datadist_torch import _C
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.work import CacheTask, Work, as_failure
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.values.status import LLMException
-from llm_datadist_torch.work import CacheTask, Work, as_failure
-from llm_datadist_torch.workers import WorkerPool
 
 logger = logging.getLogger("llm_datadist_torch")
 

@@ -11,7 +11,7 @@ import torch
 
 from llm_datadist_torch import _C, ops
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.movement import arguments

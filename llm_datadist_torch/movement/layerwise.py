@@ -16,7 +16,8 @@ import torch
 
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.work import CacheTask, StopWorkError, Work, as_failure
 from llm_datadist_torch.memory.address import address_tensor
 from llm_datadist_torch.movement import background, geometry
 from llm_datadist_torch.movement.pushes import check_remote_tensors
@@ -41,7 +42,6 @@ from llm_datadist_torch.values.transfer import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist_torch.work import CacheTask, StopWorkError, Work, as_failure
 
 logger = logging.getLogger("llm_datadist_torch")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.movement import arguments, geometry
 from llm_datadist_torch.movement.remote import RemoteCache
 from llm_datadist_torch.movement.transfer import Plan, Plans, Push

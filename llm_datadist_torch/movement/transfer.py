@@ -19,10 +19,11 @@ from torch.autograd.profiler import record_function
 
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.held_leases import LeaseTicket
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.link import Link, LinkState
 from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
+from llm_datadist_torch.links.work import CacheTask, Work
 from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.streams import Stream, StreamPoint
 from llm_datadist_torch.movement import background
@@ -38,7 +39,6 @@ from llm_datadist_torch.values.status import (
     LLMTimeoutError,
     error_for,
 )
-from llm_datadist_torch.work import CacheTask, Work
 
 _profiler_enabled = torch.autograd._profiler_enabled  # type: ignore[attr-defined]  # noqa: SLF001
 _BUSY_PAUSE_S = 0.001

@@ -12,7 +12,7 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.entry import CacheEntry, name_of
 from llm_datadist_torch.caches.guard import make_guard
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.memory.adopt import Adopted, Given, adopt, check_given, storage_form
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.values.cache_desc import CacheDesc

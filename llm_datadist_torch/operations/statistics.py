@@ -6,8 +6,8 @@ from __future__ import annotations
 import time
 
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.instance import Instance
 from llm_datadist_torch.links.info import LinkInfo
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.observe.stats import CacheStats, ErrorStats, LinkStats, PoolStats, Stats
 from llm_datadist_torch.values.enums import Placement

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from llm_datadist_torch import CacheTask
+from llm_datadist_torch.links.work import Work
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.values.deadline import Deadline
-from llm_datadist_torch.work import Work
-from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import PEER, WAIT_MS, Far
 from tests.asynchronous.jobs import Job, Submit
 from tests.peers import Peer, Service, spawn

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from llm_datadist_torch import CacheTask
-from llm_datadist_torch.work import Work
+from llm_datadist_torch.links.work import Work
 
 Job = Callable[[Work], None]
 Submit = Callable[..., CacheTask]

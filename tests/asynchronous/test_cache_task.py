@@ -11,9 +11,9 @@ import weakref
 import pytest
 
 from llm_datadist_torch import CacheTask, LLMException, LLMTimeoutError
+from llm_datadist_torch.links.work import Work
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.values.status import error_for
-from llm_datadist_torch.work import Work
-from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import FAILED, PI, SUCCESS, TIMEOUT, UNKNOWN, WAIT_MS
 from tests.asynchronous.jobs import Submit, succeed, wait_for
 from tests.peers import eventually

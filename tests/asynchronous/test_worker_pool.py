@@ -9,10 +9,10 @@ import threading
 import pytest
 
 from llm_datadist_torch import CacheTask, LLMException
-from llm_datadist_torch import workers as workers_module
+from llm_datadist_torch.links import workers as workers_module
+from llm_datadist_torch.links.work import Work
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.values.deadline import Deadline
-from llm_datadist_torch.work import Work
-from llm_datadist_torch.workers import WorkerPool
 from tests.asynchronous.helpers import FAILED, SUCCESS, TIMEOUT, WAIT_MS
 from tests.asynchronous.jobs import Submit, succeed, wait_for
 from tests.peers import eventually

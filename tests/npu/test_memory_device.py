@@ -14,9 +14,9 @@ import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMParamError, Placement
 from llm_datadist_torch.cli import probes
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.memory.device import HostDevice, NpuDevice, choose_device
 from llm_datadist_torch.values.deadline import Deadline
-from llm_datadist_torch.workers import WorkerPool
 
 DESC = CacheDesc(1, [4, 64], DataType.DT_FLOAT16)
 ONE = {"ge.exec.deviceId": "1"}

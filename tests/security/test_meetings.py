@@ -16,9 +16,9 @@ import msgspec
 import pytest
 
 from llm_datadist_torch.links.auth import MessageAuthenticator
+from llm_datadist_torch.links.communicating import RENDEZVOUS_VARIABLE
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Rendezvous
-from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
 from llm_datadist_torch.values.deadline import Deadline
 from tests.faults.helpers import OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, eventually

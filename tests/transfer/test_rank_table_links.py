@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, LLMException
-from llm_datadist_torch.operations.communicating import RENDEZVOUS_VARIABLE
+from llm_datadist_torch.links.communicating import RENDEZVOUS_VARIABLE
 from tests.devices import on_npu
 from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers, Services, free_port, give_block, pull_block

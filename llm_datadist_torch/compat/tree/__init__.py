@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.datadist import LLMDataDist
+from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.config import LLMConfig, LlmConfig
@@ -22,7 +23,6 @@ from llm_datadist_torch.values.transfer import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist_torch.work import CacheTask
 
 __all__ = [
     "BlocksCacheKey",

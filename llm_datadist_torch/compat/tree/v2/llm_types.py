@@ -6,6 +6,7 @@ from __future__ import annotations
 from llm_datadist_torch.caches.cache import (
     Cache,
 )
+from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.values.cache_desc import (
     CacheDesc,
 )
@@ -35,7 +36,6 @@ from llm_datadist_torch.values.transfer import (
     TransferConfig,
     TransferWithCacheKeyConfig,
 )
-from llm_datadist_torch.work import CacheTask
 
 __all__ = [
     "BlocksCacheKey",

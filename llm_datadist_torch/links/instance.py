@@ -19,6 +19,7 @@ from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.communicators import Communicators
 from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.table import LinkTable
+from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.allocate import CacheMemory
 from llm_datadist_torch.memory.arena import ArenaMemory
@@ -35,7 +36,6 @@ from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
-from llm_datadist_torch.workers import WorkerPool
 
 MAX_TRANSFERS = 8
 """Background pulls and pushes that run at a time; in no order."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.rank_table import Member, meeting_hosts, members_of, port_of
 from llm_datadist_torch.net.addresses import resolve
 from llm_datadist_torch.values.checks import (

@@ -8,9 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from llm_datadist_torch.links.work import Work
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
-from llm_datadist_torch.work import Work
 
 IDLE_S = 5.0
 """Seconds after which a thread without work ends."""

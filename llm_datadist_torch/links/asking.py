@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.instance import Instance
+from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.messages import Answer, Question
 from llm_datadist_torch.links.questions import check_payload
 from llm_datadist_torch.values.checks import check_timeout_ms, check_uint64
