@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public names. The package itself loads them on first use, so that importing it is free."""
 
+from llm_datadist_torch.api.cache_manager import CacheManager as CacheManager
+from llm_datadist_torch.api.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.api.keys import BlocksKey as BlocksKey
 from llm_datadist_torch.api.keys import PrefixKey as PrefixKey
 from llm_datadist_torch.api.keys import RequestKey as RequestKey
@@ -11,9 +13,7 @@ from llm_datadist_torch.api.node import Node as Node
 from llm_datadist_torch.api.opening import open as open  # noqa: A004
 from llm_datadist_torch.api.peer import Peer as Peer
 from llm_datadist_torch.api.transfer import PreparedTransfer as PreparedTransfer
-from llm_datadist_torch.cache_manager import CacheManager as CacheManager
 from llm_datadist_torch.caches.cache import Cache as Cache
-from llm_datadist_torch.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener
 from llm_datadist_torch.links.info import LinkInfo as LinkInfo

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from llm_datadist_torch.api import addresses, checks
+from llm_datadist_torch.api.cache_manager import CacheManager
+from llm_datadist_torch.api.datadist import LLMDataDist
 from llm_datadist_torch.api.keys import BlocksKey, PrefixKey, RequestKey
 from llm_datadist_torch.api.peer import Peer
 from llm_datadist_torch.api.transfer import milliseconds
-from llm_datadist_torch.cache_manager import CacheManager
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
 from llm_datadist_torch.observe import html
 from llm_datadist_torch.observe.stats import Stats

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
 from llm_datadist_torch.api import addresses, checks
+from llm_datadist_torch.api.datadist import LLMDataDist
 from llm_datadist_torch.api.node import Node, live_nodes
 from llm_datadist_torch.api.transfer import milliseconds
-from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.config import LLMConfig
 from llm_datadist_torch.values.enums import LLMRole

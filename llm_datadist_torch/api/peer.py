@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from llm_datadist_torch.api import prepare
+from llm_datadist_torch.api.datadist import LLMDataDist
 from llm_datadist_torch.api.keys import KeyLike
 from llm_datadist_torch.api.layers import LayerPull, LayerPush
 from llm_datadist_torch.api.prepare import Blocks
 from llm_datadist_torch.api.transfer import PreparedTransfer, finish, milliseconds
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.memory.streams import Stream
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from llm_datadist_torch import ops
+from llm_datadist_torch.api.cache_manager import CacheManager
 from llm_datadist_torch.api.keys import BlocksKey, KeyLike, RowKey, as_key
 from llm_datadist_torch.api.transfer import PreparedTransfer
-from llm_datadist_torch.cache_manager import CacheManager
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 

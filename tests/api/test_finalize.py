@@ -26,7 +26,7 @@ from llm_datadist_torch import (
     MemInfo,
     Memtype,
 )
-from llm_datadist_torch.datadist import _shutdown_handler
+from llm_datadist_torch.api.datadist import _shutdown_handler
 from tests.api.support import (
     FAILED,
     KNE,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llm_datadist_torch as ld
-from llm_datadist_torch.cache_manager import CacheManager
+from llm_datadist_torch.api.cache_manager import CacheManager
 from tests.front_door.conftest import OpenNode
 from tests.front_door.service import paint, values
 

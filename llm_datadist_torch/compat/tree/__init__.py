@@ -6,8 +6,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from llm_datadist_torch.api.datadist import LLMDataDist
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.links.work import CacheTask
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo

@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import torch
 
+from llm_datadist_torch.api.datadist import LLMDataDist
 from llm_datadist_torch.caches.cache import Cache
-from llm_datadist_torch.datadist import LLMDataDist
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.config import LLMConfig

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.cache_manager import (
+from llm_datadist_torch.api.cache_manager import (
     CacheManager,
 )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from llm_datadist_torch.datadist import (
+from llm_datadist_torch.api.datadist import (
     LLMDataDist,
     _shutdown_handler,
 )

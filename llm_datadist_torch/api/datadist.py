@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from llm_datadist_torch.cache_manager import CacheManager
-from llm_datadist_torch.datadist_links import LinkCalls
+from llm_datadist_torch.api import statistics
+from llm_datadist_torch.api.cache_manager import CacheManager
+from llm_datadist_torch.api.datadist_links import LinkCalls
 from llm_datadist_torch.links import linking
 from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.observe import html, metrics, tracing
 from llm_datadist_torch.observe.stats import Stats
-from llm_datadist_torch.operations import statistics
 from llm_datadist_torch.values.checks import (
     check_isinstance,
     check_timeout_ms,

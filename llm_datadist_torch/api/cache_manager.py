@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llm_datadist_torch.api import creation, remapping
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.work import CacheTask
@@ -14,7 +15,6 @@ from llm_datadist_torch.movement.copies import CopyBlocks, CopyCache, SwapBlocks
 from llm_datadist_torch.movement.layerwise import Layerwise
 from llm_datadist_torch.movement.pulls import PullBlocks, PullCache
 from llm_datadist_torch.movement.pushes import PushBlocks, PushCache
-from llm_datadist_torch.operations import creation, remapping
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement
