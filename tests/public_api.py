@@ -22,7 +22,7 @@ from llm_datadist_torch.compat import tree
 FILE = Path(__file__).with_name("public_api.txt")
 PACKAGE = llm_datadist_torch.__name__
 # The modules besides the top level whose names programs import.
-MODULES = ("cache_manager", "datadist", "ops", "compat", "compat.switch")
+MODULES = ("api.cache_manager", "api.datadist", "ops", "compat", "compat.switch")
 
 
 def exports(module: ModuleType) -> dict[str, Any]:

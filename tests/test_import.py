@@ -213,13 +213,12 @@ def own_nodes(function: ast.AST) -> list[ast.AST]:
 
 
 PUBLIC_API = (
-    "cache.Cache.",
-    "datadist.",
-    "cache_manager.",
+    "caches.cache.Cache.",
+    "api.datadist.",
+    "api.cache_manager.",
     "values.",
     "memory.",
-    "config.",
-    "ops.",
+    "movement.ops.",
 )
 RAISING = [(name, node) for name, node in raising_functions() if name.startswith(PUBLIC_API)]
 

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch import ops
 from llm_datadist_torch.memory import streams
+from llm_datadist_torch.movement import ops
 from tests import reference
 from tests.devices import default_device, examples
 
@@ -337,7 +337,8 @@ def test_the_gil_is_released():
     """A counter thread advances while each entry copies (own process: the switch is global)."""
     code = """
         import sys, threading, torch
-        from llm_datadist_torch import _C, ops
+        from llm_datadist_torch import _C
+        from llm_datadist_torch.movement import ops
         sys.setswitchinterval(1000)  # a thread that holds the GIL keeps it
         torch.set_num_threads(1)
         a = torch.ones(64, 4 << 20, dtype=torch.uint8)

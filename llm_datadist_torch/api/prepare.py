@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch import ops
 from llm_datadist_torch.api.cache_manager import CacheManager
 from llm_datadist_torch.api.keys import BlocksKey, KeyLike, RowKey, as_key
 from llm_datadist_torch.api.transfer import PreparedTransfer
 from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.movement import ops
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 
 Blocks = Sequence[int] | torch.Tensor

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from llm_datadist_torch import _C, ops
+from llm_datadist_torch import _C
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.address import check_alive
-from llm_datadist_torch.movement import arguments
+from llm_datadist_torch.movement import arguments, ops
 from llm_datadist_torch.values.checks import (
     as_ids,
     check_int64,

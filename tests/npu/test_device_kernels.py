@@ -244,7 +244,7 @@ def test_the_queue_of_torch_npu_is_flushed(mode: str) -> None:
     """In each of its modes, kernels come before or after a copy as they were launched."""
     code = """
         import torch
-        from llm_datadist_torch import ops
+        from llm_datadist_torch.movement import ops
         tensor = torch.zeros(64, 256, device="npu:0")
         host = torch.zeros(64, 256).pin_memory()
         for step in range(1, 20):
