@@ -65,19 +65,19 @@ def run_prompt(datadist: LLMDataDist) -> None:
 
 def run_decoder(datadist: LLMDataDist) -> None:
     manager = datadist.cache_manager
-    before, after = (in_pages(2 * LAYERS, ROWS, WIDTH) for _ in range(2))
+    before, afterwards = (in_pages(2 * LAYERS, ROWS, WIDTH) for _ in range(2))
     caches = [manager.register_cache(DESC, addresses(before), remote_accessible=True)]
     dist.barrier()
     dist.barrier()
-    caches.append(manager.register_cache(DESC, addresses(after), remote_accessible=True))
+    caches.append(manager.register_cache(DESC, addresses(afterwards), remote_accessible=True))
     dist.barrier()
     dist.barrier()
     for at in range(2 * LAYERS):
         source = numbers((ROWS, WIDTH), 1000 * at)
         expect(f"row 3 of tensor {at}", before[at][0], source[3])
-        expect(f"row 2 of tensor {at}, by layers", after[at][1], source[2])
+        expect(f"row 2 of tensor {at}, by layers", afterwards[at][1], source[2])
         other = numbers((ROWS, WIDTH), 1000 * (at + 2))[1] if at < 2 else torch.zeros(WIDTH)
-        expect(f"the last layer in tensor {at}", after[at][2], other)
+        expect(f"the last layer in tensor {at}", afterwards[at][2], other)
     for cache in caches:
         manager.unregister_cache(cache.cache_id)
 
