@@ -149,7 +149,7 @@ class Listener:
                 threading.Thread(target=self._one, args=(sock,), daemon=True).start()
 
     def _one(self, sock: socket.socket) -> None:
-        with suppress(OSError):
+        with sock, suppress(OSError):
             speaker = Speaker(sock, dialed=False)
             self._speakers.append(speaker)
             while True:

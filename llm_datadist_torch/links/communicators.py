@@ -10,10 +10,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llm_datadist_torch.links.auth import MessageAuthenticator
 from llm_datadist_torch.links.link import LinkState
+from llm_datadist_torch.links.messages import MemberInfo
 from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.links.rendezvous import Card, Rendezvous
+from llm_datadist_torch.links.rendezvous import Rendezvous
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.links.work import Work
 from llm_datadist_torch.links.workers import WorkerPool
@@ -27,9 +27,6 @@ logger = logging.getLogger("llm_datadist_torch")
 MAX_COMMUNICATORS = 512
 _LOOK_S = 0.005
 _GIVE_UP_MS = 1000
-_CLOSE_S = 15.0
-"""torch looks up the names of addresses, which takes a name server that is silent 10 seconds."""
-_ANY_HOST = ("0.0.0.0", "::")  # noqa: S104
 # A link that is ending, or a peer that dials us at the same time: the next look shows a link.
 _PASSING = (LLMStatusCode.LLM_ALREADY_LINK, LLMStatusCode.LLM_NOT_YET_LINK)
 
@@ -41,7 +38,7 @@ class Communicator:
     Attributes:
         name: Its name; several may have the same.
         members: All, in order.
-        seat: Which of them we are.
+        place: Which of them we are.
         addresses: Where the members may meet, the best first.
         deadline: By when all links must be there.
         token: What its links are held for; "" until the members have met.
@@ -49,7 +46,7 @@ class Communicator:
 
     name: str
     members: list[Member]
-    seat: int
+    place: int
     addresses: list[tuple[str, int]]
     deadline: Deadline
     token: str = ""
@@ -70,11 +67,8 @@ class Communicators:
 
     def __init__(self, links: LinkTable, workers: WorkerPool) -> None:
         self._links = links
-        self._seal = MessageAuthenticator(None if links.keys is None else links.keys.seal)
         self._workers = workers
         self._lock = threading.Lock()
-        self._left = threading.Condition()
-        self._busy = 0
         self._ids = itertools.count(1)
         self._all: dict[int, tuple[Communicator, Work]] = {}
 
@@ -95,14 +89,14 @@ class Communicators:
             LLMException: LLM_FAILED: the instance is being finalized.
         """
         me = self._links.identity.cluster_id
-        seats = [seat for seat, member in enumerate(members) if member.cluster_id == me]
-        if not seats:
+        places = [place for place, member in enumerate(members) if member.cluster_id == me]
+        if not places:
             raise param_error(
                 f"cluster {me} is not in the cluster_rank_info",
                 remedy="give all members, this one too.",
             )
-        comm = Communicator(name, members, seats[0], addresses, deadline)
-        work = Work(lambda work: self._prepare(comm, work), 1)
+        comm = Communicator(name, members, places[0], addresses, deadline)
+        work = Work(lambda work: self._link(comm, work), 1)
         with self._lock:
             if len(self._all) >= MAX_COMMUNICATORS:
                 raise param_error(
@@ -174,9 +168,6 @@ class Communicators:
             if comm.token:
                 self._links.cancel_dials(comm.token)
         self._workers.close(deadline)
-        # A thread that is still in the store's C++ when the interpreter exits would abort it.
-        with self._left:
-            self._left.wait_for(lambda: not self._busy, _CLOSE_S)
 
     def _find(self, comm_id: int) -> tuple[Communicator, Work]:
         found = self._all.get(comm_id)
@@ -190,30 +181,24 @@ class Communicators:
 
     # -- in the background ------------------------------------------------------------------------
 
-    def _prepare(self, comm: Communicator, work: Work) -> None:
-        with self._left:
-            self._busy += 1
-        try:
-            self._link(comm, work)
-        finally:
-            with self._left:
-                self._busy -= 1
-                self._left.notify_all()
-
     def _link(self, comm: Communicator, work: Work) -> None:
         try:
-            token, cards = Rendezvous(
+            rendezvous = Rendezvous(
                 comm.name,
                 comm.members,
-                comm.seat,
+                comm.place,
                 comm.addresses,
                 comm.deadline,
                 work.check,
-                self._card,
+                self._info,
                 lambda token: self._add_owner(comm, token, work),
-                self._seal,
-            ).run()
-            self._connect(comm, token, cards, work)
+                self._links.meetings,
+                self._links.endpoint,
+            )
+            # It waits for nothing that lasts longer than the work.
+            work.when_done(rendezvous.changed.set)
+            token, members = rendezvous.run()
+            self._connect(comm, token, members, work)
         except LLMException as error:
             logger.warning("linking %r failed: %s", comm.name, error)
             work.fail(0, error)
@@ -222,14 +207,12 @@ class Communicators:
         else:
             work.succeed(0)
 
-    def _card(self, host: str) -> Card:
+    def _info(self, host: str) -> MemberInfo:
         """What we tell the others; ``host`` is an address of ours that they reach."""
-        me, endpoint = self._links.identity, self._links.endpoint
-        listening = endpoint.listen_address
+        me = self._links.identity
         try:
-            if listening is not None and listening[0] in (host, *_ANY_HOST):
-                return Card(me.cluster_id, me.epoch, host, listening[1])
-            return Card(me.cluster_id, me.epoch, host, endpoint.listen_on(host))
+            port = self._links.endpoint.listen_on(host)
+            return MemberInfo(me.cluster_id, me.epoch, host, port)
         except OSError as error:
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, str(error), op="link") from error
 
@@ -239,35 +222,37 @@ class Communicators:
             registry.remove_owner(comm.token)
         comm.token = token
         registry.add_owner(token)
-        # Whoever cancels dismisses the token that it sees.
+        # A thread that cancels removes only the token that it sees.
         if work.done:
             registry.remove_owner(token)
         work.check()
 
-    def _connect(self, comm: Communicator, token: str, cards: list[Card], work: Work) -> None:
-        lower, higher = cards[: comm.seat], cards[comm.seat + 1 :]
+    def _connect(
+        self, comm: Communicator, token: str, members: list[MemberInfo], work: Work
+    ) -> None:
+        lower, higher = members[: comm.place], members[comm.place + 1 :]
         self._end_stale_links([*lower, *higher])
-        while lower := [card for card in lower if not self._held(card, token)]:
+        while lower := [member for member in lower if not self._held(member, token)]:
             work.check()
-            targets = [(card.cluster_id, card.host, card.port) for card in lower]
+            targets = [(member.cluster_id, member.host, member.port) for member in lower]
             results = self._links.link_all(targets, comm.deadline, token)
-            for card, status in zip(lower, results, strict=True):
+            for member, status in zip(lower, results, strict=True):
                 if status not in (LLMStatusCode.LLM_SUCCESS, *_PASSING):
-                    raise _link_error(status, card, "could not be linked")
+                    raise _link_error(status, member, "could not be linked")
             _check_time(comm.deadline, lower)
-        while higher := [card for card in higher if not self._held(card, token)]:
+        while higher := [member for member in higher if not self._held(member, token)]:
             work.check()
             _check_time(comm.deadline, higher)
             time.sleep(_LOOK_S)
 
-    def _held(self, card: Card, token: str) -> bool:
-        link = self._links.registry.linked(card.cluster_id)
+    def _held(self, member: MemberInfo, token: str) -> bool:
+        link = self._links.registry.linked(member.cluster_id)
         return link is not None and token in link.owners
 
-    def _end_stale_links(self, cards: list[Card]) -> None:
-        for card in cards:
-            link = self._links.registry.linked(card.cluster_id)
-            if link is not None and link.epoch != card.epoch:
+    def _end_stale_links(self, members: list[MemberInfo]) -> None:
+        for member in members:
+            link = self._links.registry.linked(member.cluster_id)
+            if link is not None and link.epoch != member.epoch:
                 reason = "the peer came back as a new process"
                 self._links.registry.end_but_keep_leases(link, LinkState.LOST, reason)
 
@@ -278,22 +263,22 @@ class Communicators:
             return
         self._links.registry.remove_owner(token)
         self._links.cancel_dials(token)
-        for seat, member in enumerate(comm.members):
-            if seat != comm.seat:
+        for place, member in enumerate(comm.members):
+            if place != comm.place:
                 self._links.unlink_here(member.cluster_id, deadline, token)
 
 
-def _check_time(deadline: Deadline, missing: list[Card]) -> None:
+def _check_time(deadline: Deadline, missing: list[MemberInfo]) -> None:
     if deadline.expired:
         raise _link_error(
             LLMStatusCode.LLM_TIMEOUT, missing[0], f"was not linked within {deadline.budget_ms} ms"
         )
 
 
-def _link_error(status: LLMStatusCode, card: Card, fault: str) -> LLMException:
+def _link_error(status: LLMStatusCode, member: MemberInfo, fault: str) -> LLMException:
     return error_for(
         status,
-        f"cluster {card.cluster_id} at {card.host}:{card.port} {fault}",
+        f"cluster {member.cluster_id} at {member.host}:{member.port} {fault}",
         op="link",
-        peer=card.cluster_id,
+        peer=member.cluster_id,
     )

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llm_datadist_torch.links.auth import SHARE_IT
-from llm_datadist_torch.links.link import Link, LinkState, Pending
+from llm_datadist_torch.links.link import SHARE_IT, Link, LinkState, Pending
 from llm_datadist_torch.links.messages import (
     ANY_PEER,
     Body,
@@ -287,8 +286,6 @@ class Handshake:
             LLMException: Why it can't have one.
         """
         me = self._identity
-        if self._registry.at(connection) is not None:
-            raise error_for(_ALREADY, "this connection is a link already")
         if hello.expected_id not in (me.cluster_id, ANY_PEER):
             raise param_error(
                 f"cluster {hello.expected_id} was asked for, this is cluster {me.cluster_id}"

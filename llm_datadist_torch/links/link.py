@@ -51,6 +51,7 @@ from llm_datadist_torch.values.status import (
 )
 
 _LEASES_RETRY_S = 0.002
+SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
 
 
 class LinkState(Enum):

@@ -13,6 +13,7 @@ import msgspec
 
 from llm_datadist_torch.net.framing import MAX_FRAME_BYTES
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
+from llm_datadist_torch.values.checks import UINT16_MAX
 
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 """Of a message, and of the data behind it. Relayed bytes come in pieces of 4 MiB."""
@@ -20,6 +21,8 @@ MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 MAX_NAME = 256
 """Characters of names and ids that peers choose."""
 MAX_OFFERS = 16
+MAX_MEMBERS = 4
+"""Of a communicator."""
 ANY_PEER = -1
 """As the expected id of a ``Hello``: only say who answers, and make no link."""
 
@@ -238,6 +241,57 @@ class Unlink(Message):
     """The link ends here and now, answered by :class:`Done` when an answer is wanted."""
 
 
+class MemberInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What a member of a communicator says of itself.
+
+    Attributes:
+        cluster_id: Who it is.
+        epoch: Random name of its life from init to finalize.
+        host: Where the other members can dial it.
+        port: Where the other members can dial it.
+    """
+
+    cluster_id: Id
+    epoch: Name
+    host: Name
+    port: Annotated[int, msgspec.Meta(ge=1, le=UINT16_MAX)]
+
+
+class JoinMeeting(Message):
+    """A member of a communicator comes to the first one. Answered by :class:`MeetingToken`.
+
+    Attributes:
+        name: SHA-256 of the communicator's name.
+        members: (rank, cluster id) of all members, in order of the ranks.
+        place: Which of them comes.
+    """
+
+    name: Name
+    members: Annotated[list[tuple[Id, Id]], msgspec.Meta(max_length=MAX_MEMBERS)]
+    place: int
+
+
+class MeetingToken(Message):
+    """What the links of this communicator will be held for; see :class:`Join`."""
+
+    token: Name
+
+
+class EnterMeeting(Message):
+    """The member can be dialed for the token now.
+
+    Answered by :class:`MeetingMembers` once that holds for all members.
+    """
+
+    member: MemberInfo
+
+
+class MeetingMembers(Message):
+    """What all members say of themselves, in order of their ranks."""
+
+    members: Annotated[list[MemberInfo], msgspec.Meta(max_length=MAX_MEMBERS)]
+
+
 class Question(Message):
     """The user of this instance asks the user of the peer. Answered by :class:`Answer`."""
 
@@ -266,6 +320,10 @@ Body = (
     | RegionFreed
     | Join
     | Unlink
+    | JoinMeeting
+    | MeetingToken
+    | EnterMeeting
+    | MeetingMembers
     | Question
     | Answer
 )

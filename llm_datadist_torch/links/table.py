@@ -12,14 +12,17 @@ from contextlib import ExitStack, suppress
 
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
 from llm_datadist_torch.links.link import Grant, Link, LinkState
+from llm_datadist_torch.links.meetings import Meetings
 from llm_datadist_torch.links.messages import (
     Body,
     CacheView,
     Call,
     Done,
+    EnterMeeting,
     Envelope,
     Hello,
     Join,
+    JoinMeeting,
     Question,
     Refused,
     RegionFreed,
@@ -92,6 +95,7 @@ class LinkTable:
             undo.callback(self.endpoint.close)
             self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
             self._handshake = Handshake(self.identity, self.registry, self.endpoint)
+            self.meetings = Meetings(self.endpoint)
             self._relinker = Relinker(self.registry, self._handshake, enabled=config.auto_relink)
             undo.pop_all()
 
@@ -278,7 +282,8 @@ class LinkTable:
 
     def on_connected(self, connection: Connection) -> None:
         """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
-        self._handshake.on_connected(connection)
+        if not self.meetings.on_connected(connection):
+            self._handshake.on_connected(connection)
 
     def on_message(self, connection: Connection, message: memoryview, data: Data | None) -> None:
         """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
@@ -290,7 +295,7 @@ class LinkTable:
             elif isinstance(envelope.body, CacheView):
                 # Asked on a link that is over: nobody else would return this lease.
                 connection.send(encode(Envelope(0, False, Release(envelope.body.lease_id, None))))
-            else:
+            elif not self.meetings.on_answer(connection, envelope.body):
                 self._handshake.on_answer(connection, envelope.body)
         else:
             self._serve(link, connection, envelope, data)
@@ -299,16 +304,9 @@ class LinkTable:
         self, link: Link | None, connection: Connection, envelope: Envelope, data: Data | None
     ) -> None:
         try:
+            if self._answers_later(link, connection, envelope):
+                return
             asked = envelope.request_id != 0
-            if isinstance(envelope.body, Call) and link is not None:
-                self._owner.serve(
-                    link, envelope.body, self._replier(connection, envelope.request_id)
-                )
-                return
-            if isinstance(envelope.body, Question) and link is not None:
-                reply = self._replier(connection, envelope.request_id)
-                self.questions.put(link.peer, envelope.body.payload, reply)
-                return
             answer = self._answer(link, connection, envelope.body, data, asked=asked)
         except LLMException as error:
             # The remedy is added again on the other side, from the status.
@@ -333,6 +331,21 @@ class LinkTable:
                 # The peer has a while to give its leases back, and to close it.
                 self.endpoint.drop(connection)
 
+    def _answers_later(self, link: Link | None, connection: Connection, envelope: Envelope) -> bool:
+        """Whether it is a request that is not answered at once; then it has been taken."""
+        body, reply = envelope.body, self._replier(connection, envelope.request_id)
+        if isinstance(body, EnterMeeting):
+            self.meetings.on_enter(connection, body, reply)
+        elif link is None:
+            return False
+        elif isinstance(body, Call):
+            self._owner.serve(link, body, reply)
+        elif isinstance(body, Question):
+            self.questions.put(link.peer, body.payload, reply)
+        else:
+            return False
+        return True
+
     def _replier(self, connection: Connection, request_id: int) -> Callable[[Body], None]:
         def reply(body: Body) -> None:
             if request_id:
@@ -349,8 +362,8 @@ class LinkTable:
         *,
         asked: bool,
     ) -> tuple[Body, bytes | None] | None:
-        if isinstance(body, Hello):
-            return self._handshake.on_hello(connection, body), None
+        if isinstance(body, (Hello, JoinMeeting)):
+            return self._answer_stranger(link, connection, body), None
         if link is None:
             if isinstance(body, Release) and self.registry.give_back(connection, body):
                 return None
@@ -379,6 +392,16 @@ class LinkTable:
             )
         return answer
 
+    def _answer_stranger(
+        self, link: Link | None, connection: Connection, body: Hello | JoinMeeting
+    ) -> Body:
+        if link is not None or self.meetings.has_joined(connection):
+            text = "this connection is a link, or takes part in a meeting, already"
+            raise error_for(LLMStatusCode.LLM_ALREADY_LINK, text)
+        if isinstance(body, JoinMeeting):
+            return self.meetings.on_join(connection, body)
+        return self._handshake.on_hello(connection, body)
+
     def _on_unlink(self, link: Link, *, asked: bool) -> Body:
         if link.unlinking or not asked:
             # Not asked but told: its leases are over already, so a transfer of ours must not
@@ -404,6 +427,7 @@ class LinkTable:
     def on_lost(self, connection: Connection, reason: str) -> None:
         """See :class:`~llm_datadist_torch.net.endpoint.Handler`."""
         self._handshake.on_lost(connection, reason)
+        self.meetings.on_lost(connection, reason)
         self.registry.gone(connection)
         link = self.registry.at(connection)
         if link is not None:

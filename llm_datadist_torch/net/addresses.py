@@ -34,6 +34,20 @@ def resolve(host: str, port: int) -> tuple[socket.AddressFamily, SocketAddress]:
     return socket.AF_INET6, (str(address).partition("%")[0], port, 0, scope)
 
 
+def address_towards(host: str, port: int) -> str:
+    """The address of this host by which it reaches another one. Sends nothing.
+
+    Raises:
+        ValueError: ``host`` is no address.
+        OSError: There is no way there.
+    """
+    family, address = resolve(host, port)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        own: str = probe.getsockname()[0]
+        return own
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this host reaches an address, given as IPv4 or IPv6 text."""
     address = ipaddress.ip_address(host)

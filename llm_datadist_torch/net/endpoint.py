@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -32,6 +33,7 @@ _MALFORMED = 16
 """Messages that make no sense, after which a connection is ended."""
 _TRIES, _AGAIN_S = 5, 0.01
 """How often, and after what pause first, a connection is dialed again that was turned away."""
+_ANY_HOST = ("0.0.0.0", "::")  # noqa: S104
 _LINGER_S = 0.2
 """How long a connection that is dropped may take to send what is queued."""
 
@@ -53,6 +55,19 @@ class Handler(Protocol):
 
     def on_lost(self, connection: Connection, reason: str) -> None:
         """The connection has ended or never came about."""
+
+
+@dataclass(eq=False)
+class MeetingListener:
+    """A listener for the members of communicators, besides the instance's own.
+
+    Attributes:
+        sock: The socket; None where the instance listens there anyway.
+        users: How often it has been opened.
+    """
+
+    sock: socket.socket | None
+    users: int = 0
 
 
 class Endpoint:
@@ -82,6 +97,7 @@ class Endpoint:
         self._introduced: dict[bytes, Connection] = {}
         self._listeners: list[socket.socket] = []
         self._extra_ports: dict[str, int] = {}
+        self._meeting_listeners: dict[tuple[str, int], MeetingListener] = {}
         self._unix: socket.socket | None = None
         self.loop = Loop()
         try:
@@ -131,19 +147,38 @@ class Endpoint:
         self.loop.call(carry_out)
 
     def listen_on(self, host: str) -> int:
-        """Listen on one more address, until ``close`` or ``relisten``; blocks until it is done.
+        """Listen on an address, until ``close`` or ``relisten``; blocks until it is done.
 
         Args:
             host: An address of this host.
 
         Returns:
-            A port that it had free, the same whenever it is asked for this host.
+            The port that it listens on there, if it does already; else one that was free.
 
         Raises:
             ValueError: The host is no address.
             OSError: The address can't be bound.
         """
         return self.loop.call(lambda: self._listen_on(host))
+
+    def open_listener(self, host: str, port: int) -> None:
+        """Listen at this very address, too, until ``close_listener``; blocks until it is done.
+
+        It can be opened several times, and stays until it has been closed as often.
+
+        Args:
+            host: An address of this host.
+            port: Not 0.
+
+        Raises:
+            ValueError: The host is no address.
+            OSError: The address can't be bound.
+        """
+        self.loop.call(lambda: self._open_listener(host, port))
+
+    def close_listener(self, host: str, port: int) -> None:
+        """Listen there no more; connections that have been made there stay. Does not block."""
+        self.loop.submit(lambda: self._close_listener(host, port))
 
     def close(self) -> None:
         """Send what is queued, then close everything. Blocks for a moment; idempotent."""
@@ -283,14 +318,40 @@ class Endpoint:
     # -- listening --------------------------------------------------------------------------------
 
     def _listen_on(self, host: str) -> int:
+        if self.listen_address is not None and self.listen_address[0] in (host, *_ANY_HOST):
+            return self.listen_address[1]
         if host not in self._extra_ports:
-            self._extra_ports[host] = self._open(host, 0).getsockname()[1]
+            extra = self._open(host, 0)
+            self._listeners.append(extra)
+            self._extra_ports[host] = extra.getsockname()[1]
         return self._extra_ports[host]
+
+    def _open_listener(self, host: str, port: int) -> None:
+        listener = self._meeting_listeners.get((host, port))
+        if listener is None:
+            hosts = (host, *_ANY_HOST)
+            listens = self.listen_address in [(each, port) for each in hosts]
+            listener = MeetingListener(None if listens else self._open(host, port))
+            self._meeting_listeners[host, port] = listener
+        listener.users += 1
+
+    def _close_listener(self, host: str, port: int) -> None:
+        listener = self._meeting_listeners.get((host, port))
+        if listener is None:
+            return
+        listener.users -= 1
+        if listener.users == 0:
+            del self._meeting_listeners[host, port]
+            self._close_socket(listener.sock)
+
+    def _close_socket(self, sock: socket.socket | None) -> None:
+        if sock is not None:
+            self.loop.remove(sock.fileno())
+            sock.close()
 
     def _listen(self, host: str, port: int) -> None:
         """Listen here, and nowhere else any more."""
         new = self._open(host, port)
-        self._listeners.remove(new)
         self._unlisten()
         self._listeners.append(new)
         self.listen_address = (host, new.getsockname()[1])
@@ -313,7 +374,6 @@ class Endpoint:
         if self._unix is None and (local := unix.listen()) is not None:
             self._unix = local
             self.loop.add(local.fileno(), READ, lambda _: self._accept(local, self._on_unix))
-        self._listeners.append(sock)
         self.loop.add(sock.fileno(), READ, lambda _: self._accept(sock, self._on_tcp))
         return sock
 
@@ -321,8 +381,7 @@ class Endpoint:
         self.listen_address = None
         self._extra_ports.clear()
         for listener in self._listeners:
-            self.loop.remove(listener.fileno())
-            listener.close()
+            self._close_socket(listener)
         self._listeners.clear()
         for stranger in self._strangers.all():
             self._strangers.discard(stranger)
@@ -401,16 +460,18 @@ class Endpoint:
         self._unlisten()
         for connection in list(self._connections):
             self._close(connection)
+        for listener in self._meeting_listeners.values():
+            self._close_socket(listener.sock)
+        self._meeting_listeners.clear()
         local, self._unix = self._unix, None
-        if local is not None:
-            self.loop.remove(local.fileno())
-            local.close()
+        self._close_socket(local)
 
     def forget(self) -> None:
         """Close all descriptors in a forked child, without a word to the peers."""
         for connection in list(self._connections):
             connection.forget()
-        for listener in (*self._listeners, self._unix):
+        meetings = [listener.sock for listener in self._meeting_listeners.values()]
+        for listener in (*self._listeners, *meetings, self._unix):
             if listener is not None:
                 with suppress(OSError):
                     listener.close()

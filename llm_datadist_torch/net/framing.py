@@ -9,7 +9,7 @@ from typing import NamedTuple
 MAX_FRAME_BYTES = 8 << 20
 """Of a message, and of the data that follows it. Relayed bytes come in pieces of 4 MiB."""
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 """Of the messages. It changes with them, also between two releases of the library."""
 
 _MAGIC = b"LLMDDT\n"

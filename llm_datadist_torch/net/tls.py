@@ -24,13 +24,11 @@ class LinkKeys:
     Attributes:
         listener: Certificate (DER) of whoever listens.
         dialer: Certificate (DER) of whoever dials.
-        seal: Key of what the members of a communicator tell each other.
         contexts: TLS settings of a listener and of a dialer.
     """
 
     listener: bytes
     dialer: bytes
-    seal: bytes
     contexts: tuple[ssl.SSLContext, ssl.SSLContext]
 
     @classmethod
@@ -56,7 +54,6 @@ class LinkKeys:
         return cls(
             listener[0],
             dialer[0],
-            _expand(root, b"rendezvous"),
             (
                 _context(ssl.PROTOCOL_TLS_SERVER, listener, dialer[0]),
                 _context(ssl.PROTOCOL_TLS_CLIENT, dialer, listener[0]),

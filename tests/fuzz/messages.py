@@ -13,6 +13,7 @@ from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
 REGION = RegionView(1, 2**40, 4096, 5, 6, 7)
+MEMBER = messages.MemberInfo(3, "life", "127.0.0.1", 1)
 CORPUS: list[messages.Message] = [
     messages.Hello(3, 1, "life", False, {"local": b"x"}, "", "n", "l"),
     messages.Welcome(3, "life", {"local": b"x"}),
@@ -28,6 +29,10 @@ CORPUS: list[messages.Message] = [
     messages.RegionFreed(1),
     messages.Join("token"),
     messages.Unlink(),
+    messages.JoinMeeting("name", [(0, 1), (1, 2)], 1),
+    messages.MeetingToken("token"),
+    messages.EnterMeeting(MEMBER),
+    messages.MeetingMembers([MEMBER, MEMBER]),
     messages.Question(b"why"),
     messages.Answer(b"so"),
 ]

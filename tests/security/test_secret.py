@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from llm_datadist_torch import LLMConfig, LLMDataDist, LLMException, LLMRole
-from llm_datadist_torch.links.auth import MessageAuthenticator
+from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist_torch.net import addresses
 from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.values.config import EngineConfig
 from llm_datadist_torch.values.secret_file import SECRET_FILE_VARIABLE
-from llm_datadist_torch.values.status import LLMFeatureNotEnabledError, LLMLinkError, LLMParamError
+from llm_datadist_torch.values.status import LLMFeatureNotEnabledError, LLMParamError
 from tests.conftest import make_options
 
 SECRET = "correct horse battery staple"
@@ -71,15 +70,13 @@ def test_it_is_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     config.listen_ip_info = "127.0.0.1:0"
     options = config.generate_options()
     keys = LinkKeys.from_secret(SECRET)
-    assert keys is not None
     shown = [options, config.options, copy.deepcopy(options), pickle.loads(pickle.dumps(options))]
     datadist = LLMDataDist(LLMRole.MIX, 1)
     with datadist:
         datadist.init(options)
         shown += [engine(**options), config, keys, datadist, datadist.links(), vars(datadist)]
     texts = [repr(it) for it in shown] + [str(it) for it in shown] + [caplog.text]
-    for hidden in (SECRET, repr(keys.seal)):
-        assert not [text for text in texts if hidden in text]
+    assert not [text for text in texts if SECRET in text]
 
 
 @pytest.mark.parametrize("data", [SECRET.encode(), SECRET.encode() + b"\n", b" " + SECRET.encode()])
@@ -126,9 +123,8 @@ def test_keys_come_from_the_secret_alone() -> None:
     assert first is not None
     assert again is not None
     assert other is not None
-    assert (first.listener, first.dialer, first.seal) == (again.listener, again.dialer, again.seal)
+    assert (first.listener, first.dialer) == (again.listener, again.dialer)
     assert len({first.listener, first.dialer, other.listener, other.dialer}) == 4
-    assert first.seal != other.seal
     assert LinkKeys.from_secret(None) is None
 
 
@@ -136,32 +132,6 @@ def test_without_cryptography(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
     with pytest.raises(LLMFeatureNotEnabledError, match="needs the package cryptography"):
         LLMDataDist(LLMRole.MIX, 1).init(make_options(**{KEY: SECRET}))
-
-
-def test_seals() -> None:
-    seal, other, none = (
-        MessageAuthenticator(b"k" * 32),
-        MessageAuthenticator(b"o" * 32),
-        MessageAuthenticator(None),
-    )
-    closed = seal.close(("name", "card/1", "t"), b"value")
-    assert seal.open(("name", "card/1", "t"), closed) == b"value"
-    assert none.open(("a",), none.close(("b",), b"value")) == b"value"
-    for context in (("name", "card/2", "t"), ("name", "card/1", "u"), ("name", "card/1t"), ()):
-        with pytest.raises(LLMLinkError, match="another link_secret"):
-            seal.open(context, closed)
-    for at in range(len(closed)):
-        with pytest.raises(LLMLinkError):
-            seal.open(
-                ("name", "card/1", "t"), closed[:at] + bytes([closed[at] ^ 1]) + closed[at + 1 :]
-            )
-    for bad in (other.close(("a",), b"v"), b"", b"1", b"2junk"):
-        with pytest.raises(LLMException):
-            seal.open(("a",), bad)
-    with pytest.raises(LLMLinkError, match="this instance has none"):
-        none.open(("a",), seal.close(("a",), b"v"))
-    with pytest.raises(LLMLinkError, match="another member has none"):
-        seal.open(("a",), none.close(("a",), b"v"))
 
 
 @pytest.mark.parametrize(

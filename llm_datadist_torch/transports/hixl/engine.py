@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing
 
 import torch
 
+from llm_datadist_torch.net.addresses import address_towards
 from llm_datadist_torch.transports.hixl.ports import (
     AUTO_CONNECT,
     CLIENT_SERVER_COMM,
@@ -90,13 +91,10 @@ def _address_of(config: EngineConfig) -> str:
     host = "" if config.listen is None else config.listen[0]
     if host not in _ANY_ADDRESS:
         return host
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect(_SOMEWHERE)  # sends nothing
-        except OSError:
-            return "127.0.0.1"
-        address: str = probe.getsockname()[0]
-        return address
+    try:
+        return address_towards(*_SOMEWHERE)
+    except OSError:
+        return "127.0.0.1"
 
 
 def _options(port: Port, config: EngineConfig) -> list[dict[str, str]]:
