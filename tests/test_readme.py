@@ -43,6 +43,28 @@ def test_both_languages_show_the_same_code():
     assert code("README.md") == code("README.zh.md")
 
 
+def shape(name: str) -> list[tuple[str, int, list[str]]]:
+    """What both languages have in common: of each section level, rows of tables, and links."""
+    sections = re.split(r"^(#+) .*$", text_of(name), flags=re.MULTILINE)
+    found = []
+    for level, body in zip(sections[1::2], sections[2::2], strict=True):
+        rows = sum(line.startswith("|") for line in body.splitlines())
+        targets = set(re.findall(r"\]\(([^)]+)\)", body)) - set(READMES)
+        found.append((level, rows, sorted(targets)))
+    return found
+
+
+def test_both_languages_have_the_same_structure():
+    assert shape("README.zh.md") == shape("README.md")
+
+
+def test_pictures_are_light_and_dark():
+    pictures = re.findall(r"!\[[^\]]+\]\((\S+\.svg)\)", text_of("README.md"))
+    assert pictures
+    for picture in pictures:
+        assert "prefers-color-scheme: dark" in text_of(picture)
+
+
 @pytest.mark.parametrize(
     "name", [*READMES, "CONTRIBUTING.md", *(p.name for p in ROOT.glob("docs/*.md"))]
 )
