@@ -15,7 +15,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
+.PHONY: help wheel demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -91,12 +91,29 @@ bench: $(VENV)/.built  ## Measure; prints tables, writes build/bench/*.json
 	  $(BIN)/python -m benchmarks.bench_$$name --json build/bench/$$name.json || exit 1; done
 	$(BIN)/python -m benchmarks.simulate_cluster --costs build/bench/links.json --json build/bench/cluster.json
 
+# In an environment of its own, so that nothing of it is in .venv. For one architecture: make wheel ARCHS=x86_64
+ARCHS ?= x86_64 aarch64
+TOOLS := build/wheel-tools/bin
+wheel: build/wheel-tools/.made  ## Build sdists and wheels for every torch and Python, and check what they need of a machine
+	rm -rf dist
+	$(TOOLS)/python scripts/build_wheel.py --out dist $(ARCHS)
+	$(TOOLS)/python -m build --no-isolation --outdir dist ascend_sim >build/build-sim.log 2>&1 || { cat build/build-sim.log; exit 1; }
+	$(TOOLS)/twine check --strict dist/*
+	$(TOOLS)/python scripts/check_wheels.py dist/llm_datadist_torch-*.whl
+
+build/wheel-tools/.made: pyproject.toml
+	@mkdir -p build
+	@test -x $(TOOLS)/python || $(PYTHON) -m venv build/wheel-tools
+	@$(TOOLS)/python -m pip install -q 'pip>=25.1'
+	@$(TOOLS)/python -m pip install -q --group wheel
+	@touch $@
+
 dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
 	if [ -d .git ] && command -v git >/dev/null; then $(BIN)/pre-commit install >/dev/null; fi
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 

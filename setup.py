@@ -9,11 +9,17 @@ Flags, each "1" or absent, all off by default and echoed when on:
 * ``DEBUG=1``     no optimisation, debug symbols
 * ``SANITIZE=1``  AddressSanitizer and UndefinedBehaviorSanitizer (see scripts/test_sanitize.sh)
 * ``COVERAGE=1``  gcov instrumentation
+
+``LIBSTDCXX_COMPILE`` and ``LIBSTDCXX_LINK`` are options with which a compiler that has a C++
+library of its own takes libstdc++ instead: the library for HIXL hands CANN containers of libstdc++
+(scripts/build_wheel.py sets them). ``BUILD_COMMIT`` is what ``--version`` shows as the commit.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+VERSION_FILE = ROOT / "llm_datadist_torch" / "values" / "version.py"
 
 
 def flag_enabled(name: str) -> bool:
@@ -53,17 +60,30 @@ def compiler_flags() -> tuple[list[str], list[str]]:
     return compile_args + optimise, link_args
 
 
+def build_facts() -> list[tuple[str, str | None]]:
+    """What the extension is told of its build, for ``python -m llm_datadist_torch --version``."""
+    found = re.search(r'^VERSION = "(.+)"$', VERSION_FILE.read_text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit(f"{VERSION_FILE} has no line VERSION = ...")
+    facts = {"LLMDD_VERSION": found[1], "LLMDD_COMMIT": os.environ.get("BUILD_COMMIT", "")}
+    return [(name, f'"{value}"') for name, value in facts.items()]
+
+
 def extension() -> Extension:
     """The extension `llm_datadist_torch._C`: every file of csrc/."""
     compile_args, link_args = compiler_flags()
     return Extension(
         name="llm_datadist_torch._C",
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
-        depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
-        define_macros=[("Py_LIMITED_API", "0x030A0000")],
+        depends=[
+            *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
+            "csrc/exports.map",
+            str(VERSION_FILE.relative_to(ROOT)),
+        ],
+        define_macros=[("Py_LIMITED_API", "0x030A0000"), *build_facts()],
         py_limited_api=True,
         extra_compile_args=compile_args,
-        extra_link_args=link_args,
+        extra_link_args=[*link_args, "-Wl,--version-script=csrc/exports.map"],
         language="c++",
     )
 
@@ -77,8 +97,8 @@ def hixl_library() -> Extension:
         sources=sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in folder.glob("*.h")),
         language="c++",
-        extra_compile_args=compile_args,
-        extra_link_args=[*link_args, "-ldl"],
+        extra_compile_args=[*compile_args, *shlex.split(os.environ.get("LIBSTDCXX_COMPILE", ""))],
+        extra_link_args=[*shlex.split(os.environ.get("LIBSTDCXX_LINK", "")), *link_args],
         py_limited_api=True,
     )
 

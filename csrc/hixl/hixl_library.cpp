@@ -3,8 +3,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
-
-#include <mutex>
+#include <pthread.h>
 
 namespace llmdd::hixl {
 namespace {
@@ -20,6 +19,16 @@ Loaded& loaded() {
   static Loaded* const one = new Loaded;  // used until the process ends
   return *one;
 }
+
+// One caller after the other. Not std::mutex: where this is compiled for an older glibc, libstdc++'s
+// header of it wants one of 2.32.
+struct Turn {
+  static inline pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+  Turn() { pthread_mutex_lock(&mutex); }
+  ~Turn() { pthread_mutex_unlock(&mutex); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+};
 
 // What the compiler makes of the members' declarations (tests compare it).
 #define TEXT_TYPE "N2ge12AscendStringE"
@@ -75,8 +84,7 @@ Text::~Text() {
 bool Text::operator<(const Text& other) const { return members().text_less(bytes_, other.bytes_); }
 
 const char* load(const char* name) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const Turn turn;
   Loaded& one = loaded();
   if (one.done) {
     return nullptr;

@@ -2,7 +2,6 @@
 // What Python calls through ctypes (transports/hixl/native.py), with the GIL released: engines, and
 // transfers whose descriptors are made here from tables of runs.
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <utility>
 
