@@ -21,6 +21,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
   if (made == nullptr) return nullptr;
   try {
     llmdd::Module module(made);
+    llmdd::bind_build(module);
     llmdd::bind_copy(module);
     llmdd::bind_device(module);
     llmdd::bind_memory(module);

@@ -7,6 +7,7 @@
 
 namespace llmdd {
 
+void bind_build(Module& module);         // build_facts
 void bind_copy(Module& module);          // block_runs, copy_runs
 void bind_device(Module& module);        // copies on streams of AscendCL
 void bind_memory(Module& module);        // HostRegion, Arena, probes

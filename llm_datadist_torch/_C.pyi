@@ -6,6 +6,10 @@ from typing import Generic, TypeVar
 
 import torch
 
+# --- how it was built: bind_build.cpp ---
+
+def build_facts() -> list[tuple[str, str]]: ...
+
 # --- copies: runs.h, copy_engine.h ---
 
 def block_runs(

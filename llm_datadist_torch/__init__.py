@@ -39,6 +39,7 @@ __all__ = [
     "LLMException",
     "LLMFeatureNotEnabledError",
     "LLMLinkError",
+    "LLMLoadError",
     "LLMNotLinkedError",
     "LLMOutOfMemoryError",
     "LLMParamError",
@@ -79,10 +80,15 @@ _NOT_STARRED = ("open",)
 
 def __getattr__(name: str) -> object:
     """Loads all public names when the first is used."""
+    if name == "LLMLoadError":  # for those who catch it where nothing else can be loaded
+        return importlib.import_module("llm_datadist_torch.values.status").LLMLoadError
+    if name == "_C":
+        return importlib.import_module("llm_datadist_torch.values.loading").load_extension()
     if name == "ops":
         return importlib.import_module("llm_datadist_torch.ops")
     if name not in __all__ and name not in _NOT_STARRED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("llm_datadist_torch.values.loading").load_torch()
     public = importlib.import_module("llm_datadist_torch.public")
     globals().update({each: getattr(public, each) for each in (*__all__, *_NOT_STARRED)})
     return globals()[name]

@@ -41,6 +41,7 @@ from llm_datadist_torch.values.status import LLMDeviceError as LLMDeviceError
 from llm_datadist_torch.values.status import LLMException as LLMException
 from llm_datadist_torch.values.status import LLMFeatureNotEnabledError as LLMFeatureNotEnabledError
 from llm_datadist_torch.values.status import LLMLinkError as LLMLinkError
+from llm_datadist_torch.values.status import LLMLoadError as LLMLoadError
 from llm_datadist_torch.values.status import LLMNotLinkedError as LLMNotLinkedError
 from llm_datadist_torch.values.status import LLMOutOfMemoryError as LLMOutOfMemoryError
 from llm_datadist_torch.values.status import LLMParamError as LLMParamError

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 
-from llm_datadist_torch.cli import run, sim
+from llm_datadist_torch.cli import facts, report, run, sim
 from llm_datadist_torch.compat.switch import ShimConflictError, shim_path
 from llm_datadist_torch.values.environment import environment_text, set_environment
+from llm_datadist_torch.values.loading import load_extension
+from llm_datadist_torch.values.status import LLMLoadError
 
 PROG = "python -m llm_datadist_torch"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -46,25 +47,30 @@ def main(arguments: Sequence[str]) -> int:
         from llm_datadist_torch.cli import top
 
         return top.run(options.address, options.interval, options.count)
-    doctor = _import_doctor()
-    report = doctor.examine()
-    sys.stdout.write(doctor.as_json(report) if options.json else doctor.as_text(report))
-    return 1 if report.problems else 0
+    found = _examine()
+    sys.stdout.write(report.as_json(found) if options.json else report.as_text(found))
+    return 1 if found.problems else 0
 
 
-def _import_doctor() -> ModuleType:
+def _examine() -> report.Report:
     """Doctor explains a torch_npu that can't be loaded, so torch must not try to load it."""
     wanted = environment_text(_AUTOLOAD)
     set_environment({_AUTOLOAD: "0"})
     try:
+        load_extension()
         from llm_datadist_torch.cli import doctor
+    except LLMLoadError as error:
+        return report.of_load_error(error)
     finally:
         set_environment({_AUTOLOAD: wanted or None})
-    return doctor
+    return doctor.examine()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description=__doc__)
+    parser.add_argument(
+        "--version", action=facts.ShowVersion, nargs=0, help="print the version and build facts"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "run a program, unchanged, in which `import llm_datadist` means this library"
     command = commands.add_parser(

@@ -3,106 +3,18 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
-from typing import Literal
 
-from llm_datadist_torch import __version__
 from llm_datadist_torch.cli import probes
+from llm_datadist_torch.cli.report import Finding, Report, versions
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
 from llm_datadist_torch.values.environment import npu_is_simulated
-
-State = Literal["ok", "no", "note", "wrong"]
-
-_PACKAGES = ("torch", "msgspec", "cryptography", "numpy", "torch_npu")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: What was looked at.
-        state: "ok": it works; "no": it doesn't, and something else serves; "note": for your
-            information; "wrong": programs will fail because of it.
-        detail: What was found, or why it doesn't work.
-        remedy: What to do about it, if anything.
-    """
-
-    name: str
-    state: State
-    detail: str
-    remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """Everything that was found.
-
-    Attributes:
-        versions: What is installed.
-        transports: What moves bytes between instances.
-        paths: How the local transport reaches a peer's memory, fastest first.
-        system: What the kernel and the device runtime allow.
-    """
-
-    versions: dict[str, str]
-    transports: list[Finding]
-    paths: list[Finding]
-    system: list[Finding]
-
-    @property
-    def problems(self) -> list[Finding]:
-        """What will make programs fail."""
-        every = [*self.transports, *self.paths, *self.system]
-        return [finding for finding in every if finding.state == "wrong"]
 
 
 def examine() -> Report:
     """Look at everything. Takes less than a second; changes nothing."""
     paths = _paths()
-    return Report(_versions(), _transports(), paths, _system())
-
-
-def as_json(report: Report) -> str:
-    """The report as JSON, one line at the end."""
-    return json.dumps(asdict(report) | {"problems": len(report.problems)}, indent=2) + "\n"
-
-
-def as_text(report: Report) -> str:
-    """The report for people."""
-    width = max(len(name) for name in report.versions)
-    lines = [f"{name:<{width}}  {version}" for name, version in report.versions.items()]
-    for title, findings in (
-        ("transports", report.transports),
-        ("paths of the local transport, fastest first", report.paths),
-        ("system", report.system),
-    ):
-        lines += ["", title]
-        for finding in findings:
-            lines.append(f"  {finding.state:<5}  {finding.name}: {finding.detail}")
-            if finding.remedy:
-                lines.append(f"         -> {finding.remedy}")
-    problems = len(report.problems)
-    lines += ["", f"{problems} problem(s)" if problems else "no problem found"]
-    return "\n".join(lines) + "\n"
-
-
-def _versions() -> dict[str, str]:
-    found = {
-        "llm_datadist_torch": __version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "kernel": platform.release(),
-    }
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return Report(versions(), _transports(), paths, _system())
 
 
 def _transports() -> list[Finding]:

@@ -216,6 +216,15 @@ class LLMFeatureNotEnabledError(LLMException):
     default_status = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
 
 
+class LLMLoadError(LLMException, ImportError):
+    """This machine can't load the package: torch, Python, glibc or libstdc++ is not what it needs.
+
+    It is an `ImportError` too, for programs that do without the package where it isn't.
+    """
+
+    default_status = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
+
+
 class LLMDeviceError(LLMException):
     """The device reported an error."""
 

@@ -13,17 +13,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_module(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_module(
+    *arguments: str, path: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """``python -m llm_datadist_torch ...`` with ``path`` as PYTHONPATH."""
-    return run_python("-m", "llm_datadist_torch", *arguments, path=path)
+    return run_python("-m", "llm_datadist_torch", *arguments, path=path, cwd=cwd)
 
 
-def run_python(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str, path: str | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, str(ROOT)]))
     return subprocess.run(
         [sys.executable, *arguments],
         env=environment,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=90,

@@ -12,12 +12,13 @@ import pytest
 
 from llm_datadist_torch.cli import doctor, probes
 from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, NpuRuntime
+from llm_datadist_torch.cli.report import Finding, Report, as_json, as_text
 from tests.compat.programs import run_module
 
 FINE = NpuRuntime(False, "", True)
 
 
-def found(report: doctor.Report, name: str) -> doctor.Finding:
+def found(report: Report, name: str) -> Finding:
     every = [*report.transports, *report.paths, *report.system]
     (finding,) = [finding for finding in every if finding.name == name]
     return finding
@@ -60,7 +61,7 @@ def test_what_the_child_can_not_do_is_said(monkeypatch):
         finding = found(report, name)
         assert (finding.state, bool(finding.remedy)) == ("no", True)
         assert reason in finding.detail
-        assert reason in doctor.as_text(report)
+        assert reason in as_text(report)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_states_of_the_device_runtime(monkeypatch, runtime, state: str, problems
     monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
     report = doctor.examine()
     assert found(report, "torch_npu").state == state
-    assert len(report.problems) == json.loads(doctor.as_json(report))["problems"] == problems
-    last = doctor.as_text(report).splitlines()[-1]
+    assert len(report.problems) == json.loads(as_json(report))["problems"] == problems
+    last = as_text(report).splitlines()[-1]
     assert last == ("1 problem(s)" if problems else "no problem found")
 
 
