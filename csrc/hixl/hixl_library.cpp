@@ -22,12 +22,12 @@ Loaded& loaded() {
 
 // One caller after the other. Not std::mutex: where this is compiled for an older glibc, libstdc++'s
 // header of it wants one of 2.32.
-struct Turn {
+struct Lock {
   static inline pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-  Turn() { pthread_mutex_lock(&mutex); }
-  ~Turn() { pthread_mutex_unlock(&mutex); }
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  Lock() { pthread_mutex_lock(&mutex); }
+  ~Lock() { pthread_mutex_unlock(&mutex); }
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
 };
 
 // What the compiler makes of the members' declarations (tests compare it).
@@ -84,7 +84,7 @@ Text::~Text() {
 bool Text::operator<(const Text& other) const { return members().text_less(bytes_, other.bytes_); }
 
 const char* load(const char* name) {
-  const Turn turn;
+  const Lock lock;
   Loaded& one = loaded();
   if (one.done) {
     return nullptr;
