@@ -22,8 +22,8 @@ from llm_datadist_torch import (
     LLMRole,
     Placement,
 )
-from llm_datadist_torch.links.link import LinkState
 from llm_datadist_torch.net import connection, unix
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.local.host import HostIdentity, start_time
 from llm_datadist_torch.values.deadline import Deadline

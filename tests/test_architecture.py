@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 # Floors, from the bottom to the top. The rooms of one floor do not know each other, but for those
 # of one set, which are written together.
 LAYERS: list[list[set[str]]] = [
-    [{"_C"}],
-    [{"values"}],
+    [{"_C"}, {"values"}],
     [{"net"}, {"observe"}, {"memory"}],
     [{"caches"}, {"transports"}],
-    [{"links", "serving"}],
+    [{"serving"}],
+    [{"links"}],
     [{"movement"}],
     [{"api"}],
     [{"compat"}],

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.net.framing import (
     HEADER_BYTES,
     WIRE_VERSION,
@@ -22,6 +20,8 @@ from llm_datadist_torch.net.framing import (
 )
 from llm_datadist_torch.net.tls import LinkKeys, Tls
 from llm_datadist_torch.net.unix import Introduction
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from llm_datadist_torch.values.version import VERSION
 from tests.security.attackers import GREETING
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.link import LinkState
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.values.checks import param_error, shown
 from llm_datadist_torch.values.enums import Memtype
 from llm_datadist_torch.values.mem_info import MemInfo

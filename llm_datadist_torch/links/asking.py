@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.messages import Answer, Question
 from llm_datadist_torch.links.questions import check_payload
+from llm_datadist_torch.serving.messages import Answer, Question
 from llm_datadist_torch.values.checks import check_timeout_ms, check_uint64
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 

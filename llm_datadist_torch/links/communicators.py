@@ -10,13 +10,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llm_datadist_torch.links.link import LinkState
-from llm_datadist_torch.links.messages import MemberInfo
 from llm_datadist_torch.links.rank_table import Member
 from llm_datadist_torch.links.rendezvous import Rendezvous
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.links.work import Work
 from llm_datadist_torch.links.workers import WorkerPool
+from llm_datadist_torch.serving.messages import MemberInfo
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import RegisterMemStatus

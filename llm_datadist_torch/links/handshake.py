@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llm_datadist_torch.links.link import SHARE_IT, Link, LinkState, Pending
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.links.link import SHARE_IT, Link, Pending
+from llm_datadist_torch.links.registry import LinkRegistry
+from llm_datadist_torch.net.connection import Connection
+from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.serving.messages import (
     ANY_PEER,
     Body,
     Envelope,
@@ -22,9 +25,7 @@ from llm_datadist_torch.links.messages import (
     Welcome,
     encode,
 )
-from llm_datadist_torch.links.registry import LinkRegistry
-from llm_datadist_torch.net.connection import Connection
-from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.serving.same_process import LinkEnd
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline

@@ -7,8 +7,8 @@ import time
 import weakref
 from collections.abc import Callable
 
-from llm_datadist_torch.links.messages import Release
 from llm_datadist_torch.net.timers import Timers
+from llm_datadist_torch.serving.messages import Release
 
 SWEEP_S = 1.0
 """How often it is looked for leases whose holders were interrupted."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llm_datadist_torch.links.link import Link, LinkState
+from llm_datadist_torch.links.link import Link
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.transports.choice import Choice
 
 

@@ -17,7 +17,6 @@ from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.communicators import Communicators
-from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.links.table import LinkTable
 from llm_datadist_torch.links.workers import WorkerPool
 from llm_datadist_torch.memory.address import HOST
@@ -27,6 +26,7 @@ from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.net.descriptors import FOR_AN_INSTANCE, need_descriptors
 from llm_datadist_torch.observe.transfers import TransferLog
 from llm_datadist_torch.serving.owner import Owner
+from llm_datadist_torch.serving.peer import Grant
 from llm_datadist_torch.transports.base import MemorySpan, joined_spans, spans_in_storages
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.transports.registry import open_transports

@@ -10,15 +10,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 
-from llm_datadist_torch import _C
-from llm_datadist_torch.caches.entry import CacheEntry, KeyName
 from llm_datadist_torch.links.held_leases import HeldLeases, LeaseTicket
 from llm_datadist_torch.links.known_caches import KnownCaches
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.links.questions import TOLD_AT_ONCE
+from llm_datadist_torch.links.transfers import LinkTransfers
+from llm_datadist_torch.net.connection import Data
+from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.net.process import PeerProcess
+from llm_datadist_torch.serving.messages import (
     Body,
     CacheView,
     Call,
@@ -33,13 +35,8 @@ from llm_datadist_torch.links.messages import (
     WriteBytes,
     encode,
 )
-from llm_datadist_torch.links.questions import TOLD_AT_ONCE
-from llm_datadist_torch.links.transfers import LinkTransfers
-from llm_datadist_torch.net.connection import Connection, Data
-from llm_datadist_torch.net.endpoint import Endpoint
-from llm_datadist_torch.net.process import PeerProcess
+from llm_datadist_torch.serving.peer import LinkState, ServedPeer
 from llm_datadist_torch.transports.base import SameProcessPeer
-from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
@@ -52,14 +49,6 @@ from llm_datadist_torch.values.status import (
 
 _LEASES_RETRY_S = 0.002
 SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
-
-
-class LinkState(Enum):
-    """Where a link stands. A lost link stays listed until it is linked anew or unlinked."""
-
-    LINKED = "linked"
-    LOST = "lost"
-    UNLINKED = "unlinked"
 
 
 class Pending:
@@ -92,16 +81,6 @@ class Pending:
             # Another thread may wait, too.
             self._arrived.release()
         return self._answer
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A lease that the peer holds: on which cache, and which key a complete pull of it consumes."""
-
-    lease: _C.Lease[CacheEntry]
-    entry: CacheEntry
-    consumes: KeyName | None
-    write: bool
 
 
 class RelinkTurn:
@@ -138,79 +117,48 @@ class RelinkState:
 
 
 @dataclass(eq=False)
-class Link:
+class Link(ServedPeer):
     """The live relation to one peer.
 
     Thread safety: ``request`` and ``post`` may be called from any thread, and transfers run side by
-    side. ``grants`` and the state change only in the endpoint's thread or while transfers are
-    stopped.
+    side; see :class:`ServedPeer` for the rest.
 
     Attributes:
-        peer: The peer's cluster id.
-        epoch: The peer's life: another epoch under the same id is another process.
-        connection: The way its messages go.
         endpoint: What sends them.
         dialed: Whether we called ``link_clusters`` (else the peer did).
-        name: Random name that both sides know it by.
         address: Host and port at which the peer can be dialed again; None if we don't know.
         since: When it came into its state, as ``time.time()`` has it.
-        channel: The way its bytes go; set as soon as the link is made.
-        grants: Leases that the peer holds on our caches.
-        shown_regions: Ids of our regions that the peer was told of, and may have mapped.
         owners: What it is kept for: "" for ``link_clusters``, and tokens of communicators. The link
             ends with the last; changed by the registry only.
         unlinking: This side is asking the peer to unlink.
         ended_by: Why the connection ended while this side was asking; "" if it did not.
-        leaving: This side is about to end it: the peer gets no leases any more.
         known: What the peer has said of its caches, in remote-accessible mode.
         transfers: The transfers that this side runs on it.
-        begun: Keys that the peer has begun to pull and not consumed, and their caches.
         relink: How it stands with linking anew, once it is lost.
         give_back_late: Gives back a lease whose connection has ended.
         link_end: Our end of it, for a peer in this process to find; kept for as long as the link.
         same_process_peer: The peer, where it is in this process.
     """
 
-    peer: int
-    epoch: str
-    connection: Connection
     endpoint: Endpoint
     dialed: bool
-    name: str = ""
     address: tuple[str, int] | None = None
-    state: LinkState = LinkState.LINKED
     lost_because: str = ""
     since: float = field(default_factory=time.time)
-    grants: dict[int, Grant] = field(default_factory=dict)
-    shown_regions: set[int] = field(default_factory=set)
     owners: set[str] = field(default_factory=set)
     unlinking: bool = False
     ended_by: str = ""
-    leaving: bool = False
     known: KnownCaches = field(default_factory=KnownCaches)
     transfers: LinkTransfers = field(default_factory=LinkTransfers)
-    begun: dict[KeyName, CacheEntry] = field(default_factory=dict)
     relink: RelinkState = field(default_factory=RelinkState)
     give_back_late: Callable[[Link, Release], None] | None = None
     link_end: object = None
     same_process_peer: SameProcessPeer | None = None
-    _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
     _held: HeldLeases = field(default_factory=HeldLeases)
     _told: list[Pending] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
-
-    @property
-    def channel(self) -> LinkChannel:
-        """The way to the peer's memory."""
-        if self._channel is None:
-            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link is not ready", peer=self.peer)
-        return self._channel
-
-    def open_channel(self, channel: LinkChannel) -> None:
-        """Set the channel, once."""
-        self._channel = channel
 
     # -- talking ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Sequence
 
 from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.link import LinkState
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.values.checks import check_isinstance, check_uint64, param_error
 from llm_datadist_torch.values.cluster_info import LLMClusterInfo, entry_to_host
 from llm_datadist_torch.values.config import LISTEN_KEY, parse_listen_ip_info, role_to_str

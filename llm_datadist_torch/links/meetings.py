@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm_datadist_torch.links.link import SHARE_IT
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.serving.messages import (
     Body,
     EnterMeeting,
     Envelope,

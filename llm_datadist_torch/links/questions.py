@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from llm_datadist_torch.links.messages import Answer, Body, Refused
+from llm_datadist_torch.serving.messages import Answer, Body, Refused
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 

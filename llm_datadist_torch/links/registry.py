@@ -9,12 +9,13 @@ import threading
 import msgspec
 
 from llm_datadist_torch.links.events import LinkEvents
-from llm_datadist_torch.links.link import Link, LinkRelay, LinkState
-from llm_datadist_torch.links.messages import Release
+from llm_datadist_torch.links.link import Link, LinkRelay
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.serving.late_writers import LateWriters
+from llm_datadist_torch.serving.messages import Release
 from llm_datadist_torch.serving.owner import Owner
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.serving.same_process import LinkEnd, SameProcessPeer
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
@@ -132,7 +133,7 @@ class LinkRegistry:
         if len(self._by_connection) >= MAX_LINKS:
             text = f"there are {MAX_LINKS} links, and no more may be"
             raise error_for(LLMStatusCode.LLM_LINK_FAILED, text, peer=peer)
-        link = Link(peer, epoch, connection, self._endpoint, dialed, name, address)
+        link = Link(peer, epoch, connection, self._endpoint, dialed, address, name=name)
         link.give_back_late = self._give_back_late
         link.link_end = link_end = link_end or self.announce(name)
         link.same_process_peer = SameProcessPeer.find(name, epoch, self._epoch)

@@ -8,8 +8,9 @@ import time
 import weakref
 
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import Link, LinkState, RelinkState, RelinkTurn
+from llm_datadist_torch.links.link import Link, RelinkState, RelinkTurn
 from llm_datadist_torch.links.registry import LinkRegistry
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 

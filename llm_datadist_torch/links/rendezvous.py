@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llm_datadist_torch.links.meetings import Meeting, Meetings, Visit, check_member
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.serving.messages import (
     Body,
     EnterMeeting,
     JoinMeeting,

@@ -11,9 +11,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 
 from llm_datadist_torch.links.handshake import Dial, Handshake, Identity
-from llm_datadist_torch.links.link import Grant, Link, LinkState
+from llm_datadist_torch.links.link import Link
 from llm_datadist_torch.links.meetings import Meetings
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.links.questions import Questions
+from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
+from llm_datadist_torch.links.relink import Relinker
+from llm_datadist_torch.net.connection import Connection, Data
+from llm_datadist_torch.net.endpoint import Endpoint
+from llm_datadist_torch.net.tls import LinkKeys
+from llm_datadist_torch.serving.messages import (
     Body,
     CacheView,
     Call,
@@ -31,13 +37,8 @@ from llm_datadist_torch.links.messages import (
     decode,
     encode,
 )
-from llm_datadist_torch.links.questions import Questions
-from llm_datadist_torch.links.registry import CLUSTERS, LinkRegistry
-from llm_datadist_torch.links.relink import Relinker
-from llm_datadist_torch.net.connection import Connection, Data
-from llm_datadist_torch.net.endpoint import Endpoint
-from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.serving.owner import Owner
+from llm_datadist_torch.serving.peer import Grant, LinkState
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.config import EngineConfig
 from llm_datadist_torch.values.deadline import Deadline

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from llm_datadist_torch.caches.entry import KeyKind, name_of
-from llm_datadist_torch.links.messages import CacheView, Resolve
+from llm_datadist_torch.serving.messages import CacheView, Resolve
 from llm_datadist_torch.serving.owner import RESOLVE_BY_ADDRESS, RESOLVE_BY_ID
 from llm_datadist_torch.transports.base import Movement
 from llm_datadist_torch.values.checks import INT64_MAX

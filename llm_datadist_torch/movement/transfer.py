@@ -21,13 +21,14 @@ from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.held_leases import LeaseTicket
 from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.link import Link, LinkState
-from llm_datadist_torch.links.messages import CacheView, Claim, Resolve
+from llm_datadist_torch.links.link import Link
 from llm_datadist_torch.links.work import CacheTask, Work
 from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.streams import Stream, StreamPoint
 from llm_datadist_torch.movement import background
 from llm_datadist_torch.movement.remote import BLOCKS, Key, RemoteCache, query_of
+from llm_datadist_torch.serving.messages import CacheView, Claim, Resolve
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.transports.base import Direction, Movement, StaleCacheError
 from llm_datadist_torch.values.checks import check_timeout_ms, param_error
 from llm_datadist_torch.values.deadline import Deadline

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llm_datadist_torch.links.link import Grant, Link
 from llm_datadist_torch.net.loop import READ, Loop
 from llm_datadist_torch.net.process import PeerProcess
+from llm_datadist_torch.serving.peer import Grant, ServedPeer
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -56,7 +56,7 @@ class LateWriters:
         self._lock = threading.Lock()
         self._writers: dict[str, LateWriter] = {}
 
-    def retain(self, link: Link) -> None:
+    def retain(self, link: ServedPeer) -> None:
         """The connection of a link has ended: keep the write leases of a peer that lives."""
         process = link.connection.process
         if process is None or process.is_this_one or not process.alive:

@@ -11,9 +11,9 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry
-from llm_datadist_torch.links.link import Grant
-from llm_datadist_torch.links.messages import MAX_MESSAGE_BYTES
 from llm_datadist_torch.memory.address import check_alive
+from llm_datadist_torch.serving.messages import MAX_MESSAGE_BYTES
+from llm_datadist_torch.serving.peer import Grant
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import (
     LLMException,

@@ -16,8 +16,17 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved
-from llm_datadist_torch.links.link import Grant, Link, LinkState
-from llm_datadist_torch.links.messages import (
+from llm_datadist_torch.memory.address import HOST
+from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.memory.spans import gather, scatter
+from llm_datadist_torch.net.connection import Data
+from llm_datadist_torch.serving.leased_memory import (
+    GrantedCache,
+    check_device_memory,
+    check_inside,
+    copy_unowned,
+)
+from llm_datadist_torch.serving.messages import (
     Body,
     CacheView,
     Call,
@@ -32,16 +41,7 @@ from llm_datadist_torch.links.messages import (
     Resolve,
     WriteBytes,
 )
-from llm_datadist_torch.memory.address import HOST
-from llm_datadist_torch.memory.region import Region
-from llm_datadist_torch.memory.spans import gather, scatter
-from llm_datadist_torch.net.connection import Data
-from llm_datadist_torch.serving.leased_memory import (
-    GrantedCache,
-    check_device_memory,
-    check_inside,
-    copy_unowned,
-)
+from llm_datadist_torch.serving.peer import Grant, LinkState, ServedPeer
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.llm_config import DROP, KEEP
@@ -73,7 +73,7 @@ class Owner:
         self._lease_ids = itertools.count(1)
 
     def answer(
-        self, link: Link, body: Body, data: bytes | Data | None
+        self, link: ServedPeer, body: Body, data: bytes | Data | None
     ) -> tuple[Body, bytes | None] | None:
         """Carry out one request.
 
@@ -106,7 +106,7 @@ class Owner:
             raise error_for(LLMStatusCode.LLM_FAILED, f"unexpected message {type(body).__name__}")
         return None
 
-    def serve(self, link: Link, call: Call, reply: Callable[[Body], None]) -> None:
+    def serve(self, link: ServedPeer, call: Call, reply: Callable[[Body], None]) -> None:
         """A peer's channel asks ours; ``reply`` is called with the answer, from any thread.
 
         Raises:
@@ -137,11 +137,11 @@ class Owner:
             if grant is not None:
                 grant.lease.release()
 
-    def end_grants(self, link: Link) -> None:
+    def end_grants(self, link: ServedPeer) -> None:
         """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
         self.end_leases(link.grants)
 
-    def end_orphans(self, link: Link) -> None:
+    def end_orphans(self, link: ServedPeer) -> None:
         """The link was lost: the keys that its peer has begun to pull follow the policy."""
         begun, link.begun = link.begun, {}
         if self._orphans == KEEP:
@@ -151,7 +151,7 @@ class Owner:
 
     # -- leases -----------------------------------------------------------------------------------
 
-    def _resolve(self, link: Link, query: Resolve) -> CacheView:
+    def _resolve(self, link: ServedPeer, query: Resolve) -> CacheView:
         found = self._find_for_peer(query)
         entry, layout = found.entry, found.entry.layout
         consumes = found.consumes if self._consume_keys and not query.write else None
@@ -179,7 +179,7 @@ class Owner:
             owner_validates=entry.flag is None,
         )
 
-    def _claimed(self, link: Link, lease_id: int, claim: Claim | None) -> int:
+    def _claimed(self, link: ServedPeer, lease_id: int, claim: Claim | None) -> int:
         """The lease that a request comes with; the one that it claims is taken here."""
         if claim is None:
             return lease_id
@@ -201,7 +201,7 @@ class Owner:
         return taken
 
     def _lease(
-        self, link: Link, entry: CacheEntry, consumes: KeyName | None, *, write: bool
+        self, link: ServedPeer, entry: CacheEntry, consumes: KeyName | None, *, write: bool
     ) -> int:
         if len(link.grants) >= MAX_LEASES:
             raise error_for(
@@ -242,7 +242,7 @@ class Owner:
             raise param_error(f"there are no keys of kind {query.kind!r}") from None
         return self._catalog.resolve_key(KeyName(kind, query.value, query.index))
 
-    def release(self, link: Link, body: Release) -> None:
+    def release(self, link: ServedPeer, body: Release) -> None:
         """A lease comes back; what was completely fetched consumes its key."""
         grant = link.grants.pop(body.lease_id, None)
         if grant is None:
@@ -260,7 +260,7 @@ class Owner:
 
     # -- relayed bytes ----------------------------------------------------------------------------
 
-    def _read(self, link: Link, body: ReadBytes) -> bytes:
+    def _read(self, link: ServedPeer, body: ReadBytes) -> bytes:
         lease_id = self._claimed(link, body.lease_id, body.claim)
         try:
             return self._read_leased(link, lease_id, body.spans)
@@ -268,7 +268,7 @@ class Owner:
             if body.claim is not None:
                 self.release(link, Release(lease_id, None))
 
-    def _read_leased(self, link: Link, lease_id: int, raw: bytes) -> bytes:
+    def _read_leased(self, link: ServedPeer, lease_id: int, raw: bytes) -> bytes:
         spans, entry = self._leased_spans(link, lease_id, raw, write=False)
         if not entry.unowned or entry.device != HOST:
             return gather(spans[:, 0], spans[:, 1], entry.device)
@@ -276,7 +276,7 @@ class Owner:
         copy_unowned(_C.read_process, staging, spans, entry)
         return staging.numpy().tobytes()
 
-    def _write(self, link: Link, body: WriteBytes, data: bytes | Data) -> None:
+    def _write(self, link: ServedPeer, body: WriteBytes, data: bytes | Data) -> None:
         spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)
         if int(spans[:, 1].sum()) != len(data):
             raise param_error(f"{len(data)} bytes for spans of {int(spans[:, 1].sum())}")
@@ -287,7 +287,7 @@ class Owner:
         copy_unowned(_C.write_process, staging, spans, entry)
 
     def _leased_spans(
-        self, link: Link, lease_id: int, raw: bytes, *, write: bool
+        self, link: ServedPeer, lease_id: int, raw: bytes, *, write: bool
     ) -> tuple[torch.Tensor, CacheEntry]:
         grant = _granted(link, lease_id)
         if write and not grant.write:
@@ -302,7 +302,7 @@ class Owner:
         return spans, grant.entry
 
 
-def _check_not_being_pulled(link: Link, name: KeyName) -> None:
+def _check_not_being_pulled(link: ServedPeer, name: KeyName) -> None:
     """Pulls of one key on one link take turns, so that a key that is consumed serves one of them.
 
     Raises:
@@ -312,7 +312,7 @@ def _check_not_being_pulled(link: Link, name: KeyName) -> None:
         raise error_for(LLMStatusCode.LLM_LINK_BUSY, f"another pull of {name} is under way")
 
 
-def _granted(link: Link, lease_id: int) -> Grant:
+def _granted(link: ServedPeer, lease_id: int) -> Grant:
     grant = link.grants.get(lease_id)
     if grant is None:
         raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no lease {lease_id}")

@@ -22,7 +22,7 @@ from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_
 
 if TYPE_CHECKING:
     from llm_datadist_torch import _C
-    from llm_datadist_torch.links.link import Link
+    from llm_datadist_torch.serving.peer import ServedPeer
 
 _lock = threading.Lock()
 _present: weakref.WeakValueDictionary[tuple[str, str], LinkEnd] = weakref.WeakValueDictionary()
@@ -41,16 +41,16 @@ class LinkEnd:
 
     def __init__(self, name: str, epoch: str, catalog: Catalog) -> None:
         self.catalog = catalog
-        self._link: weakref.ref[Link] | None = None
+        self._link: weakref.ref[ServedPeer] | None = None
         with _lock:
             _present[name, epoch] = self
 
-    def open(self, link: Link) -> None:
+    def open(self, link: ServedPeer) -> None:
         """The link has been made."""
         self._link = weakref.ref(link)
 
     @property
-    def link(self) -> Link | None:
+    def link(self) -> ServedPeer | None:
         """The link at this end; None before it has been made and after it has ended."""
         return None if self._link is None else self._link()
 

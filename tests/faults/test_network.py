@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.faults.helpers import (
     ME,

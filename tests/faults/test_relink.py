@@ -10,8 +10,9 @@ import pytest
 
 from llm_datadist_torch import LLMException
 from llm_datadist_torch.links.handshake import Handshake
-from llm_datadist_torch.links.link import LinkState, RelinkTurn
+from llm_datadist_torch.links.link import RelinkTurn
 from llm_datadist_torch.links.relink import _take
+from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.values.deadline import Deadline
 from tests.faults.helpers import (
     ME,

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 
 REGION = RegionView(1, 2**40, 4096, 5, 6, 7)

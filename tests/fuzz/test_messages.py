@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, decode, encode
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, decode, encode
 from tests.fuzz.messages import CORPUS, broken, deep
 
 

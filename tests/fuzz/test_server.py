@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.fuzz.messages import broken, frames
 from tests.peers import Ref, Service, eventually

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import LLMException
-from llm_datadist_torch.links import messages
 from llm_datadist_torch.net import tls, unix
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.net.framing import Unreadable
 from llm_datadist_torch.net.tls import LinkKeys
+from llm_datadist_torch.serving import messages
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Service, eventually
 from tests.wire import stranger

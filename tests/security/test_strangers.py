@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
 from llm_datadist_torch.net import strangers
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from tests.faults.helpers import ME, OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, eventually, spawn
 from tests.security import attackers

@@ -11,7 +11,7 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.links.messages import Note
+from llm_datadist_torch.serving.messages import Note
 from tests.peers import Ref, Service
 
 ME, PEER = 1, 2

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey, CacheKey
-from llm_datadist_torch.links import messages
+from llm_datadist_torch.serving import messages
 from llm_datadist_torch.serving.owner import MAX_LEASES, Owner
 from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.remote import ME, PEER, SIZE, THEIRS, pull, status

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey, Placement
-from llm_datadist_torch.links import messages
-from llm_datadist_torch.links.messages import Envelope, encode
+from llm_datadist_torch.serving import messages
+from llm_datadist_torch.serving.messages import Envelope, encode
 from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.peers import Ref, Service, eventually
 from tests.wire import GREETING, Speaker, stranger
