@@ -54,7 +54,7 @@ INSTEAD = {
 
 ALLOWED = {
     # Deprecated public names, for one release.
-    "llm_datadist_torch/api/datadist_links.py": {"ask", "tell", "on_question"},
+    "llm_datadist_torch/api/datadist.py": {"ask", "tell", "on_question"},
     "tests/transfer/test_questions.py": {"ask", "tell", "on_question"},
 }
 TORCHS_OWN = {"stride"}

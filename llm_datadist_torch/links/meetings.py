@@ -13,6 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm_datadist_torch.links.link import SHARE_IT
+from llm_datadist_torch.links.rank_table import Member
+from llm_datadist_torch.net.addresses import resolve
+from llm_datadist_torch.net.connection import Connection
+from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.serving.messages import (
     Body,
     EnterMeeting,
@@ -24,10 +28,6 @@ from llm_datadist_torch.serving.messages import (
     Refused,
     encode,
 )
-from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.net.addresses import resolve
-from llm_datadist_torch.net.connection import Connection
-from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 

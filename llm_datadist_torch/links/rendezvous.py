@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llm_datadist_torch.links.meetings import Meeting, Meetings, Visit, check_member
+from llm_datadist_torch.links.rank_table import Member
+from llm_datadist_torch.net.addresses import address_towards, is_of_this_host
+from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.serving.messages import (
     Body,
     EnterMeeting,
@@ -22,9 +25,6 @@ from llm_datadist_torch.serving.messages import (
     MemberInfo,
     Refused,
 )
-from llm_datadist_torch.links.rank_table import Member
-from llm_datadist_torch.net.addresses import address_towards, is_of_this_host
-from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.values.checks import param_error
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for

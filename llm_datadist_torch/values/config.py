@@ -30,8 +30,7 @@ from llm_datadist_torch.values.llm_config import (
     check_heartbeat,
     check_orphan_policy,
 )
-from llm_datadist_torch.values.secret import check_link_secret
-from llm_datadist_torch.values.secret_file import secret_from_file
+from llm_datadist_torch.values.secret import check_link_secret, secret_from_file
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 __all__ = [

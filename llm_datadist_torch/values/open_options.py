@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.environment import environment_texts
-from llm_datadist_torch.values.secret_file import SECRET_FILE_VARIABLE
+from llm_datadist_torch.values.secret import SECRET_FILE_VARIABLE
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 ENVIRONMENT_PREFIX = "LLM_DATADIST_"

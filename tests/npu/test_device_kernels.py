@@ -17,13 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_datadist_torch import (
-    LLMDeviceError,
-    LLMOutOfMemoryError,
-    LLMStatusCode,
-    device_copies,
-    ops,
-)
+from llm_datadist_torch import LLMDeviceError, LLMOutOfMemoryError, LLMStatusCode, ops
+from llm_datadist_torch.memory import device_copies
 from tests import reference
 from tests import simulator_faults as faults
 from tests.test_ops import LAYOUT, Blocks, block_pairs

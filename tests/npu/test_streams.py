@@ -29,8 +29,8 @@ from llm_datadist_torch import (
     Placement,
     TransferConfig,
     ops,
-    streams,
 )
+from llm_datadist_torch.memory import streams
 from llm_datadist_torch.memory.in_flight import InFlight
 from llm_datadist_torch.values.environment import environment_text
 from tests.peers import eventually

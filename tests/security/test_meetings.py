@@ -16,8 +16,8 @@ import msgspec
 import pytest
 
 from llm_datadist_torch import LLMStatusCode
-from llm_datadist_torch.serving import messages
 from llm_datadist_torch.links.communicating import RENDEZVOUS_VARIABLE
+from llm_datadist_torch.serving import messages
 from llm_datadist_torch.serving.messages import Envelope
 from tests.faults.helpers import OK, PEER, Peers, pull, start_here, start_peer
 from tests.peers import Peer, Service, eventually

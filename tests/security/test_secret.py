@@ -16,7 +16,7 @@ from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
 from llm_datadist_torch.net import addresses
 from llm_datadist_torch.net.tls import LinkKeys
 from llm_datadist_torch.values.config import EngineConfig
-from llm_datadist_torch.values.secret_file import SECRET_FILE_VARIABLE
+from llm_datadist_torch.values.secret import SECRET_FILE_VARIABLE
 from llm_datadist_torch.values.status import LLMFeatureNotEnabledError, LLMParamError
 from tests.conftest import make_options
 

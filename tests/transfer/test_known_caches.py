@@ -11,15 +11,10 @@ from typing import Any
 
 import pytest
 
-from llm_datadist_torch import (
-    _C,
-    BlocksCacheKey,
-    CacheKey,
-    CacheKeyByIdAndIndex,
-    device_copies,
-)
+from llm_datadist_torch import _C, BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from llm_datadist_torch.links import known_caches
 from llm_datadist_torch.links.known_caches import KnownCaches
+from llm_datadist_torch.memory import device_copies
 from llm_datadist_torch.transports.hixl.channel import HixlChannel
 from tests.peers import Peer, Ref, Service, eventually
 from tests.transfer.helpers import OK, Peers, Services
