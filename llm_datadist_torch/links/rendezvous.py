@@ -179,14 +179,14 @@ class Rendezvous:
             while not visit.connected:
                 self._wait_for_answer(visit, soon)
             members = [(member.rank, member.cluster_id) for member in self.members]
-            token = self._ask(
+            token = self._query(
                 visit, JoinMeeting(self._digest, members, self.place), Deadline.after_ms(_ANSWER_MS)
             )
             if not isinstance(token, MeetingToken):
                 raise self._unexpected(visit, token)
             self.add_owner(token.token)
             info = self.info(self._address_towards(visit))
-            answer = self._ask(visit, EnterMeeting(info))
+            answer = self._query(visit, EnterMeeting(info))
         finally:
             self.meetings.leave(visit)
         if not isinstance(answer, MeetingMembers) or len(answer.members) != len(self.members):
@@ -198,7 +198,7 @@ class Rendezvous:
             raise _NotYetError(error) from None
         return Agreement(token.token, answer.members)
 
-    def _ask(self, visit: Visit, body: Body, soon: Deadline | None = None) -> Body:
+    def _query(self, visit: Visit, body: Body, soon: Deadline | None = None) -> Body:
         visit.send(body)
         while visit.answer is None:
             self._wait_for_answer(visit, soon)
