@@ -1,100 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One table of status codes (name, code, meaning, remedy), and the exceptions made of it."""
+"""The exceptions made of the table of status codes, and the reference's helpers around both."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from llm_datadist_torch.values.enums import NamedIntEnum
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_ENGINE = 0x5010B000
-
-
-class LLMStatusCode(NamedIntEnum):
-    """The table of status codes (reference API, 2.1): each row is code, meaning, remedy.
-
-    An empty remedy means that only the place that raises can say what to do.
-    """
-
-    meaning: str
-    remedy: str
-
-    def __new__(cls, code: int, meaning: str = "", remedy: str = "") -> Self:
-        """Makes one member out of one row of the table."""
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning = meaning
-        member.remedy = remedy
-        return member
-
-    LLM_SUCCESS = 0, "the call did what it was asked to do"
-    LLM_FAILED = 0xFFFFFFFF, "the call failed for a reason without a code of its own"
-    LLM_WAIT_PROCESS_TIMEOUT = (
-        _ENGINE + 1,
-        "waiting for the request took too long",
-        "raise sync_kv_timeout, or find out why the peer is slow",
-    )
-    LLM_KV_CACHE_NOT_EXIST = (
-        _ENGINE + 2,
-        "there is no such cache, or no such key",
-        "check the key, and that its owner has neither freed nor unregistered the cache",
-    )
-    LLM_REPEAT_REQUEST = _ENGINE + 3, "the request was made before"
-    LLM_REQUEST_ALREADY_COMPLETED = _ENGINE + 4, "the request is complete already"
-    LLM_PARAM_INVALID = _ENGINE + 5, "an argument is invalid, or arguments contradict each other"
-    LLM_ENGINE_FINALIZED = _ENGINE + 6, "the instance is finalized", "call init() first"
-    LLM_NOT_YET_LINK = (
-        _ENGINE + 7,
-        "there is no usable link to that peer",
-        "link to the peer first, and look at the status that link_clusters() returned",
-    )
-    LLM_ALREADY_LINK = _ENGINE + 8, "there is a link to that peer already", "unlink it first"
-    LLM_LINK_FAILED = (
-        _ENGINE + 9,
-        "the link could not be made",
-        "check that the peer is initialised, and listens on the address given",
-    )
-    LLM_UNLINK_FAILED = (
-        _ENGINE + 10,
-        "the link could not be taken down in agreement with the peer",
-        "unlink with force=True on both sides",
-    )
-    LLM_NOTIFY_PROMPT_UNLINK_FAILED = _ENGINE + 11, "the peer could not be told of the unlink"
-    LLM_CLUSTER_NUM_EXCEED_LIMIT = _ENGINE + 12, "too many clusters in one call"
-    LLM_PROCESSING_LINK = _ENGINE + 13, "the link is being made", "try again later"
-    LLM_DEVICE_OUT_OF_MEMORY = _ENGINE + 14, "the device has no memory left for this"
-    LLM_PREFIX_ALREADY_EXIST = _ENGINE + 15, "the prefix exists already"
-    LLM_PREFIX_NOT_EXIST = _ENGINE + 16, "there is no such prefix"
-    LLM_SEQ_LENOVERLIMIT = _ENGINE + 17, "the sequence is too long"
-    LLM_NO_FREE_BLOCK = _ENGINE + 18, "no block is free"
-    LLM_BLOCKS_OUT_OF_MEMORY = _ENGINE + 19, "there is no memory left for blocks"
-    LLM_EXIST_LINK = (
-        _ENGINE + 24,
-        "there are links, and the call needs that there are none",
-        "unlink every peer first",
-    )
-    LLM_FEATURE_NOT_ENABLED = _ENGINE + 25, "the feature is not enabled, or not supported here"
-    LLM_TIMEOUT = (
-        _ENGINE + 26,
-        "the call did not finish in its time",
-        "give it more time, or find out why the peer is slow or gone",
-    )
-    LLM_LINK_BUSY = _ENGINE + 27, "the link is in use by another call", "try again later"
-    LLM_OUT_OF_MEMORY = (
-        _ENGINE + 28,
-        "there is no memory left for this",
-        "free caches, or configure a larger pool",
-    )
-    LLM_DEVICE_MEM_ERROR = 507053, "the device reported a memory error"
-    LLM_SUSPECT_REMOTE_ERROR = (
-        507057,
-        "the peer, or the way to it, is suspected to be broken",
-        "unlink with force=True, and link again once the peer is back",
-    )
-    LLM_UNKNOWN_ERROR = -1, "unknown error"
+from llm_datadist_torch.values.status_codes import LLMStatusCode as LLMStatusCode
 
 
 class LLMException(RuntimeError):  # noqa: N818 (the reference's name)
@@ -255,6 +166,11 @@ _EXCEPTION_OF_STATUS: dict[LLMStatusCode, type[LLMException]] = {
 }
 
 
+def exception_class(status: LLMStatusCode) -> type[LLMException]:
+    """The class of the exceptions that have a status."""
+    return _EXCEPTION_OF_STATUS.get(status, LLMException)
+
+
 def error_for(
     status: LLMStatusCode,
     message: str,
@@ -277,7 +193,7 @@ def error_for(
     Returns:
         The exception to raise.
     """
-    return _EXCEPTION_OF_STATUS.get(status, LLMException)(
+    return exception_class(status)(
         message,
         status_code=status,
         op=op,
