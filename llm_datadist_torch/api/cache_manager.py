@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from llm_datadist_torch.api import creation, remapping
+from llm_datadist_torch.api.forms import same_parameters
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.work import CacheTask
@@ -15,6 +16,7 @@ from llm_datadist_torch.movement.copies import CopyBlocks, CopyCache, SwapBlocks
 from llm_datadist_torch.movement.layerwise import Layerwise
 from llm_datadist_torch.movement.pulls import PullBlocks, PullCache
 from llm_datadist_torch.movement.pushes import PushBlocks, PushCache
+from llm_datadist_torch.movement.transfer import Transfer
 from llm_datadist_torch.values.cache_desc import CacheDesc
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.enums import Placement
@@ -618,36 +620,17 @@ class CacheManager:
             dst_block_memory_size,
         ).start(timeout)
 
-    def pull_cache_async(
-        self,
-        cache_key: CacheKey | CacheKeyByIdAndIndex,
-        cache: Cache,
-        batch_index: int = 0,
-        size: int = -1,
-        *,
-        src_layer_range: range | None = None,
-        dst_layer_range: range | None = None,
-        tensor_num_per_layer: int = 2,
-        wait_stream: Stream | None = None,
-        timeout: int | None = None,
-    ) -> CacheTask:
+    @same_parameters(pull_cache)
+    def pull_cache_async(self, given: dict[str, Any]) -> CacheTask:
         """``pull_cache`` in the background. Not in the reference.
 
         The arguments' types and values are checked at once, as by ``pull_cache``; the task reports
-        everything else. ``timeout`` counts from when the transfer begins to run; at most 8
-        pulls and pushes of an instance do at a time, in no order. The cache keeps its memory until
-        the task is done.
+        everything else. At most 8 pulls and pushes of an instance run at a time, in no order. The
+        cache keeps its memory until the task is done. Lists and tensors of blocks may be changed
+        after the call; a cache that is read may not be written before the task is done.
 
-        Args:
-            cache_key: As for ``pull_cache``; so are the others.
-            cache: Contiguous cache written.
-            batch_index: Row written.
-            size: Bytes per tensor; -1 for a row of ``cache``.
-            src_layer_range: Layers of the peer's cache; None for all.
-            dst_layer_range: Layers of ``cache``; None for all.
-            tensor_num_per_layer: Tensors of a layer.
-            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
-            timeout: As for ``pull_cache``, from when the transfer begins to run.
+        Args: As for ``pull_cache``. What is on ``wait_stream`` at the call is waited for by the
+        task, and ``timeout`` counts from when the transfer begins to run.
 
         Returns:
             The task, with one result.
@@ -658,152 +641,46 @@ class CacheManager:
             LLMParamError: What ``pull_cache`` finds wrong with the arguments alone.
             LLMException: LLM_FAILED: the instance is being finalized.
         """
-        return PullCache(
-            self._open(LLMStatusCode.LLM_PARAM_INVALID),
-            cache_key,
-            cache,
-            batch_index,
-            size,
-            src_layer_range,
-            dst_layer_range,
-            tensor_num_per_layer,
-        ).start(wait_stream, timeout)
+        return self._start(PullCache, given)
 
-    def pull_blocks_async(
-        self,
-        src_cache_key: CacheKey | CacheKeyByIdAndIndex | BlocksCacheKey,
-        dst_cache: Cache,
-        src_blocks: Sequence[int] | torch.Tensor = (),
-        dst_blocks: Sequence[int] | torch.Tensor = (),
-        *,
-        src_layer_range: range | None = None,
-        dst_layer_range: range | None = None,
-        tensor_num_per_layer: int = 2,
-        wait_stream: Stream | None = None,
-        timeout: int | None = None,
-    ) -> CacheTask:
-        """``pull_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
-
-        Args:
-            src_cache_key: As for ``pull_blocks``; so are the others.
-            dst_cache: Blocks cache written.
-            src_blocks: Blocks read; empty for a contiguous source. May be changed after the call.
-            dst_blocks: Blocks written, each once. May be changed after the call.
-            src_layer_range: Layers of the peer's cache; None for all.
-            dst_layer_range: Layers of ``dst_cache``; None for all.
-            tensor_num_per_layer: Tensors of a layer.
-            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
-            timeout: As for ``pull_cache``, from when the transfer begins to run.
+    @same_parameters(pull_blocks)
+    def pull_blocks_async(self, given: dict[str, Any]) -> CacheTask:
+        """``pull_blocks`` in the background, as :meth:`pull_cache_async`. Not in the reference.
 
         Returns:
             The task, with one result.
 
         Raises:
-            TypeError: Wrong types.
-            ValueError: An int outside its width.
-            LLMParamError: What ``pull_blocks`` finds wrong with the arguments alone.
-            LLMException: LLM_FAILED: the instance is being finalized.
+            TypeError, ValueError, LLMException: As :meth:`pull_cache_async`.
         """
-        return PullBlocks(
-            self._open(LLMStatusCode.LLM_PARAM_INVALID),
-            src_cache_key,
-            dst_cache,
-            src_blocks,
-            dst_blocks,
-            src_layer_range,
-            dst_layer_range,
-            tensor_num_per_layer,
-        ).start(wait_stream, timeout)
+        return self._start(PullBlocks, given)
 
-    def push_cache_async(
-        self,
-        dst_cache_key: CacheKeyByIdAndIndex,
-        src_cache: Cache,
-        src_batch_index: int = 0,
-        src_layer_range: range | None = None,
-        dst_layer_range: range | None = None,
-        size: int = -1,
-        tensor_num_per_layer: int = 2,
-        *,
-        wait_stream: Stream | None = None,
-        timeout: int | None = None,
-    ) -> CacheTask:
-        """``push_cache`` in the background; see :meth:`pull_cache_async`. Not in the reference.
-
-        Args:
-            dst_cache_key: As for ``push_cache``; so are the others.
-            src_cache: Contiguous cache read; not to be written until the task is done.
-            src_batch_index: Row read.
-            src_layer_range: Layers read; None for all.
-            dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
-            size: Only -1.
-            tensor_num_per_layer: Tensors of a layer.
-            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
-            timeout: As for ``pull_cache``, from when the transfer begins to run.
+    @same_parameters(push_cache)
+    def push_cache_async(self, given: dict[str, Any]) -> CacheTask:
+        """``push_cache`` in the background, as :meth:`pull_cache_async`. Not in the reference.
 
         Returns:
             The task, with one result.
 
         Raises:
-            TypeError: Wrong types.
-            ValueError: An int outside its width.
-            LLMParamError: What ``push_cache`` finds wrong with the arguments alone.
-            LLMException: LLM_FAILED: the instance is being finalized.
+            TypeError, ValueError, LLMException: As :meth:`pull_cache_async`.
         """
-        return PushCache(
-            self._open(LLMStatusCode.LLM_PARAM_INVALID),
-            dst_cache_key,
-            src_cache,
-            src_batch_index,
-            src_layer_range,
-            dst_layer_range,
-            size,
-            tensor_num_per_layer,
-        ).start(wait_stream, timeout)
+        return self._start(PushCache, given)
 
-    def push_blocks_async(
-        self,
-        dst_cache_key: BlocksCacheKey,
-        src_cache: Cache,
-        src_blocks: Sequence[int] | torch.Tensor = (),
-        dst_blocks: Sequence[int] | torch.Tensor = (),
-        src_layer_range: range | None = None,
-        dst_layer_range: range | None = None,
-        tensor_num_per_layer: int = 2,
-        *,
-        wait_stream: Stream | None = None,
-        timeout: int | None = None,
-    ) -> CacheTask:
-        """``push_blocks`` in the background; see :meth:`pull_cache_async`. Not in the reference.
-
-        Args:
-            dst_cache_key: As for ``push_blocks``; so are the others.
-            src_cache: Blocks cache read; not to be written until the task is done.
-            src_blocks: Blocks read. May be changed after the call.
-            dst_blocks: The peer's blocks written, each once. May be changed after the call.
-            src_layer_range: Layers read; None for all.
-            dst_layer_range: The peer's layers; None for as many as ``src_cache`` has.
-            tensor_num_per_layer: Tensors of a layer.
-            wait_stream: As for ``pull_cache``; what is on it at the call is waited for by the task.
-            timeout: As for ``pull_cache``, from when the transfer begins to run.
+    @same_parameters(push_blocks)
+    def push_blocks_async(self, given: dict[str, Any]) -> CacheTask:
+        """``push_blocks`` in the background, as :meth:`pull_cache_async`. Not in the reference.
 
         Returns:
             The task, with one result.
 
         Raises:
             AttributeError: ``dst_cache_key`` is None.
-            TypeError: Wrong types.
-            ValueError: An int outside its width.
-            LLMParamError: What ``push_blocks`` finds wrong with the arguments alone.
-            LLMException: LLM_FAILED: the instance is being finalized.
+            TypeError, ValueError, LLMException: As :meth:`pull_cache_async`.
         """
-        return PushBlocks(
-            self._open(LLMStatusCode.LLM_PARAM_INVALID),
-            dst_cache_key,
-            src_cache,
-            src_blocks,
-            dst_blocks,
-            src_layer_range,
-            dst_layer_range,
-            tensor_num_per_layer,
-        ).start(wait_stream, timeout)
+        return self._start(PushBlocks, given)
+
+    def _start(self, operation: Callable[..., Transfer], given: dict[str, Any]) -> CacheTask:
+        wait_stream, timeout = given.pop("wait_stream"), given.pop("timeout")
+        transfer = operation(self._open(LLMStatusCode.LLM_PARAM_INVALID), **given)
+        return transfer.start(wait_stream, timeout)

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_datadist_torch.api import prepare
 from llm_datadist_torch.api.datadist import LLMDataDist
+from llm_datadist_torch.api.forms import same_parameters
 from llm_datadist_torch.api.keys import KeyLike
 from llm_datadist_torch.api.layers import LayerPull, LayerPush
 from llm_datadist_torch.api.prepare import Blocks
@@ -101,41 +102,22 @@ class Peer:
         transfer = self._pull(key, into, src_blocks, dst_blocks, row, layers, dst_layers)
         transfer.run(wait_stream=wait_stream, timeout_s=timeout_s)
 
-    async def pull_async(
-        self,
-        key: KeyLike,
-        into: Cache,
-        src_blocks: Blocks | None = None,
-        dst_blocks: Blocks | None = None,
-        *,
-        row: int = 0,
-        layers: range | None = None,
-        dst_layers: range | None = None,
-        wait_stream: Stream | None = None,
-        timeout_s: float | None = None,
-    ) -> None:
+    @same_parameters(pull)
+    async def pull_async(self, given: dict[str, Any]) -> None:
         """:meth:`pull` while the event loop goes on.
 
         Cancelling the coroutine cancels the transfer, and waits for its end: when CancelledError is
         raised, nothing writes into the cache any more.
 
-        Args:
-            key: As for :meth:`pull`; so are the others.
-            into: Cache written.
-            src_blocks: The peer's blocks.
-            dst_blocks: Blocks of ``into``.
-            row: Row of ``into``.
-            layers: The peer's layers.
-            dst_layers: Layers of ``into``.
-            wait_stream: As for :meth:`pull`; what is on it at the call is waited for.
-            timeout_s: As for :meth:`pull`, from when the transfer begins to run.
+        Args: As for :meth:`pull`. What is on ``wait_stream`` at the call is waited for, and
+        ``timeout_s`` counts from when the transfer begins to run.
 
         Raises:
             LLMException: As :meth:`pull`.
             asyncio.CancelledError: It was cancelled; part of the bytes may have landed.
         """
-        transfer = self._pull(key, into, src_blocks, dst_blocks, row, layers, dst_layers)
-        await finish(transfer.start(wait_stream=wait_stream, timeout_s=timeout_s))
+        limits = {name: given.pop(name) for name in ("wait_stream", "timeout_s")}
+        await finish(self._pull(*given.values()).start(**limits))
 
     def pull_layers(
         self,
@@ -250,41 +232,22 @@ class Peer:
         transfer = self._push(key, source, src_blocks, dst_blocks, row, layers, dst_layers)
         transfer.run(wait_stream=wait_stream, timeout_s=timeout_s)
 
-    async def push_async(
-        self,
-        key: KeyLike,
-        source: Cache,
-        src_blocks: Blocks | None = None,
-        dst_blocks: Blocks | None = None,
-        *,
-        row: int = 0,
-        layers: range | None = None,
-        dst_layers: range | None = None,
-        wait_stream: Stream | None = None,
-        timeout_s: float | None = None,
-    ) -> None:
+    @same_parameters(push)
+    async def push_async(self, given: dict[str, Any]) -> None:
         """:meth:`push` while the event loop goes on.
 
         Cancelling the coroutine cancels the transfer, and waits for its end: when CancelledError is
         raised, nothing reads the cache any more.
 
-        Args:
-            key: As for :meth:`push`; so are the others.
-            source: Cache read.
-            src_blocks: Blocks of ``source``.
-            dst_blocks: The peer's blocks.
-            row: Row of ``source``.
-            layers: Layers of ``source``.
-            dst_layers: The peer's layers.
-            wait_stream: As for :meth:`push`; what is on it at the call is waited for.
-            timeout_s: As for :meth:`push`, from when the transfer begins to run.
+        Args: As for :meth:`push`. What is on ``wait_stream`` at the call is waited for, and
+        ``timeout_s`` counts from when the transfer begins to run.
 
         Raises:
             LLMException: As :meth:`push`.
             asyncio.CancelledError: It was cancelled; part of the bytes may have landed.
         """
-        transfer = self._push(key, source, src_blocks, dst_blocks, row, layers, dst_layers)
-        await finish(transfer.start(wait_stream=wait_stream, timeout_s=timeout_s))
+        limits = {name: given.pop(name) for name in ("wait_stream", "timeout_s")}
+        await finish(self._push(*given.values()).start(**limits))
 
     def push_layers(
         self,
@@ -407,30 +370,8 @@ class Peer:
         at = f" at {self._address}" if self._address else ""
         return f"Peer(cluster_id={self._cluster_id}{at}, {state})"
 
-    def _pull(
-        self,
-        key: KeyLike,
-        into: Cache,
-        src_blocks: Blocks | None,
-        dst_blocks: Blocks | None,
-        row: int,
-        layers: range | None,
-        dst_layers: range | None,
-    ) -> PreparedTransfer:
-        manager, peer = self._datadist.cache_manager, self._cluster_id
-        given = key, into, src_blocks, dst_blocks, row, layers, dst_layers
-        return prepare.pull(manager, peer, *given)
+    def _pull(self, *given: Any) -> PreparedTransfer:  # noqa: ANN401
+        return prepare.pull(self._datadist.cache_manager, self._cluster_id, *given)
 
-    def _push(
-        self,
-        key: KeyLike,
-        source: Cache,
-        src_blocks: Blocks | None,
-        dst_blocks: Blocks | None,
-        row: int,
-        layers: range | None,
-        dst_layers: range | None,
-    ) -> PreparedTransfer:
-        manager, peer = self._datadist.cache_manager, self._cluster_id
-        given = key, source, src_blocks, dst_blocks, row, layers, dst_layers
-        return prepare.push(manager, peer, *given)
+    def _push(self, *given: Any) -> PreparedTransfer:  # noqa: ANN401
+        return prepare.push(self._datadist.cache_manager, self._cluster_id, *given)
