@@ -37,6 +37,7 @@ from llm_datadist_torch.serving.messages import (
 )
 from llm_datadist_torch.serving.peer import LinkState, ServedPeer
 from llm_datadist_torch.transports.base import SameProcessPeer
+from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
@@ -154,11 +155,23 @@ class Link(ServedPeer):
     give_back_late: Callable[[Link, Release], None] | None = None
     link_end: object = None
     same_process_peer: SameProcessPeer | None = None
+    _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
     _held: HeldLeases = field(default_factory=HeldLeases)
     _told: list[Pending] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def channel(self) -> LinkChannel:
+        """What moves bytes between the peer's memory and ours; set when the link is made."""
+        if self._channel is None:
+            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link is not ready", peer=self.peer)
+        return self._channel
+
+    def open_channel(self, channel: LinkChannel) -> None:
+        """Set the channel, once."""
+        self._channel = channel
 
     # -- talking ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -10,7 +11,6 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.caches.entry import CacheEntry, KeyName
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.transports.choice import LinkChannel
-from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 
 class LinkState(Enum):
@@ -32,7 +32,7 @@ class Grant:
 
 
 @dataclass(eq=False)
-class ServedPeer:
+class ServedPeer(ABC):
     """The owner's side of a link: which peer it is, and what it uses of ours.
 
     ``grants`` and ``state`` change only in the I/O thread or while transfers are stopped.
@@ -58,15 +58,8 @@ class ServedPeer:
     begun: dict[KeyName, CacheEntry] = field(default_factory=dict, kw_only=True)
     shown_regions: set[int] = field(default_factory=set, kw_only=True)
     leaving: bool = field(default=False, kw_only=True)
-    _channel: LinkChannel | None = field(default=None, kw_only=True)
 
     @property
+    @abstractmethod
     def channel(self) -> LinkChannel:
         """What moves bytes between the peer's memory and ours."""
-        if self._channel is None:
-            raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the link is not ready", peer=self.peer)
-        return self._channel
-
-    def open_channel(self, channel: LinkChannel) -> None:
-        """Set the channel, once."""
-        self._channel = channel
