@@ -23,9 +23,10 @@ from llm_datadist_torch import (
     Placement,
 )
 from llm_datadist_torch.net import connection, unix
+from llm_datadist_torch.net.process import start_time
 from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.transports.choice import LinkChannel
-from llm_datadist_torch.transports.local.host import HostIdentity, start_time
+from llm_datadist_torch.transports.local.host import HostIdentity
 from llm_datadist_torch.values.deadline import Deadline
 from tests.caches import Caches, Ref
 

@@ -560,7 +560,7 @@ class Connection:
         """Close it, and tell the host, which still may take the process over."""
         self._shut()
         self._host.on_end(self, reason)
-        self._let_go_of_process()
+        self.take_process()
 
     def turn_away(self, reason: str) -> None:
         """End it by a reset: whoever is just dialing tries again."""
@@ -589,19 +589,14 @@ class Connection:
     def close(self) -> None:
         """Close it. What has been sent arrives, what is queued does not. Idempotent."""
         self._shut()
-        self._let_go_of_process()
+        self.take_process()
 
     def take_process(self) -> PeerProcess | None:
-        """The peer's process, from now on owned by the caller."""
+        """The peer's process, which the connection lets go of and watches no more."""
         process, self.process = self.process, None
         if process is not None:
             self._host.loop.remove(process.fileno())
         return process
-
-    def _let_go_of_process(self) -> None:
-        process = self.take_process()
-        if process is not None:
-            process.close()
 
     def _shut(self) -> None:
         with self._lock:

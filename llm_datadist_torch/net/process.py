@@ -20,23 +20,27 @@ class PeerProcess:
     process with its pid is never taken for it. A kernel without pidfds (before 5.3) leaves the pid
     that the kernel vouches for, and the time when that process started.
 
+    The pidfd is closed with this object: whoever reaches the process's memory keeps a reference, so
+    that the descriptor's number never means something else meanwhile.
+
     Thread safety: all methods may be called from any thread.
 
     Attributes:
         pid: Its process id as seen from here; 0 where it is in a PID namespace that is not
             visible from ours.
         uid: The user that it belonged to when it connected.
+        start_time: When it started, in clock ticks after boot; -1 where that is not known.
         identified_by: "pidfd" or "pid and start time"; "" where nothing identifies it.
     """
 
     def __init__(self, pid: int, uid: int, pidfd: int) -> None:
         self.pid, self.uid = pid, uid
         self._pidfd = pidfd
-        self._start = start_time(pid) if pid > 0 else -1
+        self.start_time = start_time(pid) if pid > 0 else -1
         if pidfd >= 0:
             self.identified_by = "pidfd"
         else:
-            self.identified_by = "pid and start time" if self._start >= 0 else ""
+            self.identified_by = "pid and start time" if self.start_time >= 0 else ""
 
     @classmethod
     def of_socket(cls, connected: socket.socket, pidfd: int) -> PeerProcess:
@@ -59,7 +63,7 @@ class PeerProcess:
         """Whether this very process still runs. A zombie does not: its memory is gone."""
         if self._pidfd >= 0:
             return not select_readable(self._pidfd)
-        return self._start >= 0 and start_time(self.pid) == self._start
+        return self.start_time >= 0 and start_time(self.pid) == self.start_time
 
     @property
     def is_this_one(self) -> bool:
@@ -71,10 +75,13 @@ class PeerProcess:
         return self._pidfd
 
     def close(self) -> None:
-        """Close the pidfd. Idempotent."""
+        """Close the pidfd before its time: in a forked child, where nobody uses it. Idempotent."""
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def own_pidfd() -> int:

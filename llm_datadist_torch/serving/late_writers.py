@@ -117,7 +117,6 @@ class LateWriters:
             writer = self._writers.pop(name, None)
         if writer is not None:
             self._loop.remove(writer.process.fileno())
-            writer.process.close()
             self._end(writer.grants)
 
     def _look_later(self) -> None:

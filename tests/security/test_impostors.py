@@ -20,10 +20,11 @@ import pytest
 import torch
 
 from llm_datadist_torch import BlocksCacheKey
+from llm_datadist_torch.net.process import start_time
 from llm_datadist_torch.serving import messages
 from llm_datadist_torch.serving.messages import CacheView, Envelope, encode
 from llm_datadist_torch.transports.base import RegionView
-from llm_datadist_torch.transports.local.host import HostIdentity, start_time
+from llm_datadist_torch.transports.local.host import HostIdentity
 from tests.peers import Peer, Ref, Service, eventually
 from tests.wire import Listener, Speaker
 

@@ -25,6 +25,22 @@ def transfer(service: Any, operation: str, key: BlocksCacheKey, name: str, ids: 
     return service(operation, key, Ref(name), ids, ids)
 
 
+@pytest.mark.skipif(on_npu(), reason="memory of a device goes another way")
+def test_reaching_the_memory_of_a_process_takes_no_descriptor(
+    here: Service, peers: Peers, paths: list[str]
+) -> None:
+    """It is known by the pidfd that its connection has already."""
+    here.start(ME)
+    peer = peers()
+    assert here.link(PEER, peer.call("start", PEER)) == OK
+    peer.call("register", "theirs", 1, 4, 4096, paged=True, keys=THEIRS, accessible=True)
+    here.allocate("mine", 1, 4, 4096, paged=True)
+    before = here.resources()["fds"]
+    assert here.attempt("pull_blocks", THEIRS, Ref("mine"), [0], [0]) is None
+    assert paths == ["process-memory"]
+    assert here.resources()["fds"] == before
+
+
 @pytest.mark.parametrize("mover", ["here", "there"])
 def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: str) -> None:
     gc.collect()  # what other tests of this process left behind

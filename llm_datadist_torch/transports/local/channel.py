@@ -12,6 +12,7 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.memory import device_copies, streams
 from llm_datadist_torch.memory.address import check_alive
+from llm_datadist_torch.net.process import PeerProcess
 from llm_datadist_torch.transports.base import (
     HOST_DEVICE,
     CacheVersion,
@@ -27,7 +28,7 @@ from llm_datadist_torch.transports.base import (
     StaleCacheError,
     timed_out,
 )
-from llm_datadist_torch.transports.local.host import HostIdentity, PeerProcess, why_forbidden
+from llm_datadist_torch.transports.local.host import HostIdentity, why_forbidden
 from llm_datadist_torch.transports.local.mappings import WORD_BYTES, PeerMappings
 from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed
 from llm_datadist_torch.values.deadline import Deadline
@@ -72,13 +73,13 @@ class LocalChannel(Channel):
         self._paths: tuple[LocalPath, ...]
         if same_process_peer is not None:
             self._paths = self._device_paths = (SameProcess(same_process_peer, self._mappings),)
-        elif self._unreachable:
+        elif self._unreachable or process is None:
             self._paths = (relayed,)
         else:
             mappings = self._mappings
             self._paths = (
                 SharedMapping(mappings, peer),
-                ProcessMemory(mappings, peer),
+                ProcessMemory(mappings, process),
                 relayed,
             )
 
@@ -238,22 +239,23 @@ class ProcessMemory(LocalPath):
     """Any memory of a process that the kernel lets us read and write.
 
     By process_vm_readv and process_vm_writev. They take a pid, which another process may have by
-    now: the peer's identity is checked before each of them, and after the last.
+    now: that the peer's process lives is checked before each of them, and after the last.
     """
 
     name = "process-memory"
 
-    def __init__(self, mappings: PeerMappings, peer: HostIdentity) -> None:
+    def __init__(self, mappings: PeerMappings, process: PeerProcess) -> None:
         self._mappings = mappings
-        self._peer = peer
-        self._process: PeerProcess | None = None
+        self._process: PeerProcess | None = process
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Let the kernel copy. A wild address on either side is an error here, never a crash."""
         # The local reference keeps the pidfd open, even if the link ends meanwhile.
-        process = self._process or self._find()
+        process = self._process
+        if process is None:
+            raise PathUnavailable("the link has ended")
         tables = (movement.local_addrs, movement.remote_addrs, movement.runs)
-        identity = (deadline.at_ns, process.pidfd, process.start_time)
+        identity = (deadline.at_ns, process.fileno(), process.start_time)
         if movement.direction is Direction.READ:
             _mapped, version = _version_of(movement, self._mappings)
             done, number = _C.read_process(process.pid, *tables, *identity, *version)
@@ -264,32 +266,24 @@ class ProcessMemory(LocalPath):
         if number in (errno.EPERM, errno.ENOSYS, errno.EACCES) and done == 0:
             raise PathUnavailable(why_forbidden(number, process.pid), lasting=True)
         if number:
-            raise self._error(movement, number)
+            raise self._error(movement, number, process.pid)
         if done < movement.nbytes:
             raise timed_out(deadline)
 
-    def _find(self) -> PeerProcess:
-        try:
-            self._process = process = PeerProcess(self._peer)
-        except ProcessLookupError as error:
-            raise PathUnavailable(str(error), lasting=True) from error
-        return process
-
-    def _error(self, movement: Movement, number: int) -> LLMException:
+    @staticmethod
+    def _error(movement: Movement, number: int, pid: int) -> LLMException:
         if number == errno.ESRCH:
             return LLMPeerLostError(
-                f"process {self._peer.pid} of the peer is gone",
+                f"process {pid} of the peer is gone",
                 status_code=LLMStatusCode.LLM_NOT_YET_LINK,
             )
         if number == errno.EFAULT:
             check_alive(movement.local_addrs, movement.local_extent)
             return _unmapped()
-        return error_for(
-            LLMStatusCode.LLM_FAILED, f"{why_forbidden(number, self._peer.pid)} (errno {number})"
-        )
+        return error_for(LLMStatusCode.LLM_FAILED, f"{why_forbidden(number, pid)} (errno {number})")
 
     def close(self) -> None:
-        """Let go of the pidfd; a movement under way keeps it."""
+        """Let go of the peer's process; a movement under way keeps it."""
         self._process = None
 
 

@@ -4,24 +4,14 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
-logger = logging.getLogger("llm_datadist_torch")
+from llm_datadist_torch.net.process import PeerProcess, start_time
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
-
-
-class ConnectedProcess(Protocol):
-    """The process at the other end of a connection on this host, as the kernel knows it."""
-
-    @property
-    def pid(self) -> int:
-        """Its pid as seen from here; 0 where it is not visible."""
 
 
 class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
@@ -56,7 +46,7 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         """Whether this very process still runs (only meaningful in its pid namespace)."""
         return start_time(self.pid) == self.start_time
 
-    def unreachable_from(self, other: HostIdentity, process: ConnectedProcess | None) -> str:
+    def unreachable_from(self, other: HostIdentity, process: PeerProcess | None) -> str:
         """Why ``other``, which is this process, must not reach the memory of a peer in another.
 
         Empty if nothing speaks against it.
@@ -97,61 +87,12 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         return os.access(f"/proc/self/task/{self.pid}", os.F_OK)
 
 
-class PeerProcess:
-    """A peer's process as the kernel knows it, so that a later one with its pid is told from it.
-
-    By a pidfd (Linux 5.3 and later, a descriptor), else by the time at which it started.
-
-    Attributes:
-        pid: Its pid.
-        pidfd: Can be polled for its end; -1 where there is none. Closed with this object.
-        start_time: When it started, in clock ticks after boot.
-
-    Raises:
-        ProcessLookupError: The pid is not the peer's, or not any more.
-    """
-
-    def __init__(self, peer: HostIdentity) -> None:
-        self.pid = peer.pid
-        self.start_time = peer.start_time
-        self.pidfd = -1
-        if peer.is_here:
-            raise ProcessLookupError("the peer says that it is this process, and is not")
-        try:
-            self.pidfd = os.pidfd_open(peer.pid)
-        except ProcessLookupError:
-            pass  # which the start time shows
-        except (AttributeError, OSError) as error:
-            logger.debug("no pidfd of process %d: %s", peer.pid, error)
-        # After opening it: if the pid is the peer's now, the pidfd is, too.
-        if not peer.alive:
-            raise ProcessLookupError(
-                f"process {peer.pid} is not the peer, whose pid it is said to be: it started at"
-                f" {start_time(peer.pid)} ticks after boot, not at {peer.start_time}"
-            )
-
-    def __del__(self) -> None:
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-
-
 def _boot_id() -> str:
     """The running kernel's id; "" where it can't be had. It only makes a better message."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def start_time(pid: int) -> int:
-    """Start time of a process in clock ticks after boot; -1 if there is no such process."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return -1
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    # A zombie has exited: its memory is gone although its pid is not.
-    return -1 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def why_forbidden(number: int, pid: int) -> str:
