@@ -189,7 +189,7 @@ class CacheManager:
         )
 
     def deallocate_cache(self, cache: Cache) -> None:
-        """Let go of an allocated contiguous cache.
+        """End an allocated contiguous cache.
 
         The handle refuses use from now on (reference API, 8.5). Does not block.
 
@@ -203,7 +203,7 @@ class CacheManager:
         creation.deallocate(self._open(LLMStatusCode.LLM_PARAM_INVALID), cache, paged=False)
 
     def deallocate_blocks_cache(self, cache: Cache) -> None:
-        """Let go of an allocated blocks cache and its key.
+        """End an allocated blocks cache and its key.
 
         A transfer that uses it still ends well. Otherwise as :meth:`deallocate_cache`.
 

@@ -121,7 +121,7 @@ def check_register_types(desc: CacheDesc, addrs: object, remote_accessible: bool
 
 
 def deallocate(instance: Instance, cache: Cache, *, paged: bool) -> None:
-    """Let go of an allocated cache (reference API, 8.5).
+    """Deallocate an allocated cache (reference API, 8.5).
 
     On a registered cache this does nothing (section 14, 48).
     """

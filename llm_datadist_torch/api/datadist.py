@@ -145,7 +145,7 @@ class LLMDataDist:
         self.finalize()
 
     def __repr__(self) -> str:
-        """Who it is and whether it is initialised."""
+        """Role, cluster id and whether it is initialised."""
         state = (
             "not initialised" if self._instance is None else f"listening on {self.listen_address}"
         )
@@ -285,7 +285,7 @@ class LLMDataDist:
             RuntimeError: Not initialised.
             TypeError: Wrong types.
             KeyError: ``role`` is None.
-            LLMParamError: A listen address that is none.
+            LLMParamError: Not a listen address.
             LLMLinkError: LLM_EXIST_LINK: there are links.
             LLMException: LLM_FAILED: the address can't be bound. Whatever is raised, role and
                 listener are as they were.
@@ -519,7 +519,7 @@ class LLMDataDist:
         :meth:`query_register_mem_status` says OK, transfers are LLM_NOT_YET_LINK.
 
         Two instances have one link, however many communicators and calls of :meth:`link_clusters`
-        ask for it. It ends when one side has let go of its last, or with its process.
+        ask for it. It ends when the last of them on one side has ended, or with its process.
 
         The instances meet at the host of the lowest rank: the ``host_ip`` of its server in the rank
         table. Without that, at its ``server_id`` if that is an address, or else, with several

@@ -259,7 +259,7 @@ class Cache:
         return not self._tensors
 
     def invalidate(self, ended_by: str) -> None:
-        """Let go of the memory; called by the operation that ends the cache.
+        """Drop the memory; called by the operation that ends the cache.
 
         Args:
             ended_by: That operation's name, for later messages.

@@ -54,7 +54,7 @@ class Catalog:
         return next(self._ids)
 
     def __len__(self) -> int:
-        """Caches in the catalog, including those that only a key or a lease keeps."""
+        """Number of caches, including those that only a key or a lease keeps."""
         return len(self._entries)
 
     def ids(self) -> list[int]:
@@ -181,7 +181,7 @@ class Catalog:
     # -- the ends of a cache ----------------------------------------------------------------------
 
     def release_id(self, cache_id: int) -> bool:
-        """The user lets go of an owned cache.
+        """Drop the user's reference to an allocated cache.
 
         Keys and leases may keep it. Unknown ids are ignored (reference API, 8.5).
 
@@ -367,7 +367,7 @@ def _sweep(catalog: weakref.ref[Catalog]) -> None:
 
 
 def _nothing() -> None:
-    """Nothing is to be done after the last lease: whoever holds the entry keeps its memory."""
+    """Do nothing after the last lease: references to the entry keep its memory."""
 
 
 def _not_found(message: str) -> LLMException:

@@ -74,10 +74,10 @@ class CacheEntry:
         covered: Per key, the tensors that partial pulls have already fetched.
         rows_first: Whether dimension 0 of its tensors is the rows; else it can't be transferred.
         generation: Tells peers when what they know of it is out of date; the catalog gives it.
-        flag: Raised by a storage that lets go of the cache's memory; None where torch tells nobody
-            of that, so that the owner must be asked.
+        flag: Raised by a storage that drops the cache's memory; None where torch doesn't report
+            that, so that the owner must be asked.
         owner: Keeps the memory of the cache, also when its tensors have other memory.
-        guard: Counts its leases. Whoever uses the cache does so under one:
+        guard: Counts its leases. Every use of the cache is under one:
             ``with entry.guard.acquire(entry):``. Taking it is one C call, which raises
             LLMCacheNotFoundError where a tensor is not where ``addrs`` says any more. By default
             it watches no tensors.
@@ -114,7 +114,7 @@ class CacheEntry:
         return self.guard.leases
 
     def drop_memory(self) -> None:
-        """Let go of the tensors; where nobody else refers to them, the memory is free."""
+        """Drop the tensors; if nothing else refers to them, the memory is free."""
         self.tensors = ()
         self.guard.forget()
         self.owner = None

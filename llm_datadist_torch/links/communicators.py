@@ -102,7 +102,7 @@ class Communicators:
                 raise param_error(
                     f"there are {len(self._all)} communicators, and no more than"
                     f" {MAX_COMMUNICATORS} may be",
-                    remedy="unlink() those that are not needed.",
+                    remedy="unlink() communicators that are not needed.",
                 )
             comm_id = next(self._ids)
             self._all[comm_id] = comm, work

@@ -40,16 +40,16 @@ _ALREADY = LLMStatusCode.LLM_ALREADY_LINK
 
 @dataclass(eq=False)
 class Dial:
-    """A link that we are asking for.
+    """A link that this side is requesting.
 
     Attributes:
-        peer: Whom we ask.
-        connection: Where.
+        peer: Cluster id that is dialed.
+        connection: The connection that is used.
         owner: What the link is for.
         said: Whether our ``Hello`` is on its way. Before that, nobody can answer it, and the dial
             can be given up without a trace.
-        answer: What came of it.
-        name: Random name of the link that is to be.
+        answer: The result, set once.
+        name: Random name of the future link.
         address: The host and port there.
         replaces: The lost link that is to be made anew, if it is for that.
         link_end: Our end of the link, for a peer in this process to find.
@@ -118,7 +118,7 @@ class Handshake:
         return self._dial(Dial(peer, self._endpoint.new_connection(), owner, address=(host, port)))
 
     def link_again(self, lost: Link, deadline: Deadline) -> LLMStatusCode:
-        """Make a lost link anew, whoever lives at its address now, for all that held it."""
+        """Relink a lost link for all its owners; the peer at its address may be a new process."""
         owners = sorted(lost.owners)
         if lost.address is None or not owners:
             return LLMStatusCode.LLM_NOT_YET_LINK

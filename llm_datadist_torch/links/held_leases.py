@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leases that we hold on a peer's caches: each goes back, whatever interrupts its holder."""
+"""This side's leases on a peer's caches; each is given back, also after an interrupt."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llm_datadist_torch.net.timers import Timers
 from llm_datadist_torch.serving.messages import Release
 
 SWEEP_S = 1.0
-"""How often it is looked for leases whose holders were interrupted."""
+"""How often leases of interrupted threads are looked for."""
 
 
 class LeaseTicket:
-    """Whoever asks for a lease, from before it is asked for until it has been given back.
+    """Client side of one lease; the lease is given back when this is closed or collected.
 
-    Ctrl-C may come between any two steps of an asker. So the lease is noted here by the endpoint's
-    thread, which nothing interrupts, and goes back when the holder says so or is no more.
+    Ctrl-C may come between any two steps of the requesting thread. So the I/O thread, which nothing
+    interrupts, notes the lease here.
 
     Attributes:
         lease_id: The lease; 0 before there is one.
@@ -33,9 +33,9 @@ class LeaseTicket:
 
 
 class HeldLeases:
-    """Those of one link.
+    """The leases of this side on one link.
 
-    Thread safety: ``give_back`` may be called from any thread, the rest belongs to the endpoint's.
+    Thread safety: ``give_back`` may be called from any thread, the rest belongs to the I/O thread.
     """
 
     def __init__(self) -> None:
@@ -49,16 +49,16 @@ class HeldLeases:
         post: Callable[[Release], None],
         timers: Timers,
     ) -> bool:
-        """A lease has come.
+        """Note a lease that has arrived.
 
         Args:
-            lease_id: Which.
-            held: For whom; None if nobody waits for it any more.
+            lease_id: Its id.
+            held: The ticket that it belongs to; None if no thread waits for it any more.
             post: Sends the message that gives it back; must not block.
-            timers: Of the endpoint's thread.
+            timers: Timers of the I/O thread.
 
         Returns:
-            Whether somebody has it now. Else it has to go back.
+            Whether a ticket has it now. Otherwise the caller must give it back.
         """
         ticket = None if held is None else held()
         if held is None or ticket is None or ticket.closed:
@@ -75,7 +75,7 @@ class HeldLeases:
         """Give back a lease, if there is one.
 
         Args:
-            ticket: Whose it is; it is ``closed``, so that a lease that is still to come goes back.
+            ticket: The ticket; it is ``closed``, so that a lease that arrives later is given back.
             fetched: See :class:`Release`.
             post: Sends the message.
         """
@@ -84,7 +84,7 @@ class HeldLeases:
             self._tickets.pop(ticket.lease_id, None)
 
     def _sweep(self, post: Callable[[Release], None], timers: Timers) -> None:
-        """Give back the leases of those who were interrupted before they could."""
+        """Give back the leases of threads that were interrupted before they could."""
         self._sweeping = False
         for lease_id, held in list(self._tickets.items()):
             ticket = held()

@@ -53,10 +53,10 @@ SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
 
 
 class Pending:
-    """An answer that somebody waits for.
+    """An answer that a thread waits for.
 
     Args:
-        ticket: For whom a lease is that comes with it.
+        ticket: The ticket that a lease in the answer belongs to.
     """
 
     def __init__(self, ticket: LeaseTicket | None = None) -> None:
@@ -85,10 +85,10 @@ class Pending:
 
 
 class RelinkTurn:
-    """The right to link a lost link anew, which a thread has while it keeps this object.
+    """The right to relink a lost link, which a thread has while it keeps this object.
 
     Ctrl-C may come between any two steps, also between taking a lock and noting that it is taken.
-    So the right ends with this object, whatever ends its holder.
+    So the right ends with this object, however its thread is interrupted.
 
     Attributes:
         ended: It has been given back.
@@ -102,12 +102,12 @@ class RelinkTurn:
 
 @dataclass(eq=False)
 class RelinkState:
-    """How it stands with linking a lost link anew.
+    """The state of relinking a lost link.
 
     Attributes:
         lock: For ``turn``.
-        turn: Whose turn it is to try: the last one's, until it is over or its holder is no more.
-        retry_at: Not to be tried before, on the monotonic clock.
+        turn: The turn of the thread that tries now, until it has ended or was collected.
+        retry_at: The next try is not before this, on the monotonic clock.
         pause_s: How long to wait after the next try that fails.
     """
 
@@ -135,7 +135,7 @@ class Link(ServedPeer):
         ended_by: Why the connection ended while this side was asking; "" if it did not.
         known: What the peer has said of its caches, in remote-accessible mode.
         transfers: The transfers that this side runs on it.
-        relink: How it stands with linking anew, once it is lost.
+        relink: The state of relinking, once the link is lost.
         give_back_late: Gives back a lease whose connection has ended.
         link_end: Our end of it, for a peer in this process to find; kept for as long as the link.
         same_process_peer: The peer, where it is in this process.
@@ -300,7 +300,7 @@ class Link(ServedPeer):
             )
 
     def end(self, state: LinkState, reason: str) -> bool:
-        """Leave the linked state: everybody who waits gets a typed error, the channel is let go.
+        """Leave the linked state: all waiting threads get a typed error, and the channel is closed.
 
         Returns:
             Whether it was linked until now.

@@ -87,7 +87,7 @@ def check_role_switch(
     Raises:
         TypeError: Wrong types.
         KeyError: ``role`` is None, as in the reference.
-        LLMParamError: A listen address that is none.
+        LLMParamError: Not a listen address.
     """
     check_isinstance("role", role, LLMRole)
     role_to_str(role)

@@ -3,7 +3,7 @@
 
 The first member opens a meeting; each other member dials it, joins (and gets the communicator's
 token), prepares to be dialed for that token, and enters. Once all have entered, everybody gets the
-list of members, so whoever is dialed after that knows the token already.
+list of members, so that a member that is dialed after that knows the token already.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def meeting_hosts(rank_table: str, members: list[Member]) -> list[str]:
 
     Raises:
         LLMParamError: No such JSON, a table that is not completed or contradicts itself, a member
-            without entry, an address that is none.
+            without entry, or a text that is not an address.
     """
     table = _parse(rank_table)
     places = _places(table)

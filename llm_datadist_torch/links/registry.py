@@ -35,8 +35,8 @@ _MOST_UNRETURNED = 64
 class LinkRegistry:
     """Links by peer and by connection.
 
-    A link is kept by holds: one for ``link_clusters``, one for each communicator. Each side counts
-    its own, and the link ends for both when one side has let go of its last.
+    A link has owners: ``link_clusters`` and communicators. Each side counts its own, and the link
+    ends for both when the last owner on one side has released it.
 
     Thread safety: all methods may be called from any thread and don't block.
 
@@ -169,12 +169,12 @@ class LinkRegistry:
     def end(
         self, link: Link, state: LinkState, reason: str, *, keep_connection: bool = False
     ) -> None:
-        """End a link; the peer's leases end with it, but for those of one that may still write."""
+        """End a link and the peer's leases, except write leases of a peer that may still write."""
         self._forget(link, state, reason)
         if link.connection.closed:
             self.late_writers.retain(link)
         self._owner.end_grants(link)
-        # Whoever answers an unlink needs the connection for the answer; the asking side closes it.
+        # The side that answers an unlink still needs the connection; the asking side closes it.
         if not keep_connection:
             self._endpoint.drop(link.connection)
 
@@ -183,8 +183,8 @@ class LinkRegistry:
         with self._lock:
             self._by_connection.pop(link.connection, None)
             listed = self.by_peer.get(link.peer) is link
-            # A lost link stays listed with its holds, so that its use says what happened, or
-            # links anew.
+            # A lost link stays listed with its owners, so that its use reports what happened, or
+            # relinks it.
             if state is LinkState.UNLINKED:
                 link.owners.clear()
                 if listed:
@@ -256,24 +256,24 @@ class LinkRegistry:
                 del self._unreturned[next(iter(self._unreturned))]
             self._unreturned.setdefault(link.epoch, []).append(late)
 
-    # -- holds ------------------------------------------------------------------------------------
+    # -- owners -----------------------------------------------------------------------------------
 
     def add_owner(self, owner: str) -> None:
-        """From now on links may be held for this."""
+        """Allow links to be kept for this owner from now on."""
         with self._lock:
             self._owners.add(owner)
 
     def remove_owner(self, owner: str) -> None:
-        """No link may be held for this any more; those that are still have to be let go of."""
+        """Allow no new links for this owner; links that it still has must be released."""
         with self._lock:
             self._owners.discard(owner)
 
     def is_owner(self, owner: str) -> bool:
-        """Whether links may be held for this."""
+        """Whether links may be kept for this owner."""
         return owner in self._owners
 
     def acquire(self, link: Link, owner: str) -> None:
-        """Keep a link for one more purpose.
+        """Keep a link for one more owner.
 
         Raises:
             LLMNotLinkedError: The link, or the communicator that asks for it, has ended.
@@ -289,10 +289,10 @@ class LinkRegistry:
         )
 
     def release(self, link: Link, owner: str) -> bool:
-        """Stop keeping a link for this, if something else keeps it.
+        """Remove an owner of a link that has others.
 
         Returns:
-            Whether the link now has to be ended, because nothing else keeps it.
+            Whether the link must be ended now, because it has no other owner.
         """
         with self._lock:
             if owner in link.owners and len(link.owners) > 1:

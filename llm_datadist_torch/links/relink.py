@@ -21,7 +21,7 @@ _TURN_RETRY_S = 0.002
 
 
 class Relinker:
-    """Finds links for those who want to use them, and makes lost ones anew.
+    """Finds links to use, and relinks lost ones.
 
     Only links that this side dialed, or knows where to dial: the peer does so for the others. Each
     use tries once; between two tries that fail there is a pause, which doubles.

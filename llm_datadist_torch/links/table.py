@@ -240,7 +240,7 @@ class LinkTable:
             self.registry.end_but_keep_leases(link, LinkState.UNLINKED, "unlinked on this side")
 
     def region_freed(self, region_id: int) -> None:
-        """Tell the peers that may have mapped a region to let go of it."""
+        """Tell the peers that may have mapped a region to unmap it."""
         for link in self.links():
             if link.state is LinkState.LINKED and region_id in link.shown_regions:
                 link.shown_regions.discard(region_id)
@@ -294,7 +294,7 @@ class LinkTable:
             if link is not None:
                 link.on_reply(envelope.request_id, envelope.body, data)
             elif isinstance(envelope.body, CacheView):
-                # Asked on a link that is over: nobody else would return this lease.
+                # Requested on a link that has ended: nothing else would return this lease.
                 connection.send(encode(Envelope(0, False, Release(envelope.body.lease_id, None))))
             elif not self.meetings.on_answer(connection, envelope.body):
                 self._handshake.on_answer(connection, envelope.body)
@@ -369,7 +369,7 @@ class LinkTable:
             if isinstance(body, Release) and self.registry.give_back(connection, body):
                 return None
             if not isinstance(body, Unlink):
-                # We ended this link alone (force): let the other side know that it is over.
+                # We ended this link alone (force): tell the other side that it has ended.
                 connection.send(encode(Envelope(0, False, Unlink())))
             raise error_for(
                 LLMStatusCode.LLM_NOT_YET_LINK,
@@ -385,7 +385,7 @@ class LinkTable:
             return None
         answer = self._owner.answer(link, body, data)
         if answer is not None and isinstance(answer[0], CacheView) and link.leaving:
-            # Whoever ends the link may not have seen this lease.
+            # The thread that ends the link may have missed this lease.
             self._owner.release(link, Release(answer[0].lease_id, None))
             raise error_for(
                 LLMStatusCode.LLM_NOT_YET_LINK,
@@ -405,7 +405,7 @@ class LinkTable:
 
     def _on_unlink(self, link: Link, *, asked: bool) -> Body:
         if link.unlinking or not asked:
-            # Not asked but told: its leases are over already, so a transfer of ours must not
+            # Told, not asked: its leases have ended already, so a transfer of ours must not
             # succeed. One of the peer's that it has cut off may still write.
             reason = f"cluster {link.peer} ended it"
             if any(grant.write for grant in list(link.grants.values())):

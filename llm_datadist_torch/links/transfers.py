@@ -12,7 +12,7 @@ _RETRY_S = 0.001
 
 
 class LinkTransfers:
-    """The transfers that this side runs on one link, side by side, and who stops them.
+    """The transfers that this side runs on one link, side by side, and what stops them.
 
     A transfer holds a lock of its own, its ticket, for as long as it runs::
 
@@ -23,15 +23,15 @@ class LinkTransfers:
                 ...
 
     The interpreter takes and releases the lock of a ``with`` statement in one step, so a transfer
-    that was interrupted (Ctrl-C), wherever that was, does not count as running. A released ticket
-    that is left in ``running`` means nothing. Whoever wants to stop transfers does the same with a
-    ticket in ``stopping``: no transfer starts then, and those that run are waited for.
+    that was interrupted (Ctrl-C) at any point does not count as running. A released ticket
+    that is left in ``running`` means nothing. To stop transfers, a thread does the same with
+    a ticket in ``stopping``: then no transfer starts, and running ones are waited for.
 
     Thread safety: all members may be used from any thread.
 
     Attributes:
         running: Tickets of transfers.
-        stopping: Tickets of those who stop them.
+        stopping: Tickets of threads that stop transfers.
     """
 
     def __init__(self) -> None:

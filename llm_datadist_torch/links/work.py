@@ -24,8 +24,8 @@ class Work:
     """The worker's side of a task: results as they come, and whether to go on.
 
     A piece of work is queued, then runs, then is sealed: from then on nothing changes it, and it
-    moves no bytes. Whoever cancels it while it is queued or waits for somebody else's event seals
-    it; while bytes move the worker does, at the end of that step.
+    moves no bytes. A thread that cancels it while it is queued, or while it waits for an event,
+    seals it; while bytes move, the worker seals it at the end of that step.
 
     Thread safety: all methods may be called from any thread, ``run`` once. ``step`` and the results
     belong to the thread that runs. Callbacks and ``release`` are called without the lock.
@@ -60,7 +60,7 @@ class Work:
         self._replace: Callable[[], None] | None = None
         self._cancelled = self._moving = self._sealed = self._done = self._cut_short = False
 
-    # -- for whoever runs it ----------------------------------------------------------------------
+    # -- for the worker ---------------------------------------------------------------------------
 
     def run(self, replace: Callable[[], None]) -> bool:
         """Do the work; blocks until it is done.
@@ -140,7 +140,7 @@ class Work:
         for index in begun or open_ends:
             self.fail(index, failure)
 
-    # -- for whoever waits for it -----------------------------------------------------------------
+    # -- for waiting threads ----------------------------------------------------------------------
 
     def cancel(self) -> bool:
         """Start nothing more; see :meth:`CacheTask.cancel`."""

@@ -32,8 +32,8 @@ class WorkerPool:
         name: What its threads are called.
         limit: Most pieces of work that run at a time.
         on_start: Called first in each thread; must not raise.
-        keep: Threads that are started at once and kept, for those who submit from where even the
-            start of a thread takes too long.
+        keep: Threads that are started at once and kept, for callers to whom even the start of a
+            thread takes too long.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class Allocation:
     Attributes:
         tensors: Contiguous tensors; each keeps its memory alive. Their contents are not defined.
         region: The region they all lie in; it may hold other caches too.
-        flag: Raised by a storage that lets go of its memory, so that peers notice; None where
+        flag: Raised by a storage that drops its memory, so that peers notice; None where
             storages can't.
         owner: Keeps the memory, also where torch has given the tensors other memory.
     """
@@ -110,7 +110,7 @@ def allocate_tensors(
         count: Number of tensors, at least 1.
         shareable: Whether peers on this host shall be able to map it. Where the kernel refuses,
             the memory is private and ``region.reason`` says why.
-        flag: Raised when the storage of a tensor lets go of its memory.
+        flag: Raised when the storage of a tensor drops its memory.
 
     Returns:
         The tensors, each of which keeps the region's memory alive, and the region.

@@ -128,7 +128,7 @@ class ArenaMemory(CacheMemory):
             raise self._out_of_memory(count, nbytes)
         if self._synchronize is not None:
             self._synchronize()
-        # A span is free when both have let go of it: the storage of its tensor, and the cache.
+        # A span is free when neither its tensor's storage nor the cache refers to it.
         owner = tuple(spans)
         if self._device != HOST:
             tensors = tuple(_tensor_in(span, shape, dtype, self._device) for span in spans)

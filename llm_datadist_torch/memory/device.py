@@ -98,7 +98,7 @@ class NpuDevice(Device):
         try:
             torch_npu().npu.set_device(self.device)
         except RuntimeError:
-            # What the thread does with the device will fail, and say so to whom it concerns.
+            # Calls of this thread that need the device will fail and report it.
             logger.exception("%s can't be used in this thread", self.device)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be kept until a device has passed a point of a stream."""
+"""Keep objects until a device has passed a point of a stream."""
 
 from __future__ import annotations
 
@@ -88,6 +88,6 @@ def _is_done(event: Event) -> bool:
     try:
         return event.query()
     except RuntimeError:
-        # A device that has failed does nothing any more; whoever uses it next is told.
+        # A failed device does nothing any more; its next use reports the error.
         logger.exception("the device failed before it was done with a copy")
         return True

@@ -27,7 +27,7 @@ _Where = Callable[[int], tuple[int, int] | None]
 
 
 def torch_npu() -> Any:  # noqa: ANN401 (an untyped module)
-    """The module; importing it is up to those who choose a device."""
+    """The module torch_npu; ``choose_device`` decides whether it is imported."""
     return import_module("torch_npu")
 
 

@@ -203,7 +203,7 @@ class Layerwise:
         work.layers_done += 1
 
     def _ready(self, layer: int, wanting: list[int], work: Work) -> bool:
-        """Ask the synchronizer. Its answer False fails those who want the layer, and only them."""
+        """Ask the synchronizer. If it answers False, only the configs that want the layer fail."""
         try:
             ready = self.synchronizer.synchronize_layer(layer, None)
         except Exception as error:

@@ -276,7 +276,7 @@ class Transfer(ABC):
             link.check_linked()
             raise
         if link.state is not LinkState.LINKED:
-            # Bytes that were read after the peer's lease on them ended may be anybody's.
+            # Bytes that were read after the lease on them ended may belong to another cache.
             link.check_linked()
         if path is not None:
             instance = self._instance

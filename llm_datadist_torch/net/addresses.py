@@ -76,7 +76,8 @@ def warn_of_network(host: str) -> None:
         return
     _warned.set()
     logger.warning(
-        "links over %s are neither authenticated nor encrypted: whoever reaches the port can link,"
+        "links over %s are neither authenticated nor encrypted: anybody who reaches the port can"
+        " link,"
         " and read and write the caches; set LLMConfig.link_secret on all instances",
         host,
     )

@@ -59,8 +59,8 @@ KEEPALIVE_S = {socket.TCP_KEEPIDLE: 5, socket.TCP_KEEPINTVL: 3, socket.TCP_KEEPC
 UNACKNOWLEDGED_MS = 20_000
 """The same where something was sent that the other host has not acknowledged."""
 
-# Calls that keep the GIL: they don't block, and whoever gives the GIL away while another thread
-# computes waits for it 5 ms. So an answer takes one acquisition of the GIL, that after epoll_wait.
+# Calls that keep the GIL: they don't block, and a thread that gives the GIL away while another
+# thread computes waits 5 ms for it. So an answer takes the GIL once, after epoll_wait.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _recv, _send = _libc.recv, _libc.send
 for _call in (_recv, _send):
@@ -541,7 +541,7 @@ class Connection:
     # -- descriptors of the peer ------------------------------------------------------------------
 
     def expect_descriptors(self, count: int) -> None:
-        """So many more are let in; the kernel closes those that nobody expects."""
+        """Accept ``count`` more descriptors; the kernel closes unexpected ones."""
         self._expected += count
 
     def take_descriptor(self) -> int:
@@ -563,7 +563,7 @@ class Connection:
         self.take_process()
 
     def turn_away(self, reason: str) -> None:
-        """End it by a reset: whoever is just dialing tries again."""
+        """End the connection by a reset; a peer that is dialing tries again."""
         if self._sock is not None:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.end(reason)
@@ -592,7 +592,7 @@ class Connection:
         self.take_process()
 
     def take_process(self) -> PeerProcess | None:
-        """The peer's process, which the connection lets go of and watches no more."""
+        """Hand the peer's process to the caller; the connection watches it no longer."""
         process, self.process = self.process, None
         if process is not None:
             self._host.loop.remove(process.fileno())

@@ -20,8 +20,8 @@ class PeerProcess:
     process with its pid is never taken for it. A kernel without pidfds (before 5.3) leaves the pid
     that the kernel vouches for, and the time when that process started.
 
-    The pidfd is closed with this object: whoever reaches the process's memory keeps a reference, so
-    that the descriptor's number never means something else meanwhile.
+    The pidfd is closed with this object: code that accesses the process's memory keeps a
+    reference, so that the descriptor's number can't be reused meanwhile.
 
     Thread safety: all methods may be called from any thread.
 

@@ -48,11 +48,11 @@ class Stranger(Protocol):
 
 
 class Strangers:
-    """At most so many connections without a link, each for at most so long.
+    """Limits the number of connections without a link, and how long each may stay.
 
-    Those that are there for longest make room for newer ones, first those that have not shown yet
-    that they speak this protocol and have the secret: a peer that comes to link is done in
-    milliseconds.
+    When a new connection exceeds the limit, the oldest one is closed, beginning with those that
+    have not shown yet that they speak this protocol and have the secret. A legitimate peer links
+    within milliseconds.
 
     Thread safety: none; it belongs to the I/O thread.
 
@@ -111,5 +111,5 @@ class Strangers:
             self._timers.set(self._look, [time.monotonic() + _LOOK_S])
 
     def all(self) -> list[Stranger]:
-        """Those that are there now."""
+        """The present connections without a link."""
         return list(self._since)

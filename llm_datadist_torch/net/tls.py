@@ -22,8 +22,8 @@ class LinkKeys:
     """The certificates of an instance, made of its secret: equal secrets make equal ones.
 
     Attributes:
-        listener: Certificate (DER) of whoever listens.
-        dialer: Certificate (DER) of whoever dials.
+        listener: Certificate (DER) of the listening side.
+        dialer: Certificate (DER) of the dialing side.
         contexts: TLS settings of a listener and of a dialer.
     """
 
@@ -141,7 +141,7 @@ def _certificate(seed: bytes, role: str) -> tuple[bytes, bytes]:
         ) from error
     key = Ed25519PrivateKey.from_private_bytes(seed)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"{_NAME} {role}")])
-    # The dates are no protection here: whoever has the secret can make any. They must not depend
+    # The dates are no protection here: a peer with the secret can choose any. They must not depend
     # on the hosts' clocks, and the signature is deterministic, so both sides make the same bytes.
     certificate = (
         x509.CertificateBuilder()

@@ -16,7 +16,7 @@ RECENT = 1024
 
 NUM_BUCKETS = 32
 """Bucket k counts transfers that took less than 2**k microseconds, and not less than half of that;
-the last one those that took longer, too."""
+the last bucket also counts all longer ones."""
 
 
 class TransferRecord(NamedTuple):
@@ -104,7 +104,7 @@ class TransferLog:
             key = operation, peer, status
             self._errors[key] = self._errors.get(key, 0) + 1
 
-    # -- for those who look -----------------------------------------------------------------------
+    # -- for readers -----------------------------------------------------------------------------
 
     def counters(self) -> list[TransferCounter]:
         """The counters as they are now."""

@@ -16,7 +16,7 @@ from llm_datadist_torch.serving.peer import Grant, ServedPeer
 logger = logging.getLogger("llm_datadist_torch")
 
 _LOOK_S = 0.25
-"""How often it is looked whether a process lives that is not known by a pidfd."""
+"""How often a process without a pidfd is checked for being alive."""
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class LateWriter:
 
 
 class LateWriters:
-    """Write leases whose holders can't be heard any more.
+    """Write leases of peers whose connection has ended.
 
     The end of a connection is not the end of a peer on this host: a push through a shared mapping
     goes on without it. So a write lease ends when the writer gives it back, on a later link if need
@@ -71,8 +71,8 @@ class LateWriters:
         with self._lock:
             self._writers[link.name] = writer
         logger.warning(
-            "cluster %d can't be heard any more, and may still write to %d cache(s): their memory"
-            " is kept from others until it says that it has stopped, or process %d ends",
+            "cluster %d has lost its connection, but may still write to %d cache(s): their memory"
+            " is not reused until it reports that it has stopped, or process %d ends",
             link.peer,
             len({id(grant.entry) for grant in grants.values()}),
             process.pid,
@@ -97,13 +97,13 @@ class LateWriters:
 
     @property
     def leases(self) -> int:
-        """How many are kept."""
+        """How many write leases are kept."""
         with self._lock:
             return sum(len(writer.grants) for writer in self._writers.values())
 
     @property
     def grants(self) -> list[Grant]:
-        """Those that are kept."""
+        """The write leases that are kept."""
         with self._lock:
             return [grant for each in self._writers.values() for grant in each.grants.values()]
 

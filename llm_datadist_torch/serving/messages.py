@@ -39,8 +39,8 @@ class Hello(Message):
     """First message of the side that calls ``link_clusters``.
 
     Attributes:
-        cluster_id: Who it is.
-        expected_id: Whom it wants to reach, or ``ANY_PEER``.
+        cluster_id: The sender's id.
+        expected_id: The id of the peer that it wants to reach, or ``ANY_PEER``.
         epoch: Random name of the sender's life from init to finalize.
         remote_accessible: Its ``enable_remote_cache_accessible``; both sides must agree (reference
             API, 9.3).
@@ -139,9 +139,9 @@ class CacheView(Message):
 
 
 class Release(Message):
-    """The lease is over. ``fetched``.
+    """Give a lease back. No answer.
 
-    Tensors [start, stop) that a pull has completely read from the leased row. No answer.
+    ``fetched`` are the tensors [start, stop) that a pull has completely read from the leased row.
 
     Attributes:
         lease_id: Which.
@@ -245,7 +245,7 @@ class MemberInfo(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """What a member of a communicator says of itself.
 
     Attributes:
-        cluster_id: Who it is.
+        cluster_id: The member's id.
         epoch: Random name of its life from init to finalize.
         host: Where the other members can dial it.
         port: Where the other members can dial it.

@@ -62,7 +62,7 @@ class Owner:
         catalog: What this instance owns.
         consume_keys: Whether a complete pull by a request key consumes it: in two-sided mode
             (reference API, 8.5).
-        orphans: What becomes of keys that a peer had begun to pull when its link was lost; see
+        orphans: What happens to keys that a peer had begun to pull when its link was lost; see
             :data:`~llm_datadist_torch.values.llm_config.ORPHAN_POLICIES`.
     """
 
@@ -131,14 +131,14 @@ class Owner:
             raise
 
     def end_leases(self, grants: dict[int, Grant]) -> None:
-        """These leases are over."""
+        """End these leases."""
         for lease_id in list(grants):
             grant = grants.pop(lease_id, None)
             if grant is not None:
                 grant.lease.release()
 
     def end_grants(self, link: ServedPeer) -> None:
-        """The link is over: so are the peer's leases. Keys that it has not consumed stay."""
+        """End all leases of a peer whose link has ended. Keys that it has not consumed stay."""
         self.end_leases(link.grants)
 
     def end_orphans(self, link: ServedPeer) -> None:
@@ -194,7 +194,7 @@ class Owner:
                 f" {claim.cache_id}, row {claim.row}",
             )
         taken = self._lease(link, found.entry, None, write=False)
-        # Whoever ends the link may not have seen this lease.
+        # The thread that ends the link may have missed this lease.
         if link.leaving or link.state is not LinkState.LINKED:
             self.release(link, Release(taken, None))
             raise error_for(LLMStatusCode.LLM_NOT_YET_LINK, "the peer is ending the link")

@@ -58,9 +58,8 @@ class LinkEnd:
 class SameProcessPeer:
     """A peer that is in this process; a ``SameProcessPeer`` of the transports.
 
-    Messages are not believed: whoever passes on those of two instances of this process could change
-    them. Only what the peer's instance itself has leased on this link, or lets all its peers read,
-    is touched.
+    Messages are not trusted, because a process that relays them could change them. Only memory that
+    the peer's instance itself has leased on this link, or lets all its peers read, is touched.
 
     Args:
         there: The peer's end of the link.

@@ -249,11 +249,11 @@ class Channel(ABC):
 
     @abstractmethod
     def forget(self, region_id: int) -> None:
-        """The peer has freed this region: let go of what was set up for it. Must not block."""
+        """Drop what was set up for this region, which the peer has freed. Must not block."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything. Must not block: it is called from the thread that serves links."""
+        """Release all resources. Must not block: it is called from the thread that serves links."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Capabilities:
         same_process: It serves peers in this process.
         same_host: It serves other processes of this host.
         between_hosts: It serves other hosts.
-        cancel: It can stop a movement; else it has to break its connection to be rid of one.
+        cancel: It can stop a movement; else it must break its connection to stop one.
         needs_registration: It moves only memory that both owners have registered with it.
     """
 
@@ -410,4 +410,4 @@ class Transport(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything; idempotent."""
+        """Release all resources; idempotent."""

@@ -226,7 +226,7 @@ class LinkChannel:
             channel.forget(region_id)
 
     def close(self) -> None:
-        """Let go of everything; see :meth:`Channel.close`."""
+        """Close all channels; see :meth:`Channel.close`."""
         for channel in self._channels.values():
             channel.close()
 

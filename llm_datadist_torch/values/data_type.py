@@ -99,7 +99,7 @@ _DATA_TYPE_OF_TORCH: dict[torch.dtype, DataType] = {
 
 
 def _numpy_tables() -> dict[str, Any]:
-    """Builds the reference's three numpy tables; numpy is needed only by those who ask for them."""
+    """Builds the reference's three numpy tables; numpy is imported only when they are used."""
     numpy = importlib.import_module("numpy")
     to_numpy = {member: getattr(numpy, member.numpy_name) for member in DataType}
     return {

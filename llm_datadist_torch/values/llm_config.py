@@ -33,7 +33,7 @@ DEVICES = ("auto", "npu", "cpu")
 
 
 KEEP, DROP, OFFER_AGAIN = ORPHAN_POLICIES = ("keep", "drop", "offer_again")
-"""What becomes of a request key that a peer had begun to pull, when the link to it is lost.
+"""What happens to a request key that a peer had begun to pull when the link to it is lost.
 
 The key stays, with what was fetched of it counted; or it goes; or it stays, and all of it has to be
 pulled anew before it is consumed. The first is the default.
@@ -365,7 +365,7 @@ class LLMConfig:
         self.ge_options = {}
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Sets an option; a name that is none is kept, as in the reference, and warned of."""
+        """Sets an option; an unknown name is kept, as in the reference, with a warning."""
         if not name.startswith("_") and not hasattr(type(self), name):
             _warn_of_unknown(name)
         object.__setattr__(self, name, value)
@@ -412,7 +412,7 @@ def _warn_of_unknown(name: str) -> None:
 
 _OPTIONS = tuple(option for option in vars(LLMConfig).values() if isinstance(option, _Option))
 _DEVICE_ID = LLMConfig.device_id
-# Keys that LLMConfig can give, for those who want to know which keys are known.
+# All keys that LLMConfig can give.
 LLM_CONFIG_KEYS = frozenset(option.key for option in _OPTIONS if option.key) | {
     "ge.session_device_id"
 }

@@ -59,8 +59,8 @@ def secret_from_file() -> str | None:
     White space around it does not count.
 
     Raises:
-        LLMParamError: the file can't be read, is none, or may be read or written by everybody; it
-            is no UTF-8 text; or what is in it is too short or too long.
+        LLMParamError: the file can't be read, is not a regular file, or is open to all users; it
+            is not UTF-8 text; or what is in it is too short or too long.
     """
     path = environment_text(SECRET_FILE_VARIABLE)
     if not path:

@@ -268,7 +268,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
 
     @property
     def supports_sleep_mode(self) -> bool:
-        """The connector lets go of the KV's memory when it is told to."""
+        """Drop the KV's memory when vLLM asks for it."""
         return True
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -66,7 +66,7 @@ class Settings:
         """The settings of a ``kv_connector_extra_config``.
 
         Raises:
-            LLMParamError: A key that is not known, or a value that is none for it.
+            LLMParamError: An unknown key, or a value that does not fit it.
         """
         fields = {each.name: each for each in dataclasses.fields(cls)}
         for name, value in extra_config.items():

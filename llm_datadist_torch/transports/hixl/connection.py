@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our connection to one peer's HIXL engine: made when needed, broken to be rid of a transfer."""
+"""Our connection to one peer's HIXL engine: made when needed, broken to stop a transfer."""
 
 from __future__ import annotations
 

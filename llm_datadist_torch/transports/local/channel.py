@@ -283,7 +283,7 @@ class ProcessMemory(LocalPath):
         return error_for(LLMStatusCode.LLM_FAILED, f"{why_forbidden(number, pid)} (errno {number})")
 
     def close(self) -> None:
-        """Let go of the peer's process; a movement under way keeps it."""
+        """Drop the peer's process; a movement under way keeps it."""
         self._process = None
 
 

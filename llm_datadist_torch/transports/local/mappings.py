@@ -15,7 +15,7 @@ WORD_BYTES = 8
 class PeerMappings:
     """Keeps one mapping per region.
 
-    Whoever holds a mapping may go on using it after :meth:`forget` and :meth:`close`: it is
+    A mapping stays usable after :meth:`forget` and :meth:`close` for those that hold it: it is
     unmapped with its last reference.
 
     Thread safety: all methods may be called from any thread.

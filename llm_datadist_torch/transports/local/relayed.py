@@ -41,7 +41,7 @@ class LocalPath(ABC):
         """The peer has freed this region."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of everything."""
+        """Release all resources."""
 
 
 class Relayed(LocalPath):

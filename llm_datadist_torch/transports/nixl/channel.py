@@ -102,7 +102,7 @@ class NixlChannel(Channel):
             try:
                 move(movement, spans, deadline)
             except LLMNotLinkedError:
-                # UCX's connection broke: once more with fresh agents, unless the link is over.
+                # UCX's connection broke: try once more with fresh agents if the link is still up.
                 self._check_open()
                 move(movement, spans, deadline)
         return _NAME

@@ -199,7 +199,7 @@ class Agent:
             return bool(self._agent.getXferStatus(handle) != self._module.NIXL_IN_PROG)
 
     def release(self, handle: int) -> None:
-        """Let go of a write that is done."""
+        """Release a write that is done."""
         with _typed(self._module, "release a request"):
             self._agent.releaseXferReq(handle)
 

@@ -28,7 +28,7 @@ class Expect(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, array_like=True):
-    """The request of this number is over. No answer.
+    """The asker has given up the request of this number. No answer.
 
     Attributes:
         number: Of the request.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent that is started when it is needed and ended to be rid of what it does."""
+"""An agent that is started when it is needed and ended to stop its transfers."""
 
 from __future__ import annotations
 

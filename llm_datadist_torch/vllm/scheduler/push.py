@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's half with "push": which blocks are complete, and for whom."""
+"""The scheduler's half with "push": which blocks are complete, and which consumers get them."""
 
 from __future__ import annotations
 

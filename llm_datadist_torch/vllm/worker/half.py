@@ -159,7 +159,7 @@ class WorkerHalf:
 
         Waits for what moves bytes. Idempotent; :meth:`take_done` may be called afterwards.
         """
-        self.leases.end_all("the worker lets go of its caches")
+        self.leases.end_all("the worker drops its caches")
         self._service.close(self._settings.timeout_s)
         self.puller.end_all()
         if self._sender is not None and self._receiver is not None:

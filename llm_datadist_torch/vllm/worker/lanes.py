@@ -195,7 +195,7 @@ class Lanes:
                 self._changed.notify_all()
 
     def _advance(self, lane: Hashable) -> None:
-        """With the lock held: a job of this lane is over, the next may begin."""
+        """With the lock held: a job of this lane has ended, the next may begin."""
         each = self._lanes.get(lane)
         if each is None:
             return

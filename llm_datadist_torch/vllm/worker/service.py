@@ -141,7 +141,7 @@ class WorkerService:
     # -- peers ------------------------------------------------------------------------------------
 
     def meet(self, peer: Peer, limit: TimeLimit) -> Description:
-        """Link to a peer unless that is done already, and see who it is. Blocks.
+        """Link to a peer unless that is done already, and learn its identity. Blocks.
 
         Raises:
             LLMLinkError: It can't be reached.
@@ -167,7 +167,7 @@ class WorkerService:
     def link(self, peer: Peer, limit: TimeLimit) -> None:
         """Link to a peer unless that is done already. Blocks, at most for the time limit.
 
-        Those who want one link share one attempt; each waits for its own time only. That it has
+        Threads that want one link share one attempt; each waits for its own time only. That it has
         failed is remembered for :data:`REMEMBER_S`.
 
         Raises:
@@ -291,7 +291,7 @@ def over_layers(sums: Sequence[int]) -> int:
 
 
 def until_known(query: Callable[[], bool | None], limit: TimeLimit, every_s: float) -> bool | None:
-    """Ask again until the answer is no None any more, or the time is over. Blocks."""
+    """Ask again until the answer is not None, or the time has passed. Blocks."""
     while True:
         held = query()
         if held is not None or limit.expired:

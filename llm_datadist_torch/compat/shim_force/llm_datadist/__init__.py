@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``import llm_datadist`` for whoever has this directory on ``sys.path``.
+"""``import llm_datadist`` for programs that have this directory on ``sys.path``.
 
 It replaces an installed package of that name.
 """
