@@ -10,12 +10,13 @@ NPU_BIN := $(NPU_VENV)/bin
 # All of .venv plus vLLM, kept apart because it is large and wants another transformers.
 VLLM_VENV := $(VENV)-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+DOCS_VENV := $(VENV)-docs
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h) setup.py
 SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench dev clean
+.PHONY: help wheel demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench docs dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -108,12 +109,17 @@ build/wheel-tools/.made: pyproject.toml
 	@$(TOOLS)/python -m pip install -q --group wheel
 	@touch $@
 
+# Warnings and links that lead nowhere are errors. Nothing is imported: mkdocstrings reads the sources.
+docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build -q --strict
+	@echo "ready: build/site/index.html"
+
 dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
 	if [ -d .git ] && command -v git >/dev/null; then $(BIN)/pre-commit install >/dev/null; fi
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -164,4 +170,12 @@ $(VLLM_VENV)/.built: $(VENV)/.built tests/vllm/requirements.txt tests/vllm/requi
 	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(VLLM_BIN))/_base.pth"
 	@$(BIN)/python -m pip --python $(VLLM_BIN)/python install -q -r tests/vllm/requirements.txt
 	@$(BIN)/python -m pip --python $(VLLM_BIN)/python install -q --no-deps -r tests/vllm/requirements-no-deps.txt
+	@touch $@
+
+# A fourth, with nothing of the others.
+$(DOCS_VENV)/.deps: pyproject.toml
+	@echo "setting up $(DOCS_VENV): mkdocs"
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -q 'pip>=25.1'
+	@$(DOCS_VENV)/bin/python -m pip install -q --group docs
 	@touch $@
