@@ -91,8 +91,14 @@ def test_no_block_is_missed():
 def test_what_is_not_run_has_a_known_tag_and_a_reason():
     for block in BLOCKS:
         assert block.tag is None or (block.tag in TAGS and block.reason), block.place
-    comments = sum(path.read_text(encoding="utf-8").count("<!-- not run") for path in DOCUMENTS)
-    assert comments == sum(block.tag is not None for block in BLOCKS), "a tag belongs to no block"
+    comments = [
+        place
+        for path in DOCUMENTS
+        for place in re.finditer("^<!-- not run", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert len(comments) == sum(block.tag is not None for block in BLOCKS), (
+        "a tag belongs to no block"
+    )
 
 
 def test_every_tag_is_used():
