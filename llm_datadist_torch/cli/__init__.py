@@ -48,7 +48,8 @@ def main(arguments: Sequence[str]) -> int:
 
         return top.run(options.address, options.interval, options.count)
     found = _examine()
-    sys.stdout.write(report.as_json(found) if options.json else report.as_text(found))
+    shown = report.as_json if options.json else report.as_text
+    sys.stdout.write(report.as_fixes(found) if options.fix else shown(found))
     return 1 if found.problems else 0
 
 
@@ -97,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         "say what works on this machine, and why the rest doesn't; status 1 if something is wrong"
     )
     command = commands.add_parser("doctor", help=text, description=text)
-    command.add_argument("--json", action="store_true", help="print JSON")
+    forms = command.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print JSON, for a report of an error")
+    forms.add_argument(
+        "--fix", action="store_true", help="print commands that mend what can be mended; runs none"
+    )
     return parser
 
 

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from llm_datadist_torch.cli import probes
 from llm_datadist_torch.cli.report import Finding, Report, versions
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
 from llm_datadist_torch.values.environment import npu_is_simulated
+
+_SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+_PIP = re.compile(r"""pip install (?:'[^']+'|"[^"]+"|[\w-]+)""")
 
 
 def examine() -> Report:
@@ -31,7 +35,7 @@ def _transport(name: str, reason: str) -> Finding:
         used = probes.hixl() if name == "hixl" else ""
         return Finding(name, "ok", f"available, through {used}" if used else "available")
     detail, _, remedy = reason.partition(": ")
-    return Finding(name, "no", detail, remedy)
+    return Finding(name, "no", detail, remedy, tuple(_PIP.findall(remedy)))
 
 
 def _paths() -> list[Finding]:
@@ -66,6 +70,7 @@ def _yama() -> Finding:
         f"ptrace_scope={scope}: unless privileged, a process may read only its own children, so"
         " process-memory will not work between peers",
         "sysctl kernel.yama.ptrace_scope=0, or let the library allocate caches (shared-mapping)",
+        ("sudo sysctl kernel.yama.ptrace_scope=0",),
     )
 
 
@@ -78,7 +83,8 @@ def _huge_pages() -> Finding:
         "note",
         f"allocated caches get none (shmem_enabled: {mode or 'not in this kernel'}), copies are"
         " somewhat slower",
-        "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled" if mode else "",
+        f"echo advise > {_SHMEM_ENABLED}" if mode else "",
+        (f"echo advise | sudo tee {_SHMEM_ENABLED}",) if mode else (),
     )
 
 
@@ -102,6 +108,7 @@ def _npu() -> Finding:
             "wrong",
             problem + "`import torch` loads torch_npu by itself, and fails",
             f"{remedy}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0",
+            ("export TORCH_DEVICE_BACKEND_AUTOLOAD=0",),
         )
     return Finding(
         "torch_npu",

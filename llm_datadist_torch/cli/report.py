@@ -27,12 +27,14 @@ class Finding:
             information; "wrong": programs will fail because of it.
         detail: What was found, or why it doesn't work.
         remedy: What to do about it, if anything.
+        commands: What to run for that, where commands do it. They are printed, never run.
     """
 
     name: str
     state: State
     detail: str
     remedy: str = ""
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,12 @@ class Report:
     @property
     def problems(self) -> list[Finding]:
         """What will make programs fail."""
-        every = [*self.transports, *self.paths, *self.system]
-        return [finding for finding in every if finding.state == "wrong"]
+        return [finding for finding in self.findings if finding.state == "wrong"]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All of them, in the order of the report."""
+        return [*self.transports, *self.paths, *self.system]
 
 
 def as_json(report: Report) -> str:
@@ -80,6 +86,19 @@ def as_text(report: Report) -> str:
     problems = len(report.problems)
     lines += ["", f"{problems} problem(s)" if problems else "no problem found"]
     return "\n".join(lines) + "\n"
+
+
+def as_fixes(report: Report) -> str:
+    """A shell script for people to read and run: commands, and in comments what they mend.
+
+    What is wrong comes first, and is there even if no command mends it.
+    """
+    lines = []
+    for finding in sorted(report.findings, key=lambda finding: finding.state != "wrong"):
+        if finding.commands or finding.state == "wrong":
+            said = finding.commands or (f"# {finding.remedy or 'no command mends this'}",)
+            lines += [f"# {finding.name}: {finding.detail}", *said]
+    return "\n".join(lines or ["# nothing to fix"]) + "\n"
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 
 from llm_datadist_torch.cli import doctor, probes
 from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, NpuRuntime
-from llm_datadist_torch.cli.report import Finding, Report, as_json, as_text
+from llm_datadist_torch.cli.report import Finding, Report, as_fixes, as_json, as_text
 from tests.compat.programs import run_module
 
 FINE = NpuRuntime(False, "", True)
@@ -35,6 +35,40 @@ def test_json():
     names = [way["name"] for way in report["paths"]]
     assert names == ["same-process", "shared-mapping", "process-memory", "relay"]
     assert all(finding["detail"] for part in ("paths", "system") for finding in report[part])
+
+
+def test_fix_prints_commands(monkeypatch, tmp_path):
+    scope, shmem = tmp_path / "ptrace_scope", tmp_path / "shmem_enabled"
+    scope.write_text("1\n")
+    shmem.write_text("always within_size advise [never] deny force\n")
+    monkeypatch.setattr(probes, "_YAMA", scope)
+    monkeypatch.setattr(probes, "_SHMEM_ENABLED", shmem)
+    monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "", True))
+    monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    why = 'the package nixl-cu12 is not installed: pip install "llm_datadist_torch[nixl]"'
+    monkeypatch.setattr(probes, "transports", lambda: {"local": "", "nixl": why})
+    lines = as_fixes(doctor.examine()).splitlines()
+    assert [line for line in lines if not line.startswith("# ")] == [
+        "export TORCH_DEVICE_BACKEND_AUTOLOAD=0",  # what is wrong comes first
+        'pip install "llm_datadist_torch[nixl]"',
+        "sudo sysctl kernel.yama.ptrace_scope=0",
+        "echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+    ]
+
+
+def test_fix_says_what_no_command_mends():
+    wrong = Finding("Placement.DEVICE", "wrong", "init would fail: the driver is gone")
+    text = as_fixes(Report({}, [], [], [Finding("yama", "ok", "fine"), wrong]))
+    assert text == (
+        "# Placement.DEVICE: init would fail: the driver is gone\n# no command mends this\n"
+    )
+    assert as_fixes(Report({}, [], [], [])) == "# nothing to fix\n"
+
+
+def test_json_and_fix_exclude_each_other():
+    done = run_module("doctor", "--json", "--fix")
+    assert done.returncode == 2
+    assert "not allowed with" in done.stderr
 
 
 def test_the_child_leaves_nothing_behind():
