@@ -2,9 +2,18 @@
 """Mixed operations of several processes for a given time: bytes are compared, growth is looked for.
 
 Each process pulls, pushes, sends layer by layer, offers and fetches requests, allocates, copies,
-frees, links and unlinks at random; the last one is killed now and then, and started again. The soak
-fails if an operation ends in a way that it must not, if a byte is wrong, if memory, descriptors or
-threads of a process that lives all the time grow, or if anything is still held in the end.
+frees, links and unlinks at random, and lets torch move the storages of caches. Meanwhile
+
+- the last process is killed now and then, and started again;
+- connections of live processes are cut, as by a reset in the network;
+- processes are stopped, and go on later;
+- threads hold the GIL for a while;
+- the clock of the day jumps, by up to years in both directions (a library that is preloaded does
+  that, so a C compiler is needed).
+
+The soak fails if an operation ends in a way that it must not, if a byte is wrong, if memory,
+descriptors or threads of a process that lives all the time grow, or if anything is still held in
+the end.
 
 ``python -m benchmarks.soak --minutes 30``; ``--option KEY=VALUE`` (for example ``--option
 llm.LinkSecret=...``) sets an option of all instances.
@@ -16,22 +25,31 @@ import argparse
 import collections
 import json
 import multiprocessing
+import os
 import random
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.soak_worker import SLOTS, Plan, Report, serve
+from benchmarks.soak_worker import Plan, Report, board_size, serve, slots_of
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["benchmarks.soak_worker"])
 
 ANSWER_S = 120.0
+DISTURBANCE_S = 2.0
+"""How long a process is stopped, or a thread of it holds the GIL, at most."""
+CLOCK_JUMP_S = 10 * 365 * 86400
+"""How far the clock of a process is set from the machine's at most, in both directions."""
 METRICS = ("pss_mib", "rss_mib", "fds", "threads")
 
 
@@ -59,6 +77,28 @@ class Limits:
 
     def of(self, metric: str) -> float:
         return self.mib if metric.endswith("_mib") else getattr(self, metric)
+
+
+@contextmanager
+def jumping_clock() -> Iterator[None]:
+    """What is started in here can set its own clock: it is preloaded with ``jumping_clock.c``."""
+    source, before = Path(__file__).with_name("jumping_clock.c"), os.environ.get("LD_PRELOAD")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "jumping_clock.so"
+        compiler = os.environ.get("CC", "cc")
+        subprocess.run([compiler, "-shared", "-fPIC", "-O2", source, "-o", library], check=True)
+        os.environ["LD_PRELOAD"] = " ".join(filter(None, (str(library), before)))
+        try:
+            # All processes are forked from this one.
+            process = _context.Process(target=int)
+            process.start()
+            process.join()
+        finally:
+            if before is None:
+                del os.environ["LD_PRELOAD"]
+            else:
+                os.environ["LD_PRELOAD"] = before
+        yield
 
 
 def growth(samples: list[dict[str, float]]) -> dict[str, tuple[float, float]]:
@@ -100,10 +140,11 @@ class Soak:
     def __init__(
         self, workers: int, threads: int, seed: int, pause_s: float, options: Mapping[str, str]
     ) -> None:
-        self.board = _context.RawArray("q", workers * SLOTS)
+        self.board = _context.RawArray("q", board_size(workers, threads))
+        self.rng = random.Random(seed)
         self.done: collections.Counter[str] = collections.Counter()
         self.problems: list[str] = []
-        self.kills = 0
+        self.disturbances: collections.Counter[str] = collections.Counter()
         plans = [
             Plan(n + 1, 1, 0, workers, threads, seed, pause_s, options) for n in range(workers)
         ]
@@ -132,13 +173,39 @@ class Soak:
         self._count(old.call("report"))
         old.process.kill()
         old.process.join()
-        self.kills += 1
-        for slot in range((old.plan.number - 1) * SLOTS, old.plan.number * SLOTS):
+        for slot in slots_of(old.plan):
             self.board[slot] = 0
         fields = {**vars(old.plan), "generation": old.plan.generation + 1, "port": old.port}
         self.workers[-1] = self._start(Plan(**fields))
         self._report()
         self.workers[-1].pipe.send(("run", None))
+
+    def disturb(self) -> None:
+        """Do one of the things that happen to processes and their connections."""
+        table: dict[str, Callable[[], None]] = {
+            "process killed": self.kill_the_last,
+            "connections cut": lambda: self._tell_one("cut"),
+            "process stopped": self._stop_one,
+            "GIL held": lambda: self._tell_one("hold_gil", self.rng.uniform(0.2, DISTURBANCE_S)),
+            "clock set": lambda: self._tell_one(
+                "set_clock", self.rng.randint(-CLOCK_JUMP_S, CLOCK_JUMP_S)
+            ),
+        }
+        # Each kind in turn, so that a short soak has them all.
+        name = list(table)[self.disturbances.total() % len(table)]
+        table[name]()
+        self.disturbances[name] += 1
+
+    def _tell_one(self, command: str, argument: object = None) -> None:
+        self.rng.choice(self.workers).pipe.send((command, argument))
+
+    def _stop_one(self) -> None:
+        pid = self.rng.choice(self.workers).process.pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(self.rng.uniform(0.2, DISTURBANCE_S))
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def _count(self, report: Report) -> None:
         self.done.update(report.done)
@@ -181,7 +248,7 @@ def run(
     threads: int = 2,
     seed: int = 1,
     pause_s: float = 0.01,
-    kill_every_s: float = 20.0,
+    disturb_every_s: float = 4.0,
     sample_every_s: float = 5.0,
     limits: Limits | None = None,
     options: Mapping[str, str] | None = None,
@@ -192,25 +259,18 @@ def run(
         The figures; "problems" is empty if all was well.
     """
     limits = limits or Limits()
-    rng = random.Random(seed)
-    soak = Soak(workers, threads, seed, pause_s, options or {})
-    try:
-        start = time.monotonic()
-        next_kill, next_look = start + kill_every_s * rng.uniform(0.5, 1.5), start
-        while (now := time.monotonic()) < start + seconds and not soak.problems:
-            if now >= next_kill:
-                soak.kill_the_last()
-                next_kill = time.monotonic() + kill_every_s * rng.uniform(0.5, 1.5)
-            if now >= next_look:
-                soak.look()
-                next_look += sample_every_s
-            time.sleep(0.02)
-        # Those that lived all the time.
-        flat = {w.plan.number: growth(w.samples) for w in soak.workers if w.plan.generation == 1}
-        series = {w.plan.number: w.samples for w in soak.workers if w.plan.generation == 1}
-        soak.finish()
-    finally:
-        soak.close()
+    with jumping_clock():
+        soak = Soak(workers, threads, seed, pause_s, options or {})
+        try:
+            _watch(soak, seconds, disturb_every_s, sample_every_s)
+            # Those that lived all the time.
+            flat = {
+                w.plan.number: growth(w.samples) for w in soak.workers if w.plan.generation == 1
+            }
+            series = {w.plan.number: w.samples for w in soak.workers if w.plan.generation == 1}
+            soak.finish()
+        finally:
+            soak.close()
     for number, metrics in flat.items():
         for metric, (early, late) in metrics.items():
             if late - early > limits.of(metric):
@@ -223,7 +283,7 @@ def run(
         "threads": threads,
         "seed": seed,
         "options": sorted(options or {}),
-        "kills": soak.kills,
+        "disturbances": dict(soak.disturbances),
         "operations": sum(soak.done.values()),
         "done": dict(sorted(soak.done.items())),
         "growth": flat,
@@ -232,8 +292,23 @@ def run(
     }
 
 
+def _watch(soak: Soak, seconds: float, disturb_every_s: float, sample_every_s: float) -> None:
+    start = time.monotonic()
+    next_disturbance, next_look = start + disturb_every_s, start
+    while (now := time.monotonic()) < start + seconds and not soak.problems:
+        if now >= next_disturbance:
+            soak.disturb()
+            next_disturbance = time.monotonic() + disturb_every_s * soak.rng.uniform(0.5, 1.5)
+        if now >= next_look:
+            soak.look()
+            next_look += sample_every_s
+        time.sleep(0.02)
+
+
 def show(result: dict[str, Any]) -> None:
-    print(f"{result['operations']} operations, {result['kills']} kills, {result['seconds']:.0f} s")
+    print(f"{result['operations']} operations, {result['seconds']:.0f} s")
+    for name, count in result["disturbances"].items():
+        print(f"  {count:9d}  {name}")
     for name, count in result["done"].items():
         print(f"  {count:9d}  {name}")
     print("medians of the second and the last quarter, of processes that lived all the time")
@@ -251,7 +326,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of operations, per process")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--pause-ms", type=float, default=10.0, help="between two operations")
-    parser.add_argument("--kill-every", type=float, default=20.0, help="seconds, on average")
+    parser.add_argument("--disturb-every", type=float, default=4.0, help="seconds, on average")
     parser.add_argument("--sample-every", type=float, default=5.0, help="seconds")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path)
@@ -263,7 +338,7 @@ def main() -> None:
         threads=args.threads,
         seed=args.seed,
         pause_s=args.pause_ms / 1000,
-        kill_every_s=args.kill_every,
+        disturb_every_s=args.disturb_every,
         sample_every_s=args.sample_every,
         options=dict(text.split("=", 1) for text in args.option),
     )

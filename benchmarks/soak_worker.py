@@ -12,11 +12,12 @@ import ctypes
 import logging
 import random
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, MutableSequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -46,6 +47,8 @@ SLOTS = 8
 POOL = '{"memory_size": 67108864, "page_shift": 16}'
 STATIC, INBOX = 0, 1
 """Kinds of published caches: one that never changes, and one per peer and thread to push to."""
+MOVING = 1 << 40
+"""Keys of caches that torch moves begin here."""
 _SETTLE_S = 20.0
 
 EXPECTED = {
@@ -106,6 +109,33 @@ def model_id(kind: int, generation: int, peer: int = 0, thread: int = 0) -> int:
     return ((generation * 16 + peer) * 16 + thread) * 2 + kind
 
 
+def moving_seed(owner: int, serial: int) -> int:
+    """Of the words in a cache that torch moves."""
+    return (1000 + owner) * 10**10 + serial
+
+
+MOVES: dict[str, Callable[[torch.Tensor], object]] = {
+    "data": lambda tensor: setattr(tensor, "data", torch.zeros_like(tensor)),
+    "set": lambda tensor: tensor.set_(torch.zeros_like(tensor)),
+    "share_memory": lambda tensor: tensor.share_memory_(),
+}
+"""What replaces the memory of a tensor."""
+
+
+def slots_of(plan: Plan) -> range:
+    """What one worker writes on the board: requests that it offers; then, per thread, a cache.
+
+    The cache is one of which torch moves a tensor: its serial number, negative once that has moved,
+    0 for none.
+    """
+    each = SLOTS + plan.threads
+    return range((plan.number - 1) * each, plan.number * each)
+
+
+def board_size(workers: int, threads: int) -> int:
+    return workers * (SLOTS + threads)
+
+
 class Worker:
     """An instance, its published caches, and the operations."""
 
@@ -141,6 +171,9 @@ class Worker:
         for number, tensor in enumerate(cache.tensors):
             tensor[:] = words_of(seed, number, torch.arange(BLOCKS))
         return cache
+
+    def slots_of(self, number: int) -> range:
+        return slots_of(replace(self.plan, number=number))
 
     def run_threads(self) -> None:
         self.threads = [
@@ -180,6 +213,35 @@ class Worker:
             thread.join(60)
             if thread.is_alive():
                 self.error = self.error or f"worker {self.plan.number}: an operation hangs"
+        # Peers that lost a connection while we wrote keep the memory until a link says it is over.
+        for peer in set(self.peers) - {self.plan.number}:
+            self.datadist.link_clusters([self.cluster(peer)], 10_000)
+
+    def cluster(self, peer: int) -> LLMClusterInfo:
+        """The address of another worker."""
+        info = LLMClusterInfo()
+        info.remote_cluster_id = peer
+        info.append_local_ip_info("127.0.0.1", 0)
+        info.append_remote_ip_info("127.0.0.1", self.peers[peer][0])
+        return info
+
+    def cut(self, _: object) -> None:
+        """All connections of links end, as by a reset in the network."""
+        for link in self.datadist._instance.links.links():  # noqa: SLF001
+            sock = link.connection._sock  # noqa: SLF001
+            if sock is not None:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def hold_gil(self, seconds: float) -> None:
+        """No other thread runs Python meanwhile: PyDLL keeps the GIL."""
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+    def set_clock(self, seconds: int) -> None:
+        """The clock of the day jumps."""
+        before = time.time()
+        ctypes.CDLL(None).set_clock_offset(ctypes.c_long(seconds))
+        self.done[f"clock set {'back' if time.time() < before else 'forward'}"] += 1
 
     def left(self) -> dict[str, int]:
         """What is still held after everything was given back; waits a while for peers to do so."""
@@ -195,6 +257,7 @@ class Worker:
                 "caches": len(instance.catalog),
                 "keys": instance.catalog.num_keys,
                 "grants": sum(len(link.grants) for link in instance.links.links()),
+                "leases of late writers": instance.links.registry.late_writers.leases,
                 "pool bytes": instance.memory(Placement.DEVICE)._arena.stats()[3],  # noqa: SLF001
             }
             if not any(left.values()) or time.monotonic() > end:
@@ -215,11 +278,11 @@ class Worker:
                 tensor[0] = words_of(seed, number, torch.arange(BLOCKS)).flatten()
             # From now on the key alone keeps it, until somebody has fetched it.
             self.manager.deallocate_cache(cache)
-            self.board[(self.plan.number - 1) * SLOTS + slot] = self.requests
+            self.board[slots_of(self.plan)[slot]] = self.requests
         return "done"
 
     def _withdraw(self, slot: int) -> None:
-        place = (self.plan.number - 1) * SLOTS + slot
+        place = slots_of(self.plan)[slot]
         if self.board[place]:
             self.manager.remove_cache_key(CacheKey(self.plan.number, self.board[place]))
             self.board[place] = 0
@@ -257,6 +320,8 @@ class Operations:
             (10, "offer", lambda: self.worker.offer(self.rng)),
             (15, "fetch", self.fetch),
             (10, "allocate", self.allocate),
+            (5, "move", self.move),
+            (10, "pull what moves", self.pull_what_moves),
             (2, "unlink", self.unlink),
             (3, "link", lambda: self.link(self.a_peer())),
         ]
@@ -324,7 +389,8 @@ class Operations:
     def fetch(self) -> str:
         """Fetch a request that somebody offers, at once or in halves; that consumes it."""
         peer = self.a_peer()
-        request = self.worker.board[(peer - 1) * SLOTS + self.rng.randrange(SLOTS)]
+        slots = self.worker.slots_of(peer)
+        request = self.worker.board[slots[self.rng.randrange(SLOTS)]]
         if not request:
             return "nothing offered"
         for tensor in self.row.tensors:
@@ -353,22 +419,73 @@ class Operations:
         self.manager.deallocate_blocks_cache(cache)
         return "done"
 
+    def move(self) -> str:
+        """Publish a cache, let torch move one of its tensors: it is used no more, by nobody."""
+        me, place = self.worker, self.worker.slots_of(self.me)[SLOTS + self.thread]
+        self.serial += 1
+        serial = (me.plan.generation * 10**6 + self.serial) * 16 + self.thread
+        key = BlocksCacheKey(self.me, MOVING + serial)
+        allocated = self.rng.random() < 0.5
+        how = self.rng.choice(["data", "set", *["share_memory"] * allocated])
+        if allocated:
+            cache = self.manager.allocate_blocks_cache(me.desc, key)
+            tensors = cache.tensors
+        else:
+            tensors = [torch.empty(BLOCKS, WORDS, dtype=torch.int64) for _ in range(TENSORS)]
+            cache = self.manager.register_blocks_cache(me.desc, tensors, key)
+        # Of what the caller registers: it stays there while a peer may be reading it.
+        old = [tensor.detach() for tensor in tensors]
+        try:
+            for number, tensor in enumerate(tensors):
+                tensor[:] = words_of(moving_seed(self.me, serial), number, torch.arange(BLOCKS))
+            me.board[place] = serial
+            time.sleep(self.rng.random() * 0.05)
+            MOVES[how](tensors[self.rng.randrange(TENSORS)])
+            me.board[place] = -serial
+            try:
+                self.manager.copy_blocks(cache, {0: [1]})
+            except LLMException as error:
+                if "has moved" not in str(error):
+                    raise
+            else:
+                raise WrongBytesError(f"a cache was copied from although torch has moved it: {how}")
+            time.sleep(self.rng.random() * 0.05)
+        finally:
+            me.board[place] = 0
+            if allocated:
+                self.manager.deallocate_blocks_cache(cache)
+            else:
+                self.manager.unregister_cache(cache.cache_id)
+            del old
+        return "done"
+
+    def pull_what_moves(self) -> str:
+        """Pull a cache of which torch moves a tensor: the bytes of before, or an error."""
+        peer = self.a_peer()
+        thread = self.rng.randrange(self.worker.plan.threads)
+        serial = self.worker.board[self.worker.slots_of(peer)[SLOTS + thread]]
+        if not serial:
+            return "nothing there"
+        source, target = self.some_blocks()
+        self.manager.pull_blocks(
+            BlocksCacheKey(peer, MOVING + abs(serial)), self.room, source, target
+        )
+        if serial < 0:
+            raise WrongBytesError(
+                f"cache {serial} of {peer} was pulled although torch has moved it"
+            )
+        self.check(moving_seed(peer, serial), source, target)
+        return "done"
+
     def link(self, peer: int) -> str:
-        return self.worker.datadist.link_clusters([self._cluster(peer)], 3000)[1][0].name
+        return self.worker.datadist.link_clusters([self.worker.cluster(peer)], 3000)[1][0].name
 
     def unlink(self) -> str:
         peer, force = self.a_peer(), self.rng.random() < 0.3
-        clusters = [self._cluster(peer)]
+        clusters = [self.worker.cluster(peer)]
         ended = self.worker.datadist.unlink_clusters(clusters, 3000, force=force)[1][0].name
         time.sleep(self.rng.random() * 0.05)
         return f"{ended}, then {self.link(peer)}"
-
-    def _cluster(self, peer: int) -> LLMClusterInfo:
-        info = LLMClusterInfo()
-        info.remote_cluster_id = peer
-        info.append_local_ip_info("127.0.0.1", 0)
-        info.append_remote_ip_info("127.0.0.1", self.worker.peers[peer][0])
-        return info
 
 
 def serve(pipe: Connection, plan: Plan, board: MutableSequence[int]) -> None:
@@ -385,6 +502,8 @@ def serve(pipe: Connection, plan: Plan, board: MutableSequence[int]) -> None:
                 worker.peers = argument
             elif command == "run":
                 worker.run_threads()
+            elif command in ("cut", "hold_gil", "set_clock"):
+                getattr(worker, command)(argument)
             elif command == "report":
                 pipe.send(Report(dict(worker.done), worker.error))
             elif command == "finish":

@@ -20,14 +20,14 @@ def test_some_seconds_of_everything() -> None:
     result = soak.run(
         10,
         pause_s=0.004,
-        kill_every_s=3,
+        disturb_every_s=1,
         sample_every_s=0.5,
         limits=Limits(64, 32, 16),
         options={"llm.LinkSecret": secrets.token_urlsafe(32)},
     )
     assert result["problems"] == []
-    assert result["kills"] >= 1
-    for operation in ("pull", "push", "layerwise", "offer", "allocate"):
+    assert len(result["disturbances"]) == 5
+    for operation in ("pull", "push", "layerwise", "offer", "allocate", "move"):
         assert result["done"].get(f"{operation}: done", 0) > 0, result["done"]
 
 
