@@ -132,6 +132,10 @@ class Service(Caches):
     def link_states(self) -> dict[int, str]:
         return {link.peer: link.state.value for link in self.instance.links.links()}
 
+    def listening_port(self) -> int:
+        assert self.dd.listen_address is not None
+        return self.dd.listen_address[1]
+
     def lose(self, peer: int, port: int) -> None:
         """The link to a peer at this port is lost, for both sides."""
         links = self.instance.links
@@ -306,6 +310,17 @@ class Service(Caches):
             return move(self, movement, deadline)
 
         LinkChannel.move = slow  # type: ignore[method-assign]
+
+    def hold_moves(self, path: str) -> None:
+        """Every movement that this process carries out waits until this file is there."""
+        move = LinkChannel.move
+
+        def held(self: LinkChannel, movement: Any, deadline: Any) -> str:
+            while not Path(path).exists():
+                time.sleep(0.01)
+            return move(self, movement, deadline)
+
+        LinkChannel.move = held  # type: ignore[method-assign]
 
     def fail(self, text: str) -> None:
         raise RuntimeError(text)

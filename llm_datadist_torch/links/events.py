@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
@@ -64,7 +63,8 @@ class LinkEvents:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._callbacks: dict[LinkListener, LinkCallback] = {}
-        self._waiting: queue.Queue[LinkEvent | None] = queue.Queue(_MAX_WAITING)
+        # In C, so that Ctrl-C can't leave it locked.
+        self._waiting: queue.SimpleQueue[LinkEvent | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def add(self, callback: LinkCallback) -> LinkListener:
@@ -88,9 +88,9 @@ class LinkEvents:
         """Tell the listeners, later."""
         if not self._callbacks:
             return
-        try:
-            self._waiting.put_nowait(LinkEvent(peer, kind, reason))
-        except queue.Full:
+        if self._waiting.qsize() < _MAX_WAITING:
+            self._waiting.put(LinkEvent(peer, kind, reason))
+        else:
             logger.warning(
                 "the callbacks of on_link_event are %d events behind: cluster %d %s is not told",
                 _MAX_WAITING,
@@ -100,14 +100,14 @@ class LinkEvents:
 
     def close(self) -> None:
         """Tell what is left, and end. A callback that hangs is left behind."""
-        with self._lock:
-            thread, self._thread = self._thread, None
+        thread = self._thread
         if thread is None:
             return
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=_CLOSE_S)
+        self._waiting.put(None)
         if thread is not threading.current_thread():
             thread.join(_CLOSE_S)
+        # Not before: a close that was interrupted is called again.
+        self._thread = None
 
     def _run(self) -> None:
         while (event := self._waiting.get()) is not None:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -239,6 +240,7 @@ class Handshake:
             dial.owner,
             dial.name,
             "" if dial.replaces is None else dial.replaces.name,
+            self._registry.earlier.of(dial.peer),
         )
         connection.send(encode(Envelope(1, False, hello)))
 
@@ -252,6 +254,7 @@ class Handshake:
             if isinstance(body, Welcome) and dial.peer != ANY_PEER:
                 if body.cluster_id != dial.peer:
                     raise param_error(f"cluster {body.cluster_id} answers there")
+                self._registry.settle(body.epoch, body.earlier)
                 self._registry.make(
                     body.cluster_id,
                     body.epoch,
@@ -280,8 +283,15 @@ class Handshake:
 
     # -- being asked ------------------------------------------------------------------------------
 
-    def on_hello(self, connection: Connection, hello: Hello) -> Welcome:
-        """A peer asks for a link.
+    def on_hello(
+        self, connection: Connection, hello: Hello, welcome: Callable[[Welcome], None]
+    ) -> None:
+        """A peer asks for a link, or who answers.
+
+        Args:
+            connection: Where.
+            hello: What it says.
+            welcome: Sends the answer, before anything else can be said on the link.
 
         Raises:
             LLMException: Why it can't have one.
@@ -297,14 +307,18 @@ class Handshake:
                 f" {me.remote_accessible} here"
             )
         # A link to ourselves needs only the asking half.
-        if hello.epoch != me.epoch and hello.expected_id != ANY_PEER:
-            self._check_free(hello)
-            self._make(connection, hello)
-            self._endpoint.keep(connection)
-            self._make_way(hello.cluster_id)
-        return Welcome(me.cluster_id, me.epoch, self._registry.offers())
+        if hello.epoch == me.epoch or hello.expected_id == ANY_PEER:
+            welcome(Welcome(me.cluster_id, me.epoch, self._registry.offers()))
+            return
+        self._check_free(hello)
+        self._registry.settle(hello.epoch, hello.earlier)
+        earlier = self._registry.earlier.of(hello.cluster_id)
+        answer = Welcome(me.cluster_id, me.epoch, self._registry.offers(), earlier)
+        self._make(connection, hello, lambda: welcome(answer))
+        self._endpoint.keep(connection)
+        self._make_way(hello.cluster_id)
 
-    def _make(self, connection: Connection, hello: Hello) -> None:
+    def _make(self, connection: Connection, hello: Hello, confirm: Callable[[], None]) -> None:
         try:
             self._registry.make(
                 hello.cluster_id,
@@ -314,6 +328,7 @@ class Handshake:
                 dialed=False,
                 owner=hello.owner,
                 name=hello.name,
+                confirm=confirm,
             )
         except (msgspec.DecodeError, UnicodeError) as error:
             text = f"what a transport offers is no offer: {error}"

@@ -35,7 +35,8 @@ class LeaseTicket:
 class HeldLeases:
     """The leases of this side on one link.
 
-    Thread safety: ``give_back`` may be called from any thread, the rest belongs to the I/O thread.
+    Thread safety: ``give_back`` and ``in_use`` may be called from any thread, the rest belongs to
+    the I/O thread.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,11 @@ class HeldLeases:
         if ticket.lease_id:
             post(Release(ticket.lease_id, fetched))
             self._tickets.pop(ticket.lease_id, None)
+
+    def in_use(self) -> list[int]:
+        """Those that somebody still works with; on a link that has ended, no more are added."""
+        holders = [(lease_id, held()) for lease_id, held in list(self._holders.items())]
+        return [number for number, holder in holders if holder is not None and not holder.over]
 
     def _sweep(self, post: Callable[[Release], None], timers: Timers) -> None:
         """Give back the leases of threads that were interrupted before they could."""

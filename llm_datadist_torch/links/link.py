@@ -139,6 +139,7 @@ class Link(ServedPeer):
         give_back_late: Gives back a lease whose connection has ended.
         link_end: Our end of it, for a peer in this process to find; kept for as long as the link.
         same_process_peer: The peer, where it is in this process.
+        held: The leases on the peer's caches that transfers of ours have.
     """
 
     endpoint: Endpoint
@@ -155,10 +156,10 @@ class Link(ServedPeer):
     give_back_late: Callable[[Link, Release], None] | None = None
     link_end: object = None
     same_process_peer: SameProcessPeer | None = None
+    held: HeldLeases = field(default_factory=HeldLeases)
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
-    _held: HeldLeases = field(default_factory=HeldLeases)
     _told: list[Pending] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -262,7 +263,7 @@ class Link(ServedPeer):
         with self._lock:
             pending = self._pending.pop(number, None)
             held = None if pending is None else pending.ticket
-            gone = isinstance(body, CacheView) and not self._held.note(
+            gone = isinstance(body, CacheView) and not self.held.note(
                 body.lease_id, held, self._post_release, self.endpoint.loop.timers
             )
             if pending is not None:
@@ -276,7 +277,7 @@ class Link(ServedPeer):
         Also to a peer that has ended or lost the link: it may keep what we used until we say so.
         Does not block.
         """
-        self._held.give_back(ticket, fetched, self._post_release)
+        self.held.give_back(ticket, fetched, self._post_release)
 
     def _post_release(self, release: Release) -> None:
         if self.connection.closed and self.give_back_late is not None:

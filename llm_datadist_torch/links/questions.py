@@ -106,11 +106,13 @@ class Questions:
         """Answer nothing any more. A handler that hangs is left behind. Idempotent."""
         with self._lock:
             self._closed = True
-            thread, self._thread = self._thread, None
+            thread = self._thread
         self._handler_set.set()
         self._waiting.put(None)
         if thread is not None and thread is not threading.current_thread():
             thread.join(_CLOSE_S)
+        # Not before: a close that was interrupted is called again.
+        self._thread = None
 
     def _run(self) -> None:
         self.enter_thread()

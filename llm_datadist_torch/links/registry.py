@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from llm_datadist_torch.links.earlier_leases import EarlierLeases
 from llm_datadist_torch.links.events import LinkEvents
 from llm_datadist_torch.links.link import Link, LinkRelay
 from llm_datadist_torch.net.connection import Connection
@@ -15,7 +17,7 @@ from llm_datadist_torch.net.endpoint import Endpoint
 from llm_datadist_torch.serving.late_writers import LateWriters
 from llm_datadist_torch.serving.messages import Release
 from llm_datadist_torch.serving.owner import Owner
-from llm_datadist_torch.serving.peer import LinkState
+from llm_datadist_torch.serving.peer import Grant, LinkState
 from llm_datadist_torch.serving.same_process import LinkEnd, SameProcessPeer
 from llm_datadist_torch.transports.choice import TransportSet
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
@@ -26,7 +28,6 @@ CLUSTERS = ""
 """The hold of ``link_clusters``."""
 MAX_LINKS = 4096
 """Links of one instance at a time; so many that were lost are remembered, too."""
-
 
 _MOST_UNRETURNED = 64
 """Peers for which it is remembered what has to be given back when they are linked again."""
@@ -50,6 +51,7 @@ class LinkRegistry:
         events: Who is told of links.
         by_peer: All links, lost ones too, for others to look at.
         late_writers: Peers that may still write after their connection has ended.
+        earlier: What this side still uses by links that have ended.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class LinkRegistry:
         self._endpoint = endpoint
         self.events = LinkEvents()
         self.late_writers = LateWriters(endpoint.loop, owner.end_leases)
+        self.earlier = EarlierLeases()
         self._unreturned: dict[str, list[Release]] = {}
         self._lock = threading.Lock()
         self.by_peer: dict[int, Link] = {}
@@ -111,6 +114,7 @@ class LinkRegistry:
         address: tuple[str, int] | None = None,
         replaces: Link | None = None,
         link_end: LinkEnd | None = None,
+        confirm: Callable[[], None] | None = None,
     ) -> None:
         """A link has been agreed on.
 
@@ -125,6 +129,8 @@ class LinkRegistry:
             address: Where the peer can be dialed again.
             replaces: The lost link that it is to take the place of.
             link_end: Our end, if it has been announced.
+            confirm: Tells the peer, before anybody here can say anything on the link. Must not
+                block.
 
         Raises:
             LLMLinkError: No transport in common, nobody here holds the link any more, what it
@@ -145,6 +151,8 @@ class LinkRegistry:
             held = owner in self._owners and replaces in (None, before)
             if held:
                 link.owners.add(owner)
+                if confirm is not None:
+                    confirm()
                 self.by_peer[peer] = self._by_connection[connection] = link
                 self._remember_less()
         if not held:
@@ -180,6 +188,7 @@ class LinkRegistry:
 
     def _forget(self, link: Link, state: LinkState, reason: str) -> None:
         ended = link.end(state, reason)
+        self.earlier.remember(link.peer, link.name, link.held)
         with self._lock:
             self._by_connection.pop(link.connection, None)
             listed = self.by_peer.get(link.peer) is link
@@ -220,12 +229,32 @@ class LinkRegistry:
             link.hang_up()
         return True
 
+    def settle(self, epoch: str, earlier: Mapping[str, Sequence[int]]) -> None:
+        """A peer that links again says which leases of earlier links it uses: all others are over.
+
+        Args:
+            epoch: The peer's life.
+            earlier: Name of each of the links -> leases of it that are in use.
+        """
+        self.late_writers.keep_only(epoch, earlier)
+        for connection, link in list(self._draining.items()):
+            if link.epoch == epoch and link.name in earlier:
+                for number in set(link.grants).difference(earlier[link.name]):
+                    self.give_back(connection, Release(number, None))
+
     def gone(self, connection: Connection) -> None:
         """The connection has ended: so have the leases of a link that ended before.
 
         All but those of a peer that may still write.
         """
         self._drained(connection)
+
+    @property
+    def quarantined(self) -> list[Grant]:
+        """Write leases of links that have ended: their peers may still write, for all we know."""
+        draining = [grant for link in list(self._draining.values())
+                    for grant in list(link.grants.values()) if grant.write]  # fmt: skip
+        return [*self.late_writers.grants, *draining]
 
     def is_draining(self, connection: Connection) -> bool:
         """Whether the link of this connection has ended, and its peer still has leases."""

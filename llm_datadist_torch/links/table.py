@@ -94,6 +94,7 @@ class LinkTable:
             raise error_for(LLMStatusCode.LLM_FAILED, text, op="init") from error
         with ExitStack() as undo:
             undo.callback(self.endpoint.close)
+            self.late: list[Grant] = []
             self.registry = LinkRegistry(self.identity.epoch, owner, transports, self.endpoint)
             self._handshake = Handshake(self.identity, self.registry, self.endpoint)
             self.meetings = Meetings(self.endpoint)
@@ -246,13 +247,11 @@ class LinkTable:
                 link.shown_regions.discard(region_id)
                 link.post(RegionFreed(region_id))
 
-    def close(self, deadline: Deadline) -> list[Grant]:
+    def close(self, deadline: Deadline) -> None:
         """End all links, telling the peers, and close the sockets. Idempotent.
 
-        Waits for running transfers of both sides, at most until the deadline.
-
-        Returns:
-            The write leases of peers that may still write, because their processes live.
+        Waits for running transfers of both sides, at most until the deadline. Peers that may still
+        write then, because their processes live, are in ``late``.
         """
         self._handshake.cancel("the instance has been finalized")
         self.questions.close()
@@ -266,18 +265,19 @@ class LinkTable:
                 link.stop_transfers(ticket, deadline)
                 link.wait_for_leases(deadline)
             link.post(Unlink())
-        late = [*self.registry.late_writers.grants]
+        # Before the connections are closed, and noted if this is interrupted and called again.
+        late = self.registry.quarantined
         for link in self.links():
             process = link.connection.process
             if process is not None and not process.is_this_one and process.alive:
                 late += [grant for grant in list(link.grants.values()) if grant.write]
+        self.late = late or self.late
         self.endpoint.close()
         for link in self.links():
             self.registry.end(link, LinkState.UNLINKED, "finalize")
         self.registry.drain_all()
         self.registry.late_writers.close()
         self.registry.events.close()
-        return late
 
     # -- the endpoint's handler -------------------------------------------------------------------
 
@@ -337,6 +337,9 @@ class LinkTable:
         body, reply = envelope.body, self._replier(connection, envelope.request_id)
         if isinstance(body, EnterMeeting):
             self.meetings.on_enter(connection, body, reply)
+        elif isinstance(body, Hello):
+            self._check_is_stranger(link, connection)
+            self._handshake.on_hello(connection, body, reply)
         elif link is None:
             return False
         elif isinstance(body, Call):
@@ -363,8 +366,9 @@ class LinkTable:
         *,
         asked: bool,
     ) -> tuple[Body, bytes | None] | None:
-        if isinstance(body, (Hello, JoinMeeting)):
-            return self._answer_stranger(link, connection, body), None
+        if isinstance(body, JoinMeeting):
+            self._check_is_stranger(link, connection)
+            return self.meetings.on_join(connection, body), None
         if link is None:
             if isinstance(body, Release) and self.registry.give_back(connection, body):
                 return None
@@ -393,15 +397,10 @@ class LinkTable:
             )
         return answer
 
-    def _answer_stranger(
-        self, link: Link | None, connection: Connection, body: Hello | JoinMeeting
-    ) -> Body:
+    def _check_is_stranger(self, link: Link | None, connection: Connection) -> None:
         if link is not None or self.meetings.has_joined(connection):
             text = "this connection is a link, or takes part in a meeting, already"
             raise error_for(LLMStatusCode.LLM_ALREADY_LINK, text)
-        if isinstance(body, JoinMeeting):
-            return self.meetings.on_join(connection, body)
-        return self._handshake.on_hello(connection, body)
 
     def _on_unlink(self, link: Link, *, asked: bool) -> Body:
         if link.unlinking or not asked:

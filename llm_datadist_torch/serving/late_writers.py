@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llm_datadist_torch.net.loop import READ, Loop
@@ -94,6 +94,16 @@ class LateWriters:
             self._end({lease_id: grant})
         if done:
             self._loop.run(lambda: self._gone(name))
+
+    def keep_only(self, epoch: str, earlier: Mapping[str, Sequence[int]]) -> None:
+        """A writer says which leases it still uses, per earlier link; the others end."""
+        for name, in_use in earlier.items():
+            with self._lock:
+                writer = self._writers.get(name)
+                known = writer is not None and writer.epoch == epoch
+                numbers = list(writer.grants) if writer is not None and known else []
+            for number in set(numbers).difference(in_use):
+                self.release(epoch, name, number)
 
     @property
     def leases(self) -> int:

@@ -23,12 +23,15 @@ MAX_NAME = 256
 MAX_OFFERS = 16
 MAX_MEMBERS = 4
 """Of a communicator."""
+MAX_EARLIER = 16
+"""Links that have ended of which the sides tell each other when they link again."""
 ANY_PEER = -1
 """As the expected id of a ``Hello``: only say who answers, and make no link."""
 
 Id = Annotated[int, msgspec.Meta(ge=0)]
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Offers = Annotated[dict[Name, bytes], msgspec.Meta(max_length=MAX_OFFERS)]
+Earlier = Annotated[dict[Name, list[Id]], msgspec.Meta(max_length=MAX_EARLIER)]
 
 
 class Message(msgspec.Struct, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -48,6 +51,8 @@ class Hello(Message):
         owner: What the link is for; see :class:`Join`.
         name: Random name of the link that is asked for.
         lost: Name of the link that the sender has lost; if it is left here, it makes room.
+        earlier: Name of each earlier link to the same peer -> its leases that the sender still
+            uses. All other leases that it had by them are over.
     """
 
     cluster_id: Id
@@ -58,6 +63,7 @@ class Hello(Message):
     owner: Name = ""
     name: Name = ""
     lost: Name = ""
+    earlier: Earlier = {}
 
 
 class Welcome(Message):
@@ -69,6 +75,7 @@ class Welcome(Message):
     cluster_id: Id
     epoch: Name
     offers: Offers
+    earlier: Earlier = {}
 
 
 class Refused(Message):

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, LLMException, LLMOutOfMemoryError
+from llm_datadist_torch.links.messages import Release
+from llm_datadist_torch.links.owner import Owner
+from llm_datadist_torch.links.table import LinkTable
 from tests.faults.helpers import ME, OK, PEER, Peers
 from tests.peers import Peer, Ref, Service, eventually
 
@@ -36,13 +39,14 @@ def writer(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
     return peer
 
 
-def cut_while_it_writes(here: Service, writer: Peer, name: str = "mine") -> None:
-    writer.call("slow_moves", 2.0)
+def cut_while_it_writes(here: Service, writer: Peer, seconds: float = 2.0) -> None:
+    writer.call("slow_moves", seconds)
     writer.begin("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
     assert eventually(lambda: here.counters()["leases"] == 1)
     here.cut()
     assert eventually(lambda: here.link_states() == {PEER: "lost"})
-    assert here.instance.links.registry.late_writers.leases == 1
+    kept = here.dd.stats().quarantine
+    assert (kept.leases, kept.caches, kept.nbytes) == (1, 1, 2 * 2 * 64)
 
 
 def full(here: Service) -> bool:
@@ -62,7 +66,56 @@ def test_its_pages_go_to_nobody_before_it_has_stopped(here: Service, writer: Pee
     assert full(here)
     writer.call("relink", ME)
     assert eventually(lambda: not full(here))
+    assert here.dd.stats().quarantine.leases == 0
+
+
+def test_a_lease_that_the_writer_never_heard_of(
+    here: Service, writer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer was lost with the connection: the next link says that nobody uses it."""
+    lease = Owner._lease
+
+    def cut_off(self: Owner, *args: Any, **kwargs: Any) -> int:
+        number = lease(self, *args, **kwargs)
+        here.cut()
+        return number
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Owner, "_lease", cut_off)
+        writer.call("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1], timeout=200)
+    assert here.instance.links.registry.late_writers.leases >= 1
+    here.drop("mine")
+    writer.call("relink", ME)
+    assert eventually(lambda: not full(here))
     assert here.instance.links.registry.late_writers.leases == 0
+
+
+def test_a_return_that_was_lost(
+    here: Service, writer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer has finished and says so, but is not heard."""
+    serve = LinkTable._serve
+
+    def hear_no_release(self: LinkTable, link: Any, connection: Any, envelope: Any) -> None:
+        if not isinstance(envelope.body, Release):
+            serve(self, link, connection, envelope, None)
+
+    cut_while_it_writes(here, writer)
+    writer.answer()
+    monkeypatch.setattr(LinkTable, "_serve", lambda *args: hear_no_release(*args[:4]))
+    writer.call("relink", ME)
+    assert eventually(lambda: here.instance.links.registry.late_writers.leases == 0)
+
+
+def test_what_still_writes_stays_over_the_next_link(here: Service, writer: Peer) -> None:
+    """The writer links again while it writes: its lease is not taken for a lost one."""
+    port = writer.call("listening_port")
+    cut_while_it_writes(here, writer, 10.0)
+    here.drop("mine")
+    assert here.link(PEER, port) == OK
+    assert full(here)
+    writer.answer()
+    assert eventually(lambda: not full(here))
 
 
 def test_its_pages_are_free_when_it_has_died(here: Service, writer: Peer) -> None:
