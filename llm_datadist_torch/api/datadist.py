@@ -74,6 +74,7 @@ class LLMDataDist:
         self._cluster_id = check_uint64("cluster_id", cluster_id)
         self._options: dict[str, str] = {}
         self._instance: Instance | None = None
+        self._ending: Instance | None = None
         self._manager: CacheManager | None = None
         self._life = threading.Lock()
 
@@ -97,6 +98,7 @@ class LLMDataDist:
         with self._life:
             if self._instance is not None:
                 return
+            self._end(None)
             config = EngineConfig.from_options(self._role, options)
             instance = Instance(self._cluster_id, config)
             instance.links.questions.answer_stats_by(
@@ -115,7 +117,7 @@ class LLMDataDist:
         """End all links and caches, release the pools, stop listening (reference API, 6.4).
 
         Waits for transfers that are under way, on either side, and cuts off those that take longer;
-        idempotent.
+        idempotent. One that was interrupted (Ctrl-C) is finished by the next, or by :meth:`init`.
 
         Tensors that the user still holds stay valid. The instance may be initialised again.
 
@@ -128,13 +130,26 @@ class LLMDataDist:
         """
         timeout = None if timeout is None else check_timeout_ms(timeout)
         with self._life:
-            instance, self._instance, self._manager = self._instance, None, None
-            if instance is None:
-                return
-            LLMDataDist._live.discard(self)
+            self._ending = self._instance or self._ending
+            self._instance = self._manager = None
             if LLMDataDist.llm_engine_instance is self:
-                LLMDataDist.llm_engine_instance = next(iter(LLMDataDist._live), None)
-            instance.close(timeout)
+                others = LLMDataDist._live - {self}
+                LLMDataDist.llm_engine_instance = next(iter(others), None)
+            self._end(timeout)
+
+    def _end(self, timeout: int | None) -> None:
+        """End what was initialised before, if anything is left of it. The life lock is held."""
+        if self._ending is None:
+            return
+        try:
+            self._ending.close(timeout)
+        except LLMException:
+            # Which says what could not be waited for: all has been ended.
+            self._ending = None
+            LLMDataDist._live.discard(self)
+            raise
+        self._ending = None
+        LLMDataDist._live.discard(self)
 
     def __enter__(self) -> Self:
         """The instance itself."""

@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.memory.arena import ArenaMemory
-from llm_datadist_torch.observe.stats import CacheStats, ErrorStats, LinkStats, PoolStats, Stats
+from llm_datadist_torch.observe.stats import (
+    CacheStats,
+    ErrorStats,
+    LinkStats,
+    PoolStats,
+    QuarantineStats,
+    Stats,
+)
 from llm_datadist_torch.values.enums import Placement
 
 
@@ -28,7 +37,18 @@ def look(instance: Instance) -> Stats:
         transfers=tuple(instance.transfers.counters()),
         errors=tuple(ErrorStats(*key, n) for key, n in instance.transfers.errors().items()),
         recent=tuple(instance.transfers.recent()),
+        quarantine=_quarantine(instance.links.registry.quarantined),
     )
+
+
+def _quarantine(grants: Sequence[Grant]) -> QuarantineStats:
+    entries = {id(grant.entry): grant.entry for grant in grants}.values()
+    return QuarantineStats(len(grants), len(entries), sum(_nbytes(each) for each in entries))
+
+
+def _nbytes(entry: CacheEntry) -> int:
+    layout = entry.layout
+    return layout.num_tensors * layout.rows * layout.row_bytes
 
 
 def _pools(instance: Instance) -> dict[str, ArenaMemory]:
@@ -63,7 +83,7 @@ def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], dropped: set[int]) 
         paged=layout.paged,
         tensors=layout.num_tensors,
         rows=layout.rows,
-        nbytes=layout.num_tensors * layout.rows * layout.row_bytes,
+        nbytes=_nbytes(entry),
         device=str(entry.device),
         registered=not entry.owned,
         leases=entry.leases,

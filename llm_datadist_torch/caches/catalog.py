@@ -40,6 +40,7 @@ class Catalog:
         # Not a Condition: taking that one runs Python code, in which Ctrl-C would lose the lock.
         self._lock = threading.RLock()
         self._entries: dict[int, CacheEntry] = {}
+        self._clearing: list[CacheEntry] = []
         self._keys: dict[KeyName, CacheEntry] = {}
         self._by_address: AddressIndex[CacheEntry] = AddressIndex()
         self._ids = itertools.count(1)
@@ -276,19 +277,22 @@ class Catalog:
     def clear(self) -> None:
         """Forget everything: the instance has ended. Running transfers keep what they use."""
         with self._lock:
-            entries = list(self._entries.values())
+            self._clearing += self._entries.values()
             self._entries.clear()
             self._ended.clear()
             self._keys.clear()
             self._by_address.clear()
             # The old counters go with the last entry that has some.
             self._generations = Generations()
-        for entry in entries:
+        # If this is interrupted, the next call goes on with it.
+        while self._clearing:
+            entry = self._clearing[-1]
             entry.freed()
             entry.held = False
             entry.keys = {}
             if not entry.guard.end(_nothing):
                 entry.drop_memory()
+            self._clearing.pop()
 
     # -- leases -----------------------------------------------------------------------------------
 

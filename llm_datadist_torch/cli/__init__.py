@@ -47,13 +47,13 @@ def main(arguments: Sequence[str]) -> int:
         from llm_datadist_torch.cli import top
 
         return top.run(options.address, options.interval, options.count)
-    found = _examine()
+    found = _examine(options.address)
     shown = report.as_json if options.json else report.as_text
     sys.stdout.write(report.as_fixes(found) if options.fix else shown(found))
     return 1 if found.problems else 0
 
 
-def _examine() -> report.Report:
+def _examine(address: str | None) -> report.Report:
     """Doctor explains a torch_npu that can't be loaded, so torch must not try to load it."""
     wanted = environment_text(_AUTOLOAD)
     set_environment({_AUTOLOAD: "0"})
@@ -64,7 +64,7 @@ def _examine() -> report.Report:
         return report.of_load_error(error)
     finally:
         set_environment({_AUTOLOAD: wanted or None})
-    return doctor.examine()
+    return doctor.examine(address)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     forms.add_argument(
         "--fix", action="store_true", help="print commands that mend what can be mended; runs none"
     )
+    text = "host:port of an instance to look at, too: links, caches whose handle is gone"
+    command.add_argument("address", nargs="?", help=text)
     return parser
 
 

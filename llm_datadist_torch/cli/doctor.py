@@ -7,18 +7,27 @@ import re
 from collections.abc import Callable
 
 from llm_datadist_torch.cli import probes
+from llm_datadist_torch.cli.remote import connect, look_at
 from llm_datadist_torch.cli.report import Finding, Report, versions
+from llm_datadist_torch.observe.html import quarantine_text, size
+from llm_datadist_torch.observe.stats import CacheStats, LinkStats
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
 from llm_datadist_torch.values.environment import npu_is_simulated
+from llm_datadist_torch.values.status import LLMException
 
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _PIP = re.compile(r"""pip install (?:'[^']+'|"[^"]+"|[\w-]+)""")
 
 
-def examine() -> Report:
-    """Look at everything. Takes less than a second; changes nothing."""
+def examine(address: str | None = None) -> Report:
+    """Look at everything. Takes less than a second; changes nothing.
+
+    Args:
+        address: Host and port of an instance that is to be asked, too; None for none.
+    """
     paths = _paths()
-    return Report(versions(), _transports(), paths, _system())
+    instance = [] if address is None else _instance(address)
+    return Report(versions(), _transports(), paths, _system(), instance)
 
 
 def _transports() -> list[Finding]:
@@ -115,6 +124,39 @@ def _npu() -> Finding:
         "note",
         problem + "it can't be imported; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch working",
         remedy,
+    )
+
+
+def _instance(address: str) -> list[Finding]:
+    try:
+        node, peer = connect(address)
+        with node:
+            stats = look_at(node, peer)
+    except LLMException as error:
+        return [Finding(address, "wrong", str(error.args[0] if error.args else error))]
+    found = [Finding(address, "ok", f"cluster {stats.cluster_id} on {stats.device}")]
+    found += [_link(link) for link in stats.links if link.peer != node.cluster_id]
+    found += [_forgotten(cache) for cache in stats.caches if cache.dropped]
+    if stats.quarantine.leases:
+        remedy = "it ends when the peers link again, or their processes end"
+        found.append(Finding("quarantine", "note", quarantine_text(stats), remedy))
+    return found
+
+
+def _link(link: LinkStats) -> Finding:
+    if link.state == "linked":
+        paths = ", ".join(f"{kind}: {name}" for kind, name in link.transports.items() if name)
+        return Finding(f"link to cluster {link.peer}", "ok", paths)
+    return Finding(f"link to cluster {link.peer}", "note", f"{link.state}: {link.reason}")
+
+
+def _forgotten(cache: CacheStats) -> Finding:
+    names = ", ".join(cache.names) or "no keys"
+    return Finding(
+        f"cache {cache.cache_id}",
+        "note",
+        f"the program has dropped its handle; {size(cache.nbytes)}, {names}",
+        "it stays because peers may name it; deallocate or unregister caches before dropping them",
     )
 
 

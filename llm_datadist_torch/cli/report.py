@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Literal
 
@@ -46,12 +46,14 @@ class Report:
         transports: What moves bytes between instances.
         paths: How the local transport reaches a peer's memory, fastest first.
         system: What the kernel and the device runtime allow.
+        instance: What an instance that was asked for says of itself.
     """
 
     versions: dict[str, str]
     transports: list[Finding]
     paths: list[Finding]
     system: list[Finding]
+    instance: list[Finding] = field(default_factory=list)
 
     @property
     def problems(self) -> list[Finding]:
@@ -61,7 +63,7 @@ class Report:
     @property
     def findings(self) -> list[Finding]:
         """All of them, in the order of the report."""
-        return [*self.transports, *self.paths, *self.system]
+        return [*self.transports, *self.paths, *self.system, *self.instance]
 
 
 def as_json(report: Report) -> str:
@@ -77,7 +79,10 @@ def as_text(report: Report) -> str:
         ("transports", report.transports),
         ("paths of the local transport, fastest first", report.paths),
         ("system", report.system),
+        ("instance", report.instance),
     ):
+        if not findings:
+            continue
         lines += ["", title]
         for finding in findings:
             lines.append(f"  {finding.state:<5}  {finding.name}: {finding.detail}")

@@ -7,17 +7,13 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from llm_datadist_torch.api.node import Node
-from llm_datadist_torch.api.opening import open as open_node
-from llm_datadist_torch.links.questions import STATS_QUERY
-from llm_datadist_torch.observe.html import size
+from llm_datadist_torch.cli.remote import connect, look_at
+from llm_datadist_torch.observe.html import quarantine_text, size
 from llm_datadist_torch.observe.stats import Stats
-from llm_datadist_torch.values.status import LLMException, LLMParamError
+from llm_datadist_torch.values.status import LLMException
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-_CONNECT_S = 5.0
 
 
 def run(address: str, interval_s: float, count: int | None) -> int:
@@ -33,7 +29,7 @@ def run(address: str, interval_s: float, count: int | None) -> int:
         sys.stderr.write("top needs the package rich: pip install rich\n")
         return 2
     try:
-        node, peer = _connect(address)
+        node, peer = connect(address)
     except LLMException as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -42,7 +38,7 @@ def run(address: str, interval_s: float, count: int | None) -> int:
     try:
         with node, Live(console=console, auto_refresh=False) as live:
             while count is None or count > 0:
-                stats = Stats.from_json(node.datadist.request(peer, STATS_QUERY, timeout=5000))
+                stats = look_at(node, peer)
                 live.update(render(stats, before), refresh=True)
                 before, count = stats, None if count is None else count - 1
                 if count != 0:
@@ -53,24 +49,6 @@ def run(address: str, interval_s: float, count: int | None) -> int:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
-
-
-def _connect(address: str) -> tuple[Node, int]:
-    """Link to the instance, in whichever mode it is."""
-    node = open_node()
-    try:
-        return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
-    except LLMParamError:
-        node.close()
-    except BaseException:
-        node.close()
-        raise
-    node = open_node(remote_accessible=False)
-    try:
-        return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
-    except BaseException:
-        node.close()
-        raise
 
 
 def render(stats: Stats, before: Stats | None) -> RenderableType:
@@ -106,7 +84,8 @@ def render(stats: Stats, before: Stats | None) -> RenderableType:
         f" {size(pool.total_bytes)} used"
         for pool in stats.pools
     ]
-    return Group(links, caches, *pools)
+    kept = [quarantine_text(stats)] if stats.quarantine.leases else []
+    return Group(links, caches, *pools, *kept)
 
 
 def _moved(stats: Stats, peer: int) -> tuple[int, int]:

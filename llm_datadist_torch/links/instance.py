@@ -118,17 +118,21 @@ class Instance:
 
         Memory that the user still holds tensors of stays valid. Background transfers are cancelled;
         what is being sent is sent to its end, at most for ``timeout_ms`` or ``sync_kv_timeout``,
-        and a synchronizer is not waited for. Idempotent.
+        and a synchronizer is not waited for. Idempotent; one that was interrupted can be called
+        again, and does what is left.
+
+        Raises:
+            LLMException: LLM_LINK_BUSY: all has been ended, but a peer may still write to memory
+                that the caller owns.
         """
         self._open = False
-        late: list[Grant] = []
         # A forked child has neither the endpoint's thread nor any right to its sockets.
         if os.getpid() == self._pid:
             deadline = self.deadline(timeout_ms)
             self.communicators.close(deadline)
             for workers in (self.transfer_workers, self.layer_workers):
                 workers.close(deadline)
-            late = self.links.close(deadline)
+            self.links.close(deadline)
             self._transports.close()
         with self._caches_lock:
             caches = list(self._caches.values())
@@ -136,7 +140,7 @@ class Instance:
             cache.invalidate("finalize")
         self.catalog.clear()
         self._memories.clear()
-        _check_late_writers(late)
+        _check_late_writers(self.links.late)
 
     @property
     def open(self) -> bool:

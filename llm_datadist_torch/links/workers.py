@@ -87,10 +87,12 @@ class WorkerPool:
         with self._lock:
             self._closed = True
             work = [*self._queue, *self._running]
-            self._queue.clear()
-            self._changed.notify_all()
+        # Nothing leaves the queue before it is cancelled: this may be interrupted and called again.
         for each in work:
             each.cancel()
+        with self._lock:
+            self._queue.clear()
+            self._changed.notify_all()
         for each in work:
             each.wait(deadline.remaining_s())
         # Only threads that are about to end are left; a user's callback may still keep one.
@@ -153,7 +155,7 @@ class WorkerPool:
                 if len(self._threads) > self._keep:
                     break
             self._idle -= 1
-            if not self._queue:
+            if not self._queue or self._closed:
                 # From here on nobody counts on this thread.
                 self._threads.discard(threading.current_thread())
                 return None

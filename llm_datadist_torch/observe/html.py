@@ -41,11 +41,22 @@ def stats_html(title: str, stats: Stats) -> str:
     parts += [_pool_map(pool, stats.caches) for pool in stats.pools]
     if stats.caches:
         parts.append(_head("caches") + _caches(stats.caches))
+    if stats.quarantine.leases:
+        parts.append(_head(quarantine_text(stats)))
     if stats.links:
         parts.append(_head("links") + _link_graph(stats))
     if stats.recent:
         parts.append(_head("latest transfers: brighter is faster") + _heat_map(stats))
     return f'<div style="{_STYLE}"><b>{escape(title)}</b>{"".join(parts)}</div>'
+
+
+def quarantine_text(stats: Stats) -> str:
+    """What is kept from others because a peer may still write to it."""
+    kept = stats.quarantine
+    return (
+        f"{size(kept.nbytes)} of {kept.caches} cache(s) are kept for {kept.leases} lease(s) of"
+        " peers that can't be heard any more and may still write"
+    )
 
 
 def _head(text: str) -> str:

@@ -30,6 +30,12 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "caches": ("gauge", "Caches that are alive.", ("cluster_id",)),
     "cache_bytes": ("gauge", "Bytes of all caches.", ("cluster_id", "device")),
     "leases": ("gauge", "Uses of caches that are under way.", ("cluster_id",)),
+    "quarantined_leases": (
+        "gauge",
+        "Write leases of peers that can't be heard any more and live.",
+        ("cluster_id",),
+    ),
+    "quarantined_bytes": ("gauge", "Bytes of the caches that those are on.", ("cluster_id",)),
     "pool_bytes": ("gauge", "Size of a pool.", ("cluster_id", "pool")),
     "pool_free_bytes": ("gauge", "Free bytes of a pool.", ("cluster_id", "pool")),
 }
@@ -74,6 +80,8 @@ class StatsCollector:
         for device in sorted({cache.device for cache in stats.caches}):
             nbytes = sum(cache.nbytes for cache in stats.caches if cache.device == device)
             families["cache_bytes"].add_metric([me, device], nbytes)
+        families["quarantined_leases"].add_metric([me], stats.quarantine.leases)
+        families["quarantined_bytes"].add_metric([me], stats.quarantine.nbytes)
         for pool in stats.pools:
             families["pool_bytes"].add_metric([me, pool.name], pool.total_bytes)
             families["pool_free_bytes"].add_metric([me, pool.name], pool.free_bytes)

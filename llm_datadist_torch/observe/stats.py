@@ -79,6 +79,24 @@ class LinkStats:
 
 
 @dataclass(frozen=True)
+class QuarantineStats:
+    """Memory that peers may still write to by links that have ended, and that nobody else gets.
+
+    A peer on this host that lost its connection may go on writing. Its leases end when it says so
+    on the next link, or when its process ends.
+
+    Attributes:
+        leases: Leases of such peers.
+        caches: Caches that they are on; some may have been freed by the program.
+        nbytes: Bytes of those caches.
+    """
+
+    leases: int = 0
+    caches: int = 0
+    nbytes: int = 0
+
+
+@dataclass(frozen=True)
 class ErrorStats:
     """Transfers that failed in one way.
 
@@ -114,6 +132,7 @@ class Stats:
         transfers: Counters of transfers that moved their bytes.
         errors: Counters of those that failed.
         recent: The latest transfers, the oldest first.
+        quarantine: What peers that can't be heard any more may still write to.
     """
 
     cluster_id: int
@@ -127,6 +146,7 @@ class Stats:
     transfers: tuple[TransferCounter, ...]
     errors: tuple[ErrorStats, ...]
     recent: tuple[TransferRecord, ...]
+    quarantine: QuarantineStats = QuarantineStats()
 
     def to_json(self) -> str:
         """Write it as JSON."""
@@ -151,6 +171,7 @@ class Stats:
         }  # fmt: skip
         for name, kind in parts.items():
             value[name] = tuple(kind(**each) for each in value[name])
+        value["quarantine"] = QuarantineStats(**value["quarantine"])
         value["recent"] = tuple(TransferRecord(*each) for each in value["recent"])
         return cls(**value)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import llm_datadist_torch as ld
+from llm_datadist_torch import BlocksCacheKey, CacheDesc, DataType
 from llm_datadist_torch.cli import doctor, probes
 from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, NpuRuntime
 from llm_datadist_torch.cli.report import Finding, Report, as_fixes, as_json, as_text
@@ -69,6 +71,25 @@ def test_json_and_fix_exclude_each_other():
     done = run_module("doctor", "--json", "--fix")
     assert done.returncode == 2
     assert "not allowed with" in done.stderr
+
+
+def test_an_instance_that_runs():
+    """Caches whose handle the program has dropped are listed: nothing else tells of them."""
+    description = CacheDesc(1, [2, 1 << 20], DataType.DT_INT8)
+    with ld.open(device="cpu", listen="127.0.0.1:0") as node:
+        node.cache_manager.allocate_blocks_cache(description, BlocksCacheKey(node.cluster_id, 7))
+        kept = node.cache_manager.allocate_blocks_cache(description)
+        host, port = node.datadist.listen_address
+        done = run_module("doctor", f"{host}:{port}")
+    assert f"cluster {node.cluster_id} on cpu" in done.stdout, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "dropped its handle" in line)
+    assert "cache 1: " in line
+    assert "2.0 MiB" in line
+    assert "7" in line
+    assert kept.cache_id == 2
+    gone = run_module("doctor", "127.0.0.1:1")
+    assert gone.returncode == 1
+    assert "wrong  127.0.0.1:1" in gone.stdout
 
 
 def test_the_child_leaves_nothing_behind():

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dis
 import inspect
+import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 import llm_datadist_torch
-from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex
+from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, Placement
 from llm_datadist_torch.links import held_leases
 from llm_datadist_torch.links.held_leases import HeldLeases
 from llm_datadist_torch.links.link import Link, Pending
@@ -24,6 +26,9 @@ from llm_datadist_torch.movement.transfer import Transfer
 from tests.peers import Peer, Ref, Service, eventually
 
 KEY = BlocksCacheKey(2)
+POOL = '{"memory_size": 131072, "page_shift": 12}'
+STEP = 1 if os.environ.get("TEST_EVERY_PLACE") else 17
+"""Of calls with many places every so-many-th is tried, unless all are asked for."""
 PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
 
 
@@ -143,7 +148,7 @@ def test_between_any_two_steps(here: Service, peer: Peer, monkeypatch: pytest.Mo
         if not interrupted:
             break
         places.add(bomb.gone_off)
-        assert eventually(lambda: not link._held._tickets), bomb.gone_off
+        assert eventually(lambda: not link.held._tickets), bomb.gone_off
         assert nothing_is_left(here, peer), bomb.gone_off
     else:
         pytest.fail("there is no end to it")
@@ -180,6 +185,8 @@ def exploded(bomb: Bomb, call: Callable[[], object]) -> bool:
         return True
     finally:
         sys.settrace(before)
+        # Frames keep all that they had.
+        bomb.before.clear()
     assert not bomb.gone_off
     return False
 
@@ -249,9 +256,58 @@ def test_transfers_at_every_place(
     def check(place: str) -> None:
         assert here.counters()["leases"] == 0, place
         assert link.transfers.idle, place
-        assert eventually(lambda: not link._held._tickets), place
+        assert eventually(lambda: not link.held._tickets), place
 
     assert everywhere(lambda: here.run(operation, *arguments), check) > 50
     assert nothing_is_left(here, peer)
     here.run(operation, *arguments)
     assert here.unlink(2, force=True) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+
+
+def num_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+class Sockets:
+    """What an instance has of the system: it must all be given back."""
+
+    def __init__(self) -> None:
+        self.threads = threading.active_count()
+        self.descriptors = num_descriptors()
+
+    def are_back(self) -> bool:
+        return eventually(
+            lambda: (
+                threading.active_count() <= self.threads and num_descriptors() <= self.descriptors
+            )
+        )
+
+
+def test_finalize_at_every_place(here: Service, peers: Callable[[], Peer]) -> None:
+    """Called again it finishes the work: threads, sockets, memory and the port are given back."""
+    peer = peers()
+    theirs = peer.call("start", 2)
+    port, at, places = 0, 0, set[str]()
+    # The first use of some parts keeps a descriptor for good.
+    for warm in (True, False):
+        before = Sockets()
+        while True:
+            port = here.start(1, listen=f"127.0.0.1:{port}", pool=POOL)
+            assert here.link(2, theirs) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+            here.allocate("mine", 2, 8, 4096, paged=True)
+            memory = weakref.ref(here.instance.memory(Placement.DEVICE))
+            here.dd.on_link_event(lambda _: None)
+            here.dd.on_request(lambda *_: b"")
+            datadist, bomb = here.dd, Bomb(at)
+            interrupted = not warm and exploded(bomb, datadist.finalize)
+            datadist.finalize()
+            here.held.clear()
+            assert not datadist.initialised, bomb.gone_off
+            assert before.are_back(), bomb.gone_off
+            assert memory() is None, bomb.gone_off
+            assert eventually(lambda: peer.call("link_states") in ({}, {1: "lost"})), bomb.gone_off
+            if not interrupted:
+                break
+            places.add(bomb.gone_off)
+            at += STEP
+    assert at > 30 * STEP, places

@@ -67,6 +67,7 @@ class HixlTransport(Transport):
         self._quiescing = threading.Lock()
         self._deregistering = False
         self._end = threading.Event()
+        self._ended = False
 
     @classmethod
     def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
@@ -204,7 +205,7 @@ class HixlTransport(Transport):
     def close(self) -> None:
         """Disconnect, deregister and end the engine, in HIXL's order; idempotent."""
         with self._lock:
-            if self._end.is_set():
+            if self._ended:
                 return
             self._end.set()
             connections = list(self._connections.values())
@@ -215,6 +216,8 @@ class HixlTransport(Transport):
                 logger.warning("%s", error)  # the end of the engine ends it, too
         self._memory.clear()
         self._engine.finalize()
+        # Not before: a close that was interrupted is called again.
+        self._ended = True
 
 
 def _until(condition: Callable[[], bool], deadline: Deadline) -> bool:

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands look at an instance in another process: by a link of their own."""
+
+from __future__ import annotations
+
+from llm_datadist_torch.api.node import Node
+from llm_datadist_torch.api.opening import open as open_node
+from llm_datadist_torch.links.questions import STATS_QUERY
+from llm_datadist_torch.observe.stats import Stats
+from llm_datadist_torch.values.status import LLMParamError
+
+_CONNECT_S = 5.0
+_ANSWER_MS = 5000
+
+
+def look_at(node: Node, peer: int) -> Stats:
+    """What an instance is and has done; ``connect`` has made the link.
+
+    Raises:
+        LLMException: It does not answer, or is lost.
+    """
+    return Stats.from_json(node.datadist.request(peer, STATS_QUERY, timeout=_ANSWER_MS))
+
+
+def connect(address: str) -> tuple[Node, int]:
+    """Link to the instance, in whichever mode it is."""
+    node = open_node(device="cpu")
+    try:
+        return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
+    except LLMParamError:
+        node.close()
+    except BaseException:
+        node.close()
+        raise
+    node = open_node(device="cpu", remote_accessible=False)
+    try:
+        return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
+    except BaseException:
+        node.close()
+        raise
