@@ -183,6 +183,10 @@ class Service(Caches):
             os._exit(0)
         return child
 
+    def on_request_echo(self) -> None:
+        """Requests are answered by themselves from now on."""
+        self.dd.on_request(lambda _peer, payload: payload)
+
     def relink(self, peer: int) -> None:
         """Find the link, or make it anew."""
         with contextlib.suppress(LLMException):

@@ -87,7 +87,7 @@ class HeldLeases:
     def in_use(self) -> list[int]:
         """Those that somebody still works with; on a link that has ended, no more are added."""
         tickets = [(lease_id, held()) for lease_id, held in list(self._tickets.items())]
-        return [number for number, ticket in tickets if ticket is not None and not ticket.over]
+        return [number for number, ticket in tickets if ticket is not None and not ticket.closed]
 
     def _sweep(self, post: Callable[[Release], None], timers: Timers) -> None:
         """Give back the leases of threads that were interrupted before they could."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import inspect
 import os
@@ -18,7 +19,14 @@ from typing import Any
 import pytest
 
 import llm_datadist_torch
-from llm_datadist_torch import BlocksCacheKey, CacheKeyByIdAndIndex, Placement
+from llm_datadist_torch import (
+    BlocksCacheKey,
+    CacheKeyByIdAndIndex,
+    EventSynchronizer,
+    LLMParamError,
+    Placement,
+    TransferWithCacheKeyConfig,
+)
 from llm_datadist_torch.links import held_leases
 from llm_datadist_torch.links.held_leases import HeldLeases
 from llm_datadist_torch.links.link import Link, Pending
@@ -27,8 +35,8 @@ from tests.peers import Peer, Ref, Service, eventually
 
 KEY = BlocksCacheKey(2)
 POOL = '{"memory_size": 131072, "page_shift": 12}'
-STEP = 1 if os.environ.get("TEST_EVERY_PLACE") else 17
-"""Of calls with many places every so-many-th is tried, unless all are asked for."""
+STEP = 1 if os.environ.get("TEST_EVERY_PLACE") else 29
+"""Every so-many-th place of public calls is tried, unless all are asked for: the long suite."""
 PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
 
 
@@ -309,5 +317,92 @@ def test_finalize_at_every_place(here: Service, peers: Callable[[], Peer]) -> No
             if not interrupted:
                 break
             places.add(bomb.gone_off)
-            at += STEP
-    assert at > 30 * STEP, places
+            at += min(STEP, 7)
+    assert at > 150, places
+
+
+def _link(here: Service, port: int) -> None:
+    """Also where the call before it was interrupted after the link had been made."""
+    assert here.link(2, port)[1][0] in ("LLM_SUCCESS", "LLM_ALREADY_LINK")
+
+
+def _transfer_layers(here: Service, _: int) -> None:
+    layers = range(2)
+    ready = EventSynchronizer([threading.Event() for _ in layers])
+    for layer in layers:
+        ready.record(layer)
+    config = TransferWithCacheKeyConfig(KEY, layers, layers)
+    mine = here.held["mine"].cache
+    task = here.manager.transfer_cache_async(mine, ready, [config], [0], [0])
+    task.synchronize(10_000)
+
+
+def _register(here: Service, _: int) -> None:
+    here.register("more", 2, 8, 4096, paged=True)
+    here.drop("more")
+
+
+def _allocate(here: Service, _: int) -> None:
+    here.allocate("more", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 7))
+    here.drop("more")
+
+
+PUBLIC_CALLS: dict[str, Callable[[Service, int], object]] = {
+    "allocate and deallocate": _allocate,
+    "register and unregister": _register,
+    "remove_cache_key": lambda here, _: here.manager.remove_cache_key(BlocksCacheKey(1, 8)),
+    "swap_blocks": lambda here, _: here.run("swap_blocks", Ref("mine"), Ref("host"), {0: 1}),
+    "transfer_cache_async": _transfer_layers,
+    "pull_blocks_async": lambda here, _: here.manager.pull_blocks_async(
+        KEY, here.held["mine"].cache, [0], [0]
+    ).synchronize(10_000),
+    "link_clusters": _link,
+    "unlink_clusters": lambda here, _: here.unlink(2),
+    "links": lambda here, _: here.dd.links(),
+    "stats": lambda here, _: here.dd.stats(),
+    "request": lambda here, _: here.dd.request(2, b"?", timeout=5000),
+    "identify": lambda here, port: here.dd.identify("127.0.0.1", port, timeout=5000),
+    "on_link_event": lambda here, _: here.dd.on_link_event(print).remove(),
+}
+
+
+@pytest.mark.parametrize("what", PUBLIC_CALLS)
+def test_public_calls_at_every_place(
+    here: Service, peers: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """What was interrupted can be called again; no lease, lock or turn to relink is lost."""
+    monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
+    before = Sockets()
+    here.start(1)
+    peer = peers()
+    port = peer.call("start", 2)
+    peer.call("allocate", "theirs", 2, 8, 4096, paged=True, keys=KEY)
+    peer.call("on_request_echo")
+    for name in ("mine", "host"):
+        here.allocate(name, 2, 8, 4096, paged=True)
+    call = PUBLIC_CALLS[what]
+    # What an interrupted call has made and not returned has no name any more.
+    own = {cache.cache_id for cache in (here.held[name].cache for name in ("mine", "host"))}
+    for at in range(0, 5000, STEP):
+        _link(here, port)
+        bomb = Bomb(at)
+        if not exploded(bomb, lambda: call(here, port)):
+            break
+        _link(here, port)
+        here.manager.remove_cache_key(BlocksCacheKey(1, 7))
+        assert eventually(lambda: here.counters()["leases"] == 0), bomb.gone_off
+        link = here.instance.links.registry.get(2)
+        assert eventually(lambda: link.transfers.idle), bomb.gone_off  # noqa: B023
+        assert eventually(lambda: not link.held._tickets), bomb.gone_off  # noqa: B023
+        for cache_id in set(here.instance.catalog.ids()) - own:
+            with contextlib.suppress(LLMParamError):  # an allocated one stays until the end
+                here.manager.unregister_cache(cache_id)
+        call(here, port)
+    else:
+        pytest.fail("there is no end to it")
+    _link(here, port)
+    here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+    here.held.clear()
+    here.dd.finalize()
+    peer.close()
+    assert before.are_back()
