@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -135,15 +135,37 @@ def _serve(connection: Connection, kind: type[Service]) -> None:
         connection.send(answer)
 
 
+_CLONE_NEWNS, _CLONE_NEWPID, _MS_REC, _MS_PRIVATE = 0x20000, 0x20000000, 0x4000, 0x40000
+
 _context = multiprocessing.get_context("forkserver")
 # The server has torch imported, so that a new process starts in some milliseconds.
 _context.set_forkserver_preload(["torch", "tests.peers"])
 
 
-def spawn(kind: type[Service] = Service) -> Peer:
+def _serve_hidden(connection: Connection, kind: type[Service]) -> None:
+    """In a PID namespace of its own, with its own /proc, as in a container."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, signal.SIGKILL)
+    assert libc.unshare(_CLONE_NEWPID | _CLONE_NEWNS) == 0
+    if child := os.fork():
+        os.waitpid(child, 0)
+        os._exit(0)
+    assert libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) == 0
+    assert libc.mount(b"proc", b"/proc", b"proc", 0, None) == 0
+    _serve(connection, kind)
+
+
+def spawn_hidden() -> Peer:
+    """As :func:`spawn`, in a PID namespace of its own."""
+    return spawn(serve=_serve_hidden)
+
+
+def spawn(
+    kind: type[Service] = Service, serve: Callable[[Connection, type[Service]], None] = _serve
+) -> Peer:
     """A fresh process with a service, which shares nothing with this one. Close it."""
     ours, theirs = _context.Pipe()
-    process = _context.Process(target=_serve, args=(theirs, kind), daemon=True)
+    process = _context.Process(target=serve, args=(theirs, kind), daemon=True)
     process.start()
     theirs.close()
     return Peer(process, ours)

@@ -22,6 +22,7 @@ from llm_datadist_torch import (
     LLMRole,
     Placement,
 )
+from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.net import connection, unix
 from llm_datadist_torch.net.process import start_time
 from llm_datadist_torch.serving.peer import LinkState
@@ -131,6 +132,28 @@ class Service(Caches):
 
     def link_states(self) -> dict[int, str]:
         return {link.peer: link.state.value for link in self.instance.links.links()}
+
+    def own_pid(self) -> int:
+        return os.getpid()
+
+    def _info(self, peer: int) -> LinkInfo:
+        return next(info for info in self.dd.links() if info.peer == peer)
+
+    def reason(self, peer: int) -> str:
+        """Why host memory goes the way that it goes."""
+        return next(each.reason for each in self._info(peer).choices if each.memory == "host")
+
+    def identified_by(self, peer: int) -> str:
+        return self._info(peer).identified_by
+
+    def paths(self) -> set[str]:
+        """By which paths bytes have gone."""
+        return {path for each in self.dd.stats().transfers for path in each.path.split("/")[-1:]}
+
+    def mapped_bytes(self, peer: int) -> int:
+        """Of a peer's memory, by the transport local."""
+        channel = self.instance.links.registry.get(peer).channel
+        return channel._channels["local"].mapped_bytes
 
     def listening_port(self) -> int:
         assert self.dd.listen_address is not None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 import time
@@ -32,11 +33,12 @@ from llm_datadist_torch.serving.messages import (
     ReadBytes,
     Refused,
     Release,
+    ShareRegion,
     WriteBytes,
     encode,
 )
 from llm_datadist_torch.serving.peer import LinkState, ServedPeer
-from llm_datadist_torch.transports.base import SameProcessPeer
+from llm_datadist_torch.transports.base import RegionView, SameProcessPeer
 from llm_datadist_torch.transports.choice import LinkChannel
 from llm_datadist_torch.transports.movement import Movement
 from llm_datadist_torch.values.deadline import Deadline
@@ -50,6 +52,8 @@ from llm_datadist_torch.values.status import (
 
 _LEASES_RETRY_S = 0.002
 SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
+_DESCRIPTOR_MS = 2000
+"""Longest that a peer is waited for that was asked for a descriptor."""
 
 
 class Pending:
@@ -160,6 +164,7 @@ class Link(ServedPeer):
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
+    _asking: threading.Lock = field(default_factory=threading.Lock)
     _told: list[Pending] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -257,6 +262,26 @@ class Link(ServedPeer):
             self._pending[number] = pending
             self._told.append(pending)
         self.connection.send(encode(Envelope(number, False, body)))
+
+    def ask_for_region(self, region_id: int) -> int:
+        """Have the peer send a descriptor of a region; it is owned by the caller.
+
+        Raises:
+            OSError: None has come: the peer refuses or does not answer in time, the connection
+                can't carry descriptors, or this process may have no more of them.
+        """
+        # One at a time: the next descriptor that comes is the one that was asked for.
+        with self._asking:
+            self.connection.expect_descriptors(1)
+            try:
+                self.request(ShareRegion(region_id), Deadline.after_ms(_DESCRIPTOR_MS))
+            except LLMException as error:
+                raise OSError(errno.EACCES, str(error.args[0] if error.args else error)) from error
+            finally:
+                descriptor = self.connection.take_descriptor()
+        if descriptor < 0:
+            raise OSError(errno.EMFILE, "no descriptor has come with the peer's answer")
+        return descriptor
 
     def on_reply(self, number: int, body: Body, data: Data | None) -> None:
         """An answer has arrived."""
@@ -386,6 +411,10 @@ class LinkRelay:
     def process(self) -> PeerProcess | None:
         """The peer's process, as the kernel knows it, where it is on this host."""
         return self._link.connection.process
+
+    def descriptor(self, region: RegionView) -> int:
+        """Have the peer send a descriptor of one of its regions."""
+        return self._link.ask_for_region(region.region_id)
 
     def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes | Data:
         """Ask the owner for the bytes of ``spans``."""

@@ -33,6 +33,7 @@ from llm_datadist_torch.serving.messages import (
     Refused,
     RegionFreed,
     Release,
+    ShareRegion,
     Unlink,
     decode,
     encode,
@@ -244,7 +245,7 @@ class LinkTable:
         """Tell the peers that may have mapped a region to unmap it."""
         for link in self.links():
             if link.state is LinkState.LINKED and region_id in link.shown_regions:
-                link.shown_regions.discard(region_id)
+                link.shown_regions.pop(region_id, None)
                 link.post(RegionFreed(region_id))
 
     def close(self, deadline: Deadline) -> None:
@@ -346,6 +347,10 @@ class LinkTable:
             self._owner.serve(link, body, reply)
         elif isinstance(body, Question):
             self.questions.put(link.peer, body.payload, reply)
+        elif isinstance(body, ShareRegion) and link is not None:
+            descriptor = self._owner.share_region(link, body.region_id)
+            answer = encode(Envelope(envelope.request_id, True, Done()))
+            connection.send(answer, None, (descriptor,))
         else:
             return False
         return True

@@ -47,3 +47,16 @@ class Region:
     def shareable(self) -> bool:
         """Whether peers on this host can map it."""
         return self.fd >= 0
+
+
+class RegionDescriptor(int):
+    """The descriptor of a region, which stays open for as long as this number is kept."""
+
+    region: Region
+
+    @classmethod
+    def of(cls, region: Region) -> RegionDescriptor:
+        """The number, with the region that it belongs to."""
+        number = cls(region.fd)
+        number.region = region
+        return number

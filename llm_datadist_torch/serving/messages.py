@@ -228,6 +228,15 @@ class Done(Message):
     """The request has been carried out."""
 
 
+class ShareRegion(Message):
+    """Send me a descriptor of this region, of a cache that I was told of.
+
+    Over a Unix socket only. Answered by :class:`Done` with the descriptor.
+    """
+
+    region_id: Id
+
+
 class RegionFreed(Message):
     """The region is gone: unmap it. No answer."""
 
@@ -325,6 +334,7 @@ Body = (
     | Note
     | Done
     | RegionFreed
+    | ShareRegion
     | Join
     | Unlink
     | JoinMeeting

@@ -7,6 +7,7 @@ Answers what peers ask about our caches. Runs in the endpoint's thread, never bl
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved
 from llm_datadist_torch.memory.address import HOST
-from llm_datadist_torch.memory.region import Region
+from llm_datadist_torch.memory.region import Region, RegionDescriptor
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.net.connection import Data
 from llm_datadist_torch.serving.leased_memory import (
@@ -130,6 +131,27 @@ class Owner:
             done()
             raise
 
+    def share_region(self, link: ServedPeer, region_id: int) -> RegionDescriptor:
+        """The descriptor of a region that the peer was told of, to be sent to it.
+
+        It lets the peer map the whole region. That is what the kernel allows processes of one user
+        anyway where it can see them, and it is not allowed to others here either.
+
+        Raises:
+            LLMException: Why the peer can't have it.
+        """
+        process = link.connection.process
+        if process is None or process.uid != os.geteuid():
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                "descriptors go to processes of the same user on the same host only",
+            )
+        shown = link.shown_regions.get(region_id)
+        region = None if shown is None else shown()
+        if region is None or not region.shareable:
+            raise error_for(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"there is no region {region_id}")
+        return RegionDescriptor.of(region)
+
     def end_leases(self, grants: dict[int, Grant]) -> None:
         """End these leases."""
         for lease_id in list(grants):
@@ -158,10 +180,12 @@ class Owner:
         if consumes is not None:
             _check_not_being_pulled(link, consumes)
         lease_id = self._lease(link, entry, consumes, write=query.write)
+        if entry.generation is not None:
+            link.show_region(entry.generation.region)
         if consumes is not None:
             link.begun[consumes] = entry
         if entry.region is not None:
-            link.shown_regions.add(entry.region.region_id)
+            link.show_region(entry.region)
         return CacheView(
             lease_id=lease_id,
             cache_id=entry.cache_id,

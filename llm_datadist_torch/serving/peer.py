@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
 
 from llm_datadist_torch import _C
 from llm_datadist_torch.caches.entry import CacheEntry, KeyName
+from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.net.connection import Connection
 from llm_datadist_torch.transports.choice import LinkChannel
 
@@ -45,7 +47,7 @@ class ServedPeer(ABC):
         state: Where the link stands.
         grants: Leases that the peer holds on our caches.
         begun: Keys that the peer has begun to pull and not consumed, and their caches.
-        shown_regions: Ids of our regions that the peer was told of, and may have mapped.
+        shown_regions: Our regions that the peer was told of, and may have mapped, by id.
         leaving: This side is about to end the link: the peer gets no more leases.
     """
 
@@ -56,8 +58,13 @@ class ServedPeer(ABC):
     state: LinkState = field(default=LinkState.LINKED, kw_only=True)
     grants: dict[int, Grant] = field(default_factory=dict, kw_only=True)
     begun: dict[KeyName, CacheEntry] = field(default_factory=dict, kw_only=True)
-    shown_regions: set[int] = field(default_factory=set, kw_only=True)
+    shown_regions: dict[int, weakref.ref[Region]] = field(default_factory=dict, kw_only=True)
     leaving: bool = field(default=False, kw_only=True)
+
+    def show_region(self, region: Region) -> None:
+        """The peer is told of a region of ours."""
+        if region.region_id not in self.shown_regions:
+            self.shown_regions[region.region_id] = weakref.ref(region)
 
     @property
     @abstractmethod

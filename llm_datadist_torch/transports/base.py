@@ -89,6 +89,16 @@ class Relay(Protocol):
     def same_process_peer(self) -> SameProcessPeer | None:
         """See above."""
 
+    def descriptor(self, region: RegionView) -> int:
+        """Have the peer send a descriptor of one of its regions; blocks for a moment at most.
+
+        Returns:
+            The descriptor, owned by the caller.
+
+        Raises:
+            OSError: It sends none.
+        """
+
     def read(
         self, movement: Movement, spans: torch.Tensor, deadline: Deadline
     ) -> bytes | bytearray | memoryview:

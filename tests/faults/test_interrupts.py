@@ -21,6 +21,7 @@ import pytest
 import llm_datadist_torch
 from llm_datadist_torch import (
     BlocksCacheKey,
+    CacheKey,
     CacheKeyByIdAndIndex,
     EventSynchronizer,
     LLMParamError,
@@ -343,14 +344,14 @@ def _register(here: Service, _: int) -> None:
 
 
 def _allocate(here: Service, _: int) -> None:
-    here.allocate("more", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 7))
+    here.allocate("more", 2, 8, 4096, paged=True)
     here.drop("more")
 
 
 PUBLIC_CALLS: dict[str, Callable[[Service, int], object]] = {
     "allocate and deallocate": _allocate,
     "register and unregister": _register,
-    "remove_cache_key": lambda here, _: here.manager.remove_cache_key(BlocksCacheKey(1, 8)),
+    "remove_cache_key": lambda here, _: here.manager.remove_cache_key(CacheKey(1, 8)),
     "swap_blocks": lambda here, _: here.run("swap_blocks", Ref("mine"), Ref("host"), {0: 1}),
     "transfer_cache_async": _transfer_layers,
     "pull_blocks_async": lambda here, _: here.manager.pull_blocks_async(
@@ -389,7 +390,6 @@ def test_public_calls_at_every_place(
         if not exploded(bomb, lambda: call(here, port)):
             break
         _link(here, port)
-        here.manager.remove_cache_key(BlocksCacheKey(1, 7))
         assert eventually(lambda: here.counters()["leases"] == 0), bomb.gone_off
         link = here.instance.links.registry.get(2)
         assert eventually(lambda: link.transfers.idle), bomb.gone_off  # noqa: B023

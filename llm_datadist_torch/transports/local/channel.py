@@ -61,12 +61,18 @@ class LocalChannel(Channel):
         same_process_peer = relay.same_process_peer
         self._same_process = same_process_peer is not None
         process = relay.process
+        # Nobody in another PID namespace has a pid here, but descriptors can be sent over.
+        self._hidden = not self._same_process and process is not None and process.pid <= 0
         self._unreachable = "" if self._same_process else peer.unreachable_from(here, process)
         if process is not None and not self._unreachable:
-            peer = peer.seen_as(process.pid)
+            peer = peer.seen_as(process)
         self._peer = peer = here if self._same_process else peer
         self._reported: set[str] = set()
-        self._mappings = PeerMappings(peer, trusted=self._same_process)
+        self._mappings = PeerMappings(
+            peer,
+            trusted=self._same_process,
+            ask=relay.descriptor if self._hidden else None,
+        )
         relayed = Relayed(relay)
         # The other paths between processes reach what the host's processors can read.
         self._device_paths: tuple[LocalPath, ...] = (relayed,)
@@ -75,6 +81,8 @@ class LocalChannel(Channel):
             self._paths = self._device_paths = (SameProcess(same_process_peer, self._mappings),)
         elif self._unreachable or process is None:
             self._paths = (relayed,)
+        elif self._hidden:
+            self._paths = (SharedMapping(self._mappings, peer), relayed)
         else:
             mappings = self._mappings
             self._paths = (
@@ -94,6 +102,12 @@ class LocalChannel(Channel):
         if isinstance(self._paths[0], Relayed):
             reason = self._unreachable or "the kernel forbids the other paths"
             return Fit.last_resort(f"through the control connection, {reason}")
+        if self._hidden:
+            return Fit.good(
+                "same host, in another PID namespace: regions by descriptors that the peer sends;"
+                " memory that it has registered goes through the control connection (containers:"
+                " share the namespace with --pid)"
+            )
         return Fit.good("same process" if self._same_process else "same host")
 
     def move(self, movement: Movement, deadline: Deadline) -> str:
@@ -231,8 +245,9 @@ class SharedMapping(LocalPath):
         try:
             return self._mappings.get(region)
         except OSError as error:
-            reason = why_forbidden(error.errno or 0, self._peer.pid)
-            raise PathUnavailable(f"mapping it failed: {error}; {reason}") from error
+            hidden = self._peer.pid <= 0
+            reason = "" if hidden else "; " + why_forbidden(error.errno or 0, self._peer.pid)
+            raise PathUnavailable(f"mapping it failed: {error}{reason}") from error
 
 
 class ProcessMemory(LocalPath):

@@ -56,7 +56,8 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
             process: The peer's process, as the kernel knows it by the connection. What a peer says
                 of itself is never enough: two clones of one machine have the same boot_id.
         """
-        if self.is_here or (process is not None and process.pid == other.pid):
+        # Another process in another PID namespace may have the same number.
+        if self.is_here if process is None else process.pid == other.pid:
             return "the peer says that it is this process, and is not"
         if process is None:
             if self.boot_id != other.boot_id:
@@ -65,17 +66,11 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
                 "nothing proves that the peer is on this host: its connection is no Unix socket"
                 " (containers: share the network namespace)"
             )
-        if process.pid <= 0 or self.pid_namespace != other.pid_namespace:
-            return "the peer is in another pid namespace (containers: share it with --pid)"
         return ""
 
-    def seen_as(self, pid: int) -> HostIdentity:
+    def seen_as(self, process: PeerProcess) -> HostIdentity:
         """The process that the kernel says the peer is, whatever it says of itself."""
-        return (
-            self
-            if pid == self.pid
-            else HostIdentity(self.boot_id, self.pid_namespace, pid, start_time(pid))
-        )
+        return HostIdentity(self.boot_id, self.pid_namespace, process.pid, process.start_time)
 
     @property
     def is_here(self) -> bool:

@@ -3,13 +3,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
+from collections.abc import Callable
 
 from llm_datadist_torch import _C
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.transports.local.host import HostIdentity
 
 WORD_BYTES = 8
+
+
+def _open(pid: int, descriptor: int, region: RegionView) -> _C.PeerMapping:
+    return _C.PeerMapping.open(
+        pid, descriptor, region.inode, region.device, region.nbytes, region.offset
+    )
 
 
 class PeerMappings:
@@ -23,15 +32,26 @@ class PeerMappings:
     Args:
         peer: Whose regions.
         trusted: The peer is known to be in this process. Else one that says so is not believed.
+        ask: Has the peer send a descriptor of a region, which the caller owns, or raises OSError;
+            for peers in PID namespaces that can't be seen from here. None: it is opened in /proc.
 
     Attributes:
         by_region: What is mapped, by region id, for others to look at.
     """
 
-    def __init__(self, peer: HostIdentity, *, trusted: bool) -> None:
+    def __init__(
+        self,
+        peer: HostIdentity,
+        *,
+        trusted: bool,
+        ask: Callable[[RegionView], int] | None = None,
+    ) -> None:
         self._peer = peer
         self._trusted = trusted
+        self._ask = ask
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._forgotten: set[int] = set()
         self.by_region: dict[int, _C.PeerMapping] = {}
 
     def get(self, region: RegionView) -> _C.PeerMapping:
@@ -40,19 +60,34 @@ class PeerMappings:
         Raises:
             OSError: The kernel refuses, or the region is gone, or the pid is one of this process.
         """
+        if self._ask is not None:
+            return self._get_by_descriptor(region, self._ask)
         with self._lock:
             mapping = self.by_region.get(region.region_id)
             if mapping is None:
                 if self._peer.is_here and not self._trusted:
                     raise PermissionError("the peer says that it is this process, and is not")
-                mapping = _C.PeerMapping.open(
-                    self._peer.pid,
-                    region.fd,
-                    region.inode,
-                    region.device,
-                    region.nbytes,
-                    region.offset,
-                )
+                mapping = _open(self._peer.pid, region.fd, region)
+                self.by_region[region.region_id] = mapping
+            return mapping
+
+    def _get_by_descriptor(
+        self, region: RegionView, ask: Callable[[RegionView], int]
+    ) -> _C.PeerMapping:
+        """The answer comes through the thread that calls :meth:`forget`, which must not wait."""
+        with self._asking:
+            mapping = self.by_region.get(region.region_id)
+            if mapping is not None:
+                return mapping
+            self._forgotten.clear()
+            descriptor = ask(region)
+            try:
+                mapping = _open(os.getpid(), descriptor, region)
+            finally:
+                os.close(descriptor)
+            with self._lock:
+                if region.region_id in self._forgotten:
+                    raise OSError(errno.ESTALE, "the region was freed meanwhile")
                 self.by_region[region.region_id] = mapping
             return mapping
 
@@ -78,6 +113,8 @@ class PeerMappings:
         """Unmap a region as soon as nothing uses it."""
         with self._lock:
             self.by_region.pop(region_id, None)
+            if self._asking.locked():
+                self._forgotten.add(region_id)
 
     def close(self) -> None:
         """Unmap everything that nothing uses."""
