@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
@@ -21,47 +20,46 @@ class AddressIndex(Generic[_T]):
     Looking asks once per size of granules in use, of which there are 43 at most, and costs the same
     however many items there are elsewhere.
 
+    Ctrl-C in the middle of a change leaves others' items found, and :meth:`remove` can be called
+    again.
+
     Thread safety: none; its user locks.
     """
 
     def __init__(self) -> None:
-        self._items: dict[tuple[int, int], tuple[_T, ...]] = {}
-        self._shifts: Counter[int] = Counter()
+        self._items: dict[int, dict[int, tuple[_T, ...]]] = {}
 
     def add(self, item: _T, starts: Iterable[int], nbytes: int) -> None:
         """The item has ``nbytes`` bytes, at least 1, at each of these addresses."""
-        for granule in _granules(starts, nbytes):
-            self._items[granule] = (*self._items.get(granule, ()), item)
-            self._shifts[granule[0]] += 1
+        for shift, number in _granules(starts, nbytes):
+            table = self._items.setdefault(shift, {})
+            table[number] = (*table.get(number, ()), item)
 
     def remove(self, item: _T, starts: Iterable[int], nbytes: int) -> None:
-        """Undo :meth:`add`, which must have been called with the same arguments."""
-        for granule in _granules(starts, nbytes):
-            left = tuple(other for other in self._items[granule] if other is not item)
+        """Undo :meth:`add` with the same arguments, as far as it was done."""
+        for shift, number in _granules(starts, nbytes):
+            table = self._items.get(shift, {})
+            left = tuple(other for other in table.get(number, ()) if other is not item)
             if left:
-                self._items[granule] = left
+                table[number] = left
             else:
-                del self._items[granule]
-            self._shifts[granule[0]] -= 1
-            if not self._shifts[granule[0]]:
-                del self._shifts[granule[0]]
+                table.pop(number, None)
+            if not table:
+                self._items.pop(shift, None)
 
     def near(self, address: int) -> Sequence[_T]:
         """All items that have the byte at ``address``, and some that lie near it."""
         return [
-            item
-            for shift in self._shifts
-            for item in self._items.get((shift, address >> shift), ())
+            item for shift, table in self._items.items() for item in table.get(address >> shift, ())
         ]
 
     def clear(self) -> None:
         """Forget all items."""
         self._items.clear()
-        self._shifts.clear()
 
     def __len__(self) -> int:
         """Granules that something touches."""
-        return len(self._items)
+        return sum(map(len, self._items.values()))
 
 
 def _granules(starts: Iterable[int], nbytes: int) -> set[tuple[int, int]]:

@@ -90,6 +90,7 @@ class Catalog:
             if name in named:
                 raise param_error(f"cache_keys[{row}] repeats cache_keys[{named[name]}]: {name}")
             named[name] = row
+        self.sweep()
         with self._lock:
             for name in named:
                 if name in self._keys:
@@ -196,9 +197,9 @@ class Catalog:
             if entry is None or not entry.owned or not entry.held:
                 return False
             entry.rebound()
-            entry.held = False
             if entry.layout.paged:
                 self._drop_keys(entry, list(entry.keys))
+            entry.held = False
             freed = self._collect(entry)
         self._notify(freed)
         return True
@@ -269,8 +270,8 @@ class Catalog:
                 remedy="wait for the transfers, or unlink the peers, and call again.",
             )
         with self._lock:
-            entry.held = False
             self._drop_keys(entry, list(entry.keys))
+            entry.held = False
             freed = self._collect(entry)
         self._notify(freed)
 
@@ -316,11 +317,14 @@ class Catalog:
     def sweep(self) -> None:
         """Free the caches that have ended and are not leased any more.
 
-        Called after the last lease of such a cache. Where Ctrl-C ended that call, the next one
-        does its work.
+        Called after the last lease of such a cache, and before a new one comes. Where Ctrl-C ended
+        the call that was to free a cache, the next sweep does its work.
         """
+        if not self._ended:
+            return
         with self._lock:
-            freed = [self._collect(entry) for entry in list(self._ended.values())]
+            ended = [entry for entry in self._ended.values() if not entry.ending.locked()]
+            freed = [self._collect(entry) for entry in ended]
         for entry in freed:
             self._notify(entry)
 
@@ -329,30 +333,46 @@ class Catalog:
     def _drop_keys(self, entry: CacheEntry, names: Sequence[KeyName]) -> None:
         entry.rebound()
         for name in names:
-            del entry.keys[name], self._keys[name]
+            if self._keys.get(name) is entry:
+                del self._keys[name]
+            entry.keys.pop(name, None)
             entry.covered.pop(name, None)
 
     def _collect(self, entry: CacheEntry) -> CacheEntry | None:
         if entry.reachable:
             return None
+        # Listed until all has been done: each step may be interrupted, and can be done again.
+        self._ended[entry.cache_id] = entry
         if entry.guard.end(self._on_idle):
-            self._ended[entry.cache_id] = entry
             return None
-        self._ended.pop(entry.cache_id, None)
-        freed = self._entries.pop(entry.cache_id, None)
-        if freed is not None:
-            self._by_address.remove(freed, freed.addrs.tolist(), freed.layout.extent)
-            # Before anybody else can get the memory.
-            freed.freed()
-        return freed
+        self._by_address.remove(entry, entry.addrs.tolist(), entry.layout.extent)
+        # Before anybody else can get the memory.
+        entry.freed()
+        self._entries.pop(entry.cache_id, None)
+        return entry
 
     def _notify(self, freed: CacheEntry | None) -> None:
         if freed is None:
             return
-        self._on_free(freed)
+        with freed.ending:
+            if self._ended.get(freed.cache_id) is not freed:
+                return
+            try:
+                # Not once more if only the rest is left.
+                if freed.tensors:
+                    self._on_free(freed)
+            except LLMException:
+                self._let_go(freed)
+                raise
+            self._let_go(freed)
+
+    def _let_go(self, freed: CacheEntry) -> None:
         freed.drop_memory()
-        if freed.generation is not None:
-            self._generations.give_back(freed.generation)
+        # In one step, so that no counters are ever given to two caches.
+        generation = vars(freed).pop("generation", None)
+        if generation is not None:
+            self._generations.give_back(generation)
+        self._ended.pop(freed.cache_id, None)
 
 
 def _how_to_unbind(entry: CacheEntry) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -76,6 +77,7 @@ class CacheEntry:
         generation: Tells peers when what they know of it is out of date; the catalog gives it.
         flag: Raised by a storage that drops the cache's memory; None where torch doesn't report
             that, so that the owner must be asked.
+        ending: Held by the thread that frees it.
         owner: Keeps the memory of the cache, also when its tensors have other memory.
         guard: Counts its leases. Every use of the cache is under one:
             ``with entry.guard.acquire(entry):``. Taking it is one C call, which raises
@@ -98,6 +100,7 @@ class CacheEntry:
     rows_first: bool = True
     generation: Generation | None = None
     flag: _C.MoveFlag | None = None
+    ending: threading.Lock = field(default_factory=threading.Lock)
     owner: object = None
     guard: _C.CacheGuard = field(default=None)  # type: ignore[assignment]
 

@@ -35,7 +35,7 @@ from llm_datadist_torch.values.config import EngineConfig
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import Placement
 from llm_datadist_torch.values.keys import BlocksCacheKey, CacheKey
-from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
+from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
 MAX_TRANSFERS = 8
 """Background pulls and pushes that run at a time; in no order."""
@@ -223,7 +223,7 @@ class Instance:
         self._transports.register(spans)
         try:
             self.catalog.add(entry, keys)
-        except LLMException:
+        except BaseException:
             self._transports.unregister(spans)
             raise
 
