@@ -439,7 +439,7 @@ class Operations:
             for number, tensor in enumerate(tensors):
                 tensor[:] = words_of(moving_seed(self.me, serial), number, torch.arange(BLOCKS))
             me.board[place] = serial
-            time.sleep(self.rng.random() * 0.05)
+            time.sleep(self.rng.random() * 0.2)
             MOVES[how](tensors[self.rng.randrange(TENSORS)])
             me.board[place] = -serial
             try:
@@ -449,7 +449,7 @@ class Operations:
                     raise
             else:
                 raise WrongBytesError(f"a cache was copied from although torch has moved it: {how}")
-            time.sleep(self.rng.random() * 0.05)
+            time.sleep(self.rng.random() * 0.2)
         finally:
             me.board[place] = 0
             if allocated:

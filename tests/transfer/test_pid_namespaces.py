@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey
-from llm_datadist_torch.links.owner import Owner
+from llm_datadist_torch.serving.owner import Owner
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 from tests.peers import Peer, Ref, Service, eventually, spawn_hidden
 
