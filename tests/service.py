@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 import socket
 import sys
+import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +30,8 @@ from llm_datadist_torch.net import connection, unix
 from llm_datadist_torch.net.process import start_time
 from llm_datadist_torch.serving.peer import LinkState
 from llm_datadist_torch.transports.choice import LinkChannel
+from llm_datadist_torch.transports.local import channel as local_channel
+from llm_datadist_torch.transports.local import host
 from llm_datadist_torch.transports.local.host import HostIdentity
 from llm_datadist_torch.values.deadline import Deadline
 from tests.caches import Caches, Ref
@@ -132,6 +137,36 @@ class Service(Caches):
 
     def link_states(self) -> dict[int, str]:
         return {link.peer: link.state.value for link in self.instance.links.links()}
+
+    def be_forbidden_by_yama(self) -> None:
+        """As with ptrace_scope 1: nobody's memory can be read or written by a system call."""
+        host._YAMA = Path(self._scratch("1"))
+
+        def forbid(*_: object) -> tuple[int, int]:
+            return 0, errno.EPERM
+
+        calls = {**vars(local_channel._C), "read_process": forbid, "write_process": forbid}
+        local_channel._C = types.SimpleNamespace(**calls)  # type: ignore[assignment]
+
+    def note_prctl(self) -> None:
+        self._prctl: list[tuple[int, int]] = []
+
+        def prctl(option: int, argument: ctypes.c_ulong, *_: int) -> int:
+            self._prctl.append((option, argument.value))
+            return 0
+
+        host.ctypes = types.SimpleNamespace(  # type: ignore[attr-defined]
+            CDLL=lambda *_, **__: types.SimpleNamespace(prctl=prctl), c_ulong=ctypes.c_ulong
+        )
+
+    def noted_prctl(self) -> list[tuple[int, int]]:
+        return self._prctl
+
+    @staticmethod
+    def _scratch(text: str) -> str:
+        with tempfile.NamedTemporaryFile("w", delete=False) as file:
+            file.write(text)
+        return file.name
 
     def own_pid(self) -> int:
         return os.getpid()

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.link import Grant
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.observe.stats import (
     CacheStats,
@@ -19,6 +18,7 @@ from llm_datadist_torch.observe.stats import (
     QuarantineStats,
     Stats,
 )
+from llm_datadist_torch.serving.peer import Grant
 from llm_datadist_torch.values.enums import Placement
 
 

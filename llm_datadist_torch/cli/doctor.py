@@ -78,7 +78,8 @@ def _yama() -> Finding:
         "note",
         f"ptrace_scope={scope}: unless privileged, a process may read only its own children, so"
         " process-memory will not work between peers",
-        "sysctl kernel.yama.ptrace_scope=0, or let the library allocate caches (shared-mapping)",
+        "sysctl kernel.yama.ptrace_scope=0, or LLMConfig.allow_ptrace = True on both sides, or let"
+        " the library allocate caches (shared-mapping)",
         ("sudo sysctl kernel.yama.ptrace_scope=0",),
     )
 

@@ -54,6 +54,7 @@ _DEVICE = "llm.Device"
 _TRANSPORT = "llm.Transport"
 _HEARTBEAT = "llm.HeartbeatInterval"
 _AUTO_RELINK = "llm.AutoRelink"
+_ALLOW_PTRACE = "llm.AllowPtrace"
 _ORPHANS = "llm.OrphanPolicy"
 _SECRET = "llm.LinkSecret"  # noqa: S105
 _DEVICE_POOL = "llm.MemPoolConfig"
@@ -188,6 +189,7 @@ class EngineConfig:
         link_total_time: seconds.
         link_retry_count: attempts, from 1.
         auto_relink: whether using a lost link makes it anew.
+        allow_ptrace: whether Yama is told to let processes of the same user reach this one.
         orphan_policy: one of `ORPHAN_POLICIES`.
         link_secret: what all peers must know, None where links are open.
     """
@@ -209,6 +211,7 @@ class EngineConfig:
     link_total_time: int = 0
     link_retry_count: int = 1
     auto_relink: bool = True
+    allow_ptrace: bool = False
     orphan_policy: str = KEEP
     link_secret: str | None = field(default=None, repr=False)
 
@@ -259,6 +262,7 @@ class EngineConfig:
             link_total_time=0 if link_total_time is None else link_total_time,
             link_retry_count=1 if link_retry_count is None else link_retry_count,
             auto_relink=_flag(settled, _AUTO_RELINK, default="1"),
+            allow_ptrace=_flag(settled, _ALLOW_PTRACE),
             orphan_policy=check_orphan_policy(_ORPHANS, settled.get(_ORPHANS, KEEP)),
             link_secret=_secret(settled),
         )

@@ -286,6 +286,13 @@ class LLMConfig:
     auto_relink = _flag(
         "llm.AutoRelink", "Whether using a lost link makes it anew; True if unset.", default=True
     )
+    allow_ptrace = _flag(
+        "llm.AllowPtrace",
+        "Whether other processes of the same user may read and write this one's memory where Yama"
+        " (ptrace_scope 1) forbids that, for peers that move caches of registered tensors; False if"
+        " unset. Stays for the life of the process.",
+        default=False,
+    )
     orphan_policy = _Option[str](
         "llm.OrphanPolicy",
         KEEP,

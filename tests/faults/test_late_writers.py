@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llm_datadist_torch import BlocksCacheKey, LLMException, LLMOutOfMemoryError
-from llm_datadist_torch.links.messages import Release
-from llm_datadist_torch.serving.owner import Owner
 from llm_datadist_torch.links.table import LinkTable
+from llm_datadist_torch.serving.messages import Release
+from llm_datadist_torch.serving.owner import Owner
 from tests.faults.helpers import ME, OK, PEER, Peers
 from tests.peers import Peer, Ref, Service, eventually
 

@@ -49,6 +49,7 @@ def test_engine_config_defaults():
         "link_total_time": 0,
         "link_retry_count": 1,
         "auto_relink": True,
+        "allow_ptrace": False,
         "orphan_policy": "keep",
         "link_secret": None,
     }

@@ -11,7 +11,7 @@ import torch
 
 from llm_datadist_torch.transports.base import Capabilities, Channel, Relay, Transport
 from llm_datadist_torch.transports.local.channel import LocalChannel
-from llm_datadist_torch.transports.local.host import HostIdentity
+from llm_datadist_torch.transports.local.host import HostIdentity, allow_ptrace
 from llm_datadist_torch.values.config import EngineConfig
 
 
@@ -32,6 +32,8 @@ class LocalTransport(Transport):
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         super().__init__(config, device)
+        if config.allow_ptrace:
+            allow_ptrace()
         self._identity = HostIdentity.of_this_process()
 
     @classmethod

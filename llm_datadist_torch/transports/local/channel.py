@@ -68,6 +68,7 @@ class LocalChannel(Channel):
             peer = peer.seen_as(process)
         self._peer = peer = here if self._same_process else peer
         self._reported: set[str] = set()
+        self._left: tuple[str, ...] = ()
         self._mappings = PeerMappings(
             peer,
             trusted=self._same_process,
@@ -100,7 +101,8 @@ class LocalChannel(Channel):
         if kind is not MemoryKind.HOST and not self._same_process:
             return Fit.last_resort("through the control connection, device memory")
         if isinstance(self._paths[0], Relayed):
-            reason = self._unreachable or "the kernel forbids the other paths"
+            why = "; ".join(self._left) or "the kernel forbids the other paths"
+            reason = self._unreachable or why
             return Fit.last_resort(f"through the control connection, {reason}")
         if self._hidden:
             return Fit.good(
@@ -108,7 +110,8 @@ class LocalChannel(Channel):
                 " memory that it has registered goes through the control connection (containers:"
                 " share the namespace with --pid)"
             )
-        return Fit.good("same process" if self._same_process else "same host")
+        where = "same process" if self._same_process else "same host"
+        return Fit.good("; ".join((where, *self._left)))
 
     def move(self, movement: Movement, deadline: Deadline) -> str:
         """See :meth:`Channel.move`; returns the name of the path that served."""
@@ -136,6 +139,7 @@ class LocalChannel(Channel):
             logger.debug("%s can't serve: %s", path.name, reason)
             return
         self._report(path, str(reason))
+        self._left = (*self._left, f"not by {path.name}: {reason}")
         self._paths = tuple(other for other in self._paths if other is not path)
         path.close()
         if isinstance(self._paths[0], Relayed):

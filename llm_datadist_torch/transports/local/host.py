@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +13,9 @@ import msgspec
 
 from llm_datadist_torch.net.process import PeerProcess, start_time
 
+logger = logging.getLogger("llm_datadist_torch")
+
+_PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -90,6 +95,16 @@ def _boot_id() -> str:
         return ""
 
 
+def allow_ptrace() -> None:
+    """Let any process of this user attach to this one, as far as Yama is concerned.
+
+    Yama knows one process, or all, that may. Where the kernel has no Yama, nothing is forbidden.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(_PR_SET_PTRACER_ANY), 0, 0, 0) != 0:
+        logger.debug("PR_SET_PTRACER: %s", os.strerror(ctypes.get_errno()))
+
+
 def why_forbidden(number: int, pid: int) -> str:
     """What probably made the kernel refuse access to another process, and the remedy."""
     text = os.strerror(number)
@@ -107,8 +122,9 @@ def why_forbidden(number: int, pid: int) -> str:
     scope = _YAMA.read_text().strip() if _YAMA.exists() else "0"
     if scope != "0":
         return (
-            f"{text}: kernel.yama.ptrace_scope is {scope}; set it to 0 (sysctl), grant"
-            " CAP_SYS_PTRACE, or use caches that this library allocates: they are shared without it"
+            f"{text}: kernel.yama.ptrace_scope is {scope}; set it to 0 (sysctl), let the peer allow"
+            " it (LLMConfig.allow_ptrace = True there), grant CAP_SYS_PTRACE, or use caches that"
+            " this library allocates: they are shared without it"
         )
     return (
         f"{text}: a security policy (seccomp, SELinux, an undumpable process) forbids it;"
