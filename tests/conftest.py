@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Generator, Iterator
@@ -140,6 +141,7 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
         "the package matplotlib",
         lambda: importlib.util.find_spec("matplotlib") is not None,
     ),
+    "needs_strace": ("the command strace", lambda: shutil.which("strace") is not None),
     "needs_root": ("root, to become other users", lambda: os.geteuid() == 0),
 }
 

@@ -48,6 +48,18 @@ MAX_LINKING = 16
 """Communicators that are prepared at a time (reference API, 11.4)."""
 
 
+_this_process = object()
+"""Another one in a forked child. Asking the kernel would be the one system call of a known pull."""
+
+
+def _on_fork() -> None:
+    global _this_process
+    _this_process = object()
+
+
+os.register_at_fork(after_in_child=_on_fork)
+
+
 class Instance:
     """Catalog, memory, transports and links of one initialised ``LLMDataDist``.
 
@@ -76,7 +88,7 @@ class Instance:
         self.cluster_id = cluster_id
         self.config = config
         self._open = True
-        self._pid = os.getpid()
+        self._process = _this_process
         self.catalog = Catalog(self._on_free)
         self.transfers = TransferLog()
         self.device = choose_device(config.device, config.device_id)
@@ -127,7 +139,7 @@ class Instance:
         """
         self._open = False
         # A forked child has neither the endpoint's thread nor any right to its sockets.
-        if os.getpid() == self._pid:
+        if self._process is _this_process:
             deadline = self.deadline(timeout_ms)
             self.communicators.close(deadline)
             for workers in (self.transfer_workers, self.layer_workers):
@@ -145,7 +157,7 @@ class Instance:
     @property
     def open(self) -> bool:
         """Whether it can be used: not closed, and not the copy that a forked child has of it."""
-        return self._open and os.getpid() == self._pid
+        return self._open and self._process is _this_process
 
     def memory(self, placement: Placement) -> CacheMemory:
         """Where new caches of a placement get their memory.

@@ -9,9 +9,11 @@ import functools
 import gc
 import inspect
 import os
+import random
 import signal
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +41,7 @@ from tests.peers import Peer, Ref, Service, eventually
 KEY = BlocksCacheKey(2)
 POOL = '{"memory_size": 131072, "page_shift": 12}'
 STEP = 1 if os.environ.get("TEST_EVERY_PLACE") else 29
-"""Every so-many-th place of public calls is tried, unless all are asked for: the long suite."""
+"""Every so-many-th place of public calls is tried, unless all are asked for."""
 PACKAGE = str(Path(llm_datadist_torch.__file__).parent)
 
 
@@ -385,6 +387,7 @@ PUBLIC_CALLS: dict[str, Callable[[Service, int], object]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("what", PUBLIC_CALLS)
 def test_public_calls_at_every_place(
     here: Service, peers: Callable[[], Peer], monkeypatch: pytest.MonkeyPatch, what: str
@@ -424,3 +427,45 @@ def test_public_calls_at_every_place(
     here.dd.finalize()
     peer.close()
     assert before.are_back()
+
+
+def test_a_storm_of_signals(here: Service, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGINT in random moments, wherever the interpreter and the extension look for signals."""
+    monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
+    here.register("user's", 2, 8, 4096, paged=True)
+    main, chance, over = threading.main_thread().ident, random.Random(3), threading.Event()
+    armed = False
+
+    def strike() -> None:
+        while not over.wait(chance.uniform(0.0002, 0.004)):
+            signal.pthread_kill(main or 0, signal.SIGINT)
+
+    def interrupt(*_: object) -> None:
+        if armed:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    calls = [
+        lambda: here.run("pull_blocks", KEY, Ref("user's"), [0], [0]),
+        lambda: here.run("push_blocks", KEY, Ref("mine"), [1], [1]),
+        lambda: here.run("copy_blocks", Ref("mine"), {0: [1]}),
+    ]
+    struck, thread = 0, threading.Thread(target=strike)
+    end = time.monotonic() + 3
+    thread.start()
+    while time.monotonic() < end:
+        try:
+            armed = True
+            while time.monotonic() < end:
+                chance.choice(calls)()
+            armed = False
+        except KeyboardInterrupt:
+            armed = False
+            struck += 1
+    over.set()
+    thread.join()
+    assert struck > 50
+    assert nothing_is_left(here, peer)
+    here.manager.unregister_cache(here.cache_id("user's"), timeout=10_000)
+    here.run("pull_blocks", KEY, Ref("mine"), [0], [0])
+    assert here.unlink(2, force=True) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
