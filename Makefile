@@ -111,7 +111,8 @@ build/wheel-tools/.made: pyproject.toml
 
 # Warnings and links that lead nowhere are errors. Nothing is imported: mkdocstrings reads the sources.
 docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build -q --strict
+# Not quietly: with -q mkdocs counts no warnings, and --strict finds none.
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	@echo "ready: build/site/index.html"
 
 dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout

@@ -37,3 +37,10 @@ def test_nothing_is_fetched_from_elsewhere():
     assert CONFIG["theme"]["font"] is False
     assert CONFIG["strict"] is True
     assert not {"extra_css", "extra_javascript"} & set(CONFIG)
+
+
+def test_warnings_are_errors():
+    """With --quiet mkdocs counts no warnings, so that --strict finds none."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (command,) = re.findall(r"-m mkdocs (.*)", makefile)
+    assert command.split() == ["build", "--strict"]
