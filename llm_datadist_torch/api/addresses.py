@@ -25,8 +25,8 @@ def listen_address(text: str) -> tuple[str, int]:
         A numeric address and the port, 0 for any free one.
 
     Raises:
-        TypeError: ``text`` is no text.
-        LLMParamError: It is no address.
+        TypeError: ``text`` is not a str.
+        LLMParamError: It is not an address.
         LLMLinkError: The name is not known.
     """
     check_isinstance("listen", text, str, allow_none=False)
@@ -42,7 +42,7 @@ def peer_address(address: str | tuple[str, int]) -> tuple[str, int]:
 
     Raises:
         TypeError: ``address`` is neither text nor a pair.
-        LLMParamError: It is no address, or has no host or port.
+        LLMParamError: It is not an address, or has no host or port.
     """
     if isinstance(address, tuple):
         if len(address) != 2:

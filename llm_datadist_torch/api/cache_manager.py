@@ -77,7 +77,7 @@ class CacheManager:
             ``host_mem_pool_cfg``), whole pages of the pool. The contents are not defined.
 
         Raises:
-            LLMParamError: A shape that is no cache, too many keys, a key that is given twice or
+            LLMParamError: A shape that fits no cache, too many keys, a key that is given twice or
                 bound already.
             LLMOutOfMemoryError: No room; it says how much was asked, is free, and is free in one
                 piece. Nothing has changed.
@@ -99,7 +99,7 @@ class CacheManager:
             blocks_cache_key: What peers may call it, besides its id.
 
         Raises:
-            LLMParamError: A shape that is no cache, or a key that is bound already.
+            LLMParamError: A shape that fits no cache, or a key that is bound already.
             LLMOutOfMemoryError: No room.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc)
@@ -119,7 +119,7 @@ class CacheManager:
             configured, and known to the instance.
 
         Raises:
-            LLMParamError: Another placement, or a shape that is no cache.
+            LLMParamError: Another placement, or a shape that fits no cache.
             LLMOutOfMemoryError: No room, or the memory could not be pinned.
         """
         check_isinstance("cache_desc", cache_desc, CacheDesc, allow_none=False)
@@ -222,7 +222,7 @@ class CacheManager:
             timeout: Milliseconds to wait at most. None: ``sync_kv_timeout``.
 
         Raises:
-            TypeError: ``cache_id`` or ``timeout`` is no int.
+            TypeError: ``cache_id`` or ``timeout`` is not an int.
             ValueError: One of them is outside its width.
             LLMParamError: The cache is allocated, not registered; or ``timeout`` is not positive.
             LLMTimeoutError: A transfer still uses it; it stays registered.
@@ -391,7 +391,7 @@ class CacheManager:
             wait_stream: No byte moves before what is on this stream now is done. None: the calling
                 thread's current stream of the cache's device or, for host memory, of the NPU in
                 use; ``torch.cpu.current_stream()`` waits for nothing. Not in the reference.
-            timeout: Milliseconds that this call may take, linking a lost link anew included; None:
+            timeout: Milliseconds that this call may take, relinking a lost link included; None:
                 ``sync_kv_timeout``. Not in the reference.
 
         Raises:

@@ -397,7 +397,7 @@ class LLMDataDist:
         Raises:
             RuntimeError: Not initialised.
             TypeError: Wrong types.
-            ValueError: ``port`` is no uint16, or ``timeout`` no int32.
+            ValueError: ``port`` is not a uint16, or ``timeout`` no int32.
             LLMParamError: ``timeout`` is not positive, or the peer's mode is another.
             LLMLinkError: Connection refused or unreachable, or another ``link_secret``.
             LLMTimeoutError: No answer in time.
@@ -417,7 +417,7 @@ class LLMDataDist:
         return [LinkInfo.of(link) for link in self._check_is_inited().links.links()]
 
     def on_link_event(self, callback: LinkCallback) -> LinkListener:
-        """Be told when links are made, lost, made anew and ended (not in the reference).
+        """Be told when links are made, lost, relinked and ended (not in the reference).
 
         Args:
             callback: Called with each :class:`LinkEvent` from now on, in order and one at a time,
@@ -440,7 +440,7 @@ class LLMDataDist:
         """Ask the program of a linked peer something, and wait for its answer.
 
         For what programs have to agree on besides the bytes of caches. Requests to one peer arrive
-        in order; pulls and pushes don't wait for them. A lost link is made anew, as by a pull. Not
+        in order; pulls and pushes don't wait for them. A lost link is relinked, as by a pull. Not
         in the reference.
 
         Args:
@@ -465,7 +465,7 @@ class LLMDataDist:
         """Send the program of a linked peer something, without waiting for what it answers.
 
         The peer's handler gets it as a request (:meth:`request`), in order with those; its answer,
-        or error, goes nowhere. It may be lost with the link. Blocks to make a lost link anew, and
+        or error, goes nowhere. It may be lost with the link. Blocks to relink a lost link, and
         while 16 earlier ones wait for the peer's handler. Not in the reference.
 
         Args:
@@ -583,7 +583,7 @@ class LLMDataDist:
 
         Raises:
             RuntimeError: Not initialised.
-            TypeError, ValueError: ``comm_id`` is no uint64, or ``timeout`` no int32.
+            TypeError, ValueError: ``comm_id`` is not a uint64, or ``timeout`` no int32.
             LLMParamError: ``timeout`` is not positive.
             LLMNotLinkedError: There is no such communicator.
             LLMException: LLM_UNLINK_FAILED: transfers of ours took longer; the communicator is
@@ -603,7 +603,7 @@ class LLMDataDist:
 
         Raises:
             RuntimeError: Not initialised.
-            TypeError, ValueError: ``comm_id`` is no uint64.
+            TypeError, ValueError: ``comm_id`` is not a uint64.
             LLMNotLinkedError: There is no such communicator.
         """
         return communicating.query_register_mem_status(self._check_is_inited(), comm_id)

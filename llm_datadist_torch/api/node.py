@@ -325,7 +325,7 @@ class Node:
 
         Raises:
             TypeError: ``address`` is neither text nor a pair.
-            LLMParamError: It is no address, or this node's own; or the peer's
+            LLMParamError: It is not an address, or this node's own; or the peer's
                 ``remote_accessible`` is another.
             LLMLinkError: Nobody listens there, the name is not known, or ``link_secret`` is
                 another.
@@ -368,7 +368,7 @@ class Node:
         return [self.peer(info.peer) for info in self._datadist.links()]
 
     def on_link_event(self, callback: LinkCallback) -> LinkListener:
-        """Be told when links are made, lost, made anew and ended; see ``LLMDataDist``.
+        """Be told when links are made, lost, relinked and ended; see ``LLMDataDist``.
 
         Args:
             callback: Called with each ``LinkEvent``, from a thread that serves nothing else.

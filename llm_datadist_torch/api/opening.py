@@ -67,7 +67,7 @@ def open(  # noqa: A001 (it is meant to be called as llm_datadist_torch.open)
             is in the file that ``LLM_DATADIST_LINK_SECRET_FILE`` names, if it is set.
         pool_bytes: Hard budget of device memory, taken at once. None: no pool.
         host_pool_bytes: Hard budget of host memory. None: no pool.
-        auto_relink: Whether using a lost link makes it anew.
+        auto_relink: Whether using a lost link relinks it.
         orphan_policy: Request keys that a lost peer had begun to pull: "keep", "drop", or
             "offer_again".
         rdma_traffic_class: For HIXL; None: the engine's default.

@@ -28,7 +28,7 @@ class Peer:
 
     Keys name caches of the peer: the ``name`` that it gave to a blocks cache, or one of
     :class:`BlocksKey`, :class:`RequestKey`, :class:`PrefixKey` and :class:`RowKey`. A lost link is
-    made anew by the next transfer. As a context manager it disconnects on exit.
+    relinked by the next transfer. As a context manager it disconnects on exit.
 
     Thread safety: all methods may be called from any thread.
     """

@@ -23,7 +23,7 @@ from llm_datadist_torch.values.enums import Placement
 
 
 def look(instance: Instance) -> Stats:
-    """Everything that there is to see. Does not block; parts are looked at one after the other."""
+    """Collect all statistics. Does not block; parts are looked at one after the other."""
     listening = instance.links.endpoint.listen_address
     return Stats(
         cluster_id=instance.cluster_id,

@@ -19,7 +19,7 @@ def milliseconds(timeout_s: float | None, name: str = "timeout_s") -> int | None
     """Return a time limit in whole milliseconds, at least 1; None stays None.
 
     Raises:
-        TypeError: It is no number.
+        TypeError: It is not a number.
         LLMParamError: It is not above 0, or more than int32 milliseconds.
     """
     if timeout_s is None:
@@ -35,7 +35,7 @@ class PreparedTransfer:
     """A pull or push that is run many times: its arguments have been converted once.
 
     ``Peer.prepare_pull`` and ``Peer.prepare_push`` make it. It keeps its local cache, and follows
-    the link: after a link was lost and made anew it goes on.
+    the link: after a link was lost and relinked it goes on.
 
     Thread safety: it may be run from any thread, also several times at once.
     """

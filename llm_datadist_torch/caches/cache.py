@@ -112,7 +112,7 @@ class Cache:
             A cache with id -1; no instance knows it, so it can't be pulled, pushed or looked up.
 
         Raises:
-            TypeError: ``addrs`` is no list (or tuple of tensors), or has something else than ints,
+            TypeError: ``addrs`` is not a list (or tuple of tensors), or has other items than ints,
                 or tensors, in it.
             AttributeError: ``cache_desc`` is None.
             LLMParamError: Wrong placement or count, an address that isn't usable (with its index),
@@ -175,7 +175,7 @@ class Cache:
             tensors_per_layer: Tensors of a layer; ``num_tensors`` must be a multiple of it.
 
         Raises:
-            TypeError: It is no int.
+            TypeError: It is not an int.
             LLMParamError: It is less than 1, or ``num_tensors`` is no multiple of it.
         """
         count = operator.index(tensors_per_layer)

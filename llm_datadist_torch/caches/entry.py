@@ -139,7 +139,7 @@ class CacheEntry:
             self.generation.rebound()
 
     def freed(self) -> None:
-        """Its memory may be somebody else's from now on."""
+        """Its memory may be another cache's from now on."""
         if self.flag is not None:
             self.flag.disarm()
         if self.generation is not None:

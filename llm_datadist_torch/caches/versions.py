@@ -3,7 +3,7 @@
 
 Each cache has two. A peer that kept what it knows of a cache compares *binding* before it reads:
 it changes with the keys of the cache and with its end. It compares *memory* after it has read: it
-changes when the cache's memory may become somebody else's.
+changes when the cache's memory may become another cache's.
 """
 
 from __future__ import annotations

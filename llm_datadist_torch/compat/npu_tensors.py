@@ -32,7 +32,7 @@ def create_npu_tensors(
             where there is none.
 
     Raises:
-        TypeError: An argument of a wrong type; a bool is no address.
+        TypeError: An argument of a wrong type; a bool is not an address.
         ValueError: An address outside uint64.
         LLMParamError: An address that isn't memory of the device over the whole tensor.
     """

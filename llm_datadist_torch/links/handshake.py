@@ -52,7 +52,7 @@ class Dial:
         answer: The result, set once.
         name: Random name of the future link.
         address: The host and port there.
-        replaces: The lost link that is to be made anew, if it is for that.
+        replaces: The lost link that is to be relinked, if it is for that.
         link_end: Our end of the link, for a peer in this process to find.
     """
 

@@ -104,7 +104,7 @@ def relisten(instance: Instance, listen: tuple[str, int] | None) -> None:
 
     Raises:
         LLMLinkError: There are links (LLM_EXIST_LINK).
-        LLMParamError: The host is no address.
+        LLMParamError: The host is not an address.
         LLMException: LLM_FAILED, the address can't be bound. It listens where it did before.
     """
 

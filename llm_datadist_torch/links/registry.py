@@ -48,7 +48,7 @@ class LinkRegistry:
         endpoint: What sends messages.
 
     Attributes:
-        events: Who is told of links.
+        events: Reports changes of links.
         by_peer: All links, lost ones too, for others to look at.
         late_writers: Peers that may still write after their connection has ended.
         earlier: What this side still uses by links that have ended.

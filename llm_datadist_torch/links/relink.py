@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linking lost links anew, when they are used."""
+"""Relinking lost links when they are used."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Relinker:
     Args:
         registry: The links.
         handshake: Asks for links.
-        enabled: Whether lost links are made anew at all.
+        enabled: Whether lost links are relinked at all.
     """
 
     def __init__(self, registry: LinkRegistry, handshake: Handshake, *, enabled: bool) -> None:
@@ -54,7 +54,7 @@ class Relinker:
         return link
 
     def use(self, peer: int, deadline: Deadline) -> Link:
-        """The link to ``peer``; a lost one is made anew. Blocks then, at most until the deadline.
+        """The link to ``peer``; a lost one is relinked. Blocks then, at most until the deadline.
 
         Raises:
             LLMNotLinkedError: There is none, or it was lost and the peer is not back.

@@ -441,7 +441,7 @@ class LinkTable:
             # The peer has heard that we are ending it, and has closed its side.
             self.registry.end(link, LinkState.UNLINKED, "unlinked on this side")
         elif link is not None and link.unlinking:
-            # If the peer has agreed before it closed the connection, this is no loss. The thread
+            # If the peer has agreed before it closed the connection, this is not a loss. The thread
             # that unlinks knows.
             link.connection_ended(reason)
         elif link is not None:

@@ -250,7 +250,7 @@ class CacheTask:
             cancelled or broke off; else ``LLM_SUCCESS``.
 
         Raises:
-            TypeError: ``timeout_in_millis`` is no int.
+            TypeError: ``timeout_in_millis`` is not an int.
             ValueError: It is outside uint32.
         """
         if not self._wait(timeout_in_millis):
@@ -272,7 +272,7 @@ class CacheTask:
             when they name the same peer, and the failure of one does not stop the others.
 
         Raises:
-            TypeError: ``timeout_in_millis`` is no int.
+            TypeError: ``timeout_in_millis`` is not an int.
             ValueError: It is outside uint32.
         """
         if not self._wait(timeout_in_millis):

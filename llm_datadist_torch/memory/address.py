@@ -80,7 +80,7 @@ def check_alive(
 def tensor_over(
     address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device = HOST
 ) -> torch.Tensor:
-    """A tensor over memory that somebody else owns.
+    """Make a tensor that does not own its memory.
 
     Nothing keeps that memory alive: using the tensor after its owner has freed it crashes the
     process. Probe the address first.
@@ -102,7 +102,7 @@ def tensor_over(
 def tensors_over(
     addrs: Sequence[int], shape: Sequence[int], dtype: torch.dtype, device: torch.device = HOST
 ) -> list[torch.Tensor]:
-    """Tensors over memory that somebody else owns, after a look at what is there.
+    """Make tensors that do not own their memory, after checking that it is there.
 
     Nothing keeps that memory alive: its owner must outlive the tensors.
 

@@ -51,7 +51,7 @@ def check_given(addrs: object) -> None:
     """Check the type of an ``addrs`` argument: a list of ints, or a list or tuple of tensors.
 
     Raises:
-        TypeError: Anything else; a bool is no address.
+        TypeError: Anything else; a bool is not an address.
         ValueError: An int that is no unsigned 64-bit number.
     """
     items = addrs if isinstance(addrs, (list, tuple)) else ()
@@ -96,7 +96,7 @@ def adopt(
 
     Args:
         given: One entry per tensor, checked by :func:`check_given`.
-        desc: What the memory shall be.
+        desc: Describes the cache.
         layout: The layout of densely packed tensors of ``desc``.
         device: Where it must be: the CPU, or an NPU with its index.
 

@@ -108,7 +108,7 @@ def allocate_tensors(
         shape: Shape of each tensor, all dimensions positive.
         dtype: Element type.
         count: Number of tensors, at least 1.
-        shareable: Whether peers on this host shall be able to map it. Where the kernel refuses,
+        shareable: Whether peers on this host must be able to map it. Where the kernel refuses,
             the memory is private and ``region.reason`` says why.
         flag: Raised when the storage of a tensor drops its memory.
 

@@ -124,7 +124,7 @@ def why_unusable(
 def tensor_over(
     address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """An NPU tensor over memory that somebody else owns.
+    """Make an NPU tensor that does not own its memory.
 
     Its storage is torch_npu's own kind: with torch's plain one, operators crash.
     """

@@ -75,7 +75,7 @@ def point(wait_stream: Stream | None, device: torch.device) -> StreamPoint:
         device: Where the local memory is.
 
     Raises:
-        TypeError: ``wait_stream`` is no stream.
+        TypeError: ``wait_stream`` is not a stream.
     """
     check_isinstance("wait_stream", wait_stream, (torch.Stream, torch.cpu.Stream))
     if wait_stream is None:

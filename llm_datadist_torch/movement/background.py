@@ -31,7 +31,7 @@ def start(
 
     Args:
         instance: Whose call it is.
-        workers: Who does it.
+        workers: The threads that run it.
         cache: The local cache.
         job: What to do.
         num_results: Results of the task.

@@ -111,7 +111,7 @@ class Transfer(ABC):
     def run(self, wait_stream: Stream | None = None, timeout: int | None = None) -> None:
         """Carry it out; blocks until the data has landed.
 
-        At most for ``timeout``, or ``sync_kv_timeout``. A lost link is made anew first. No byte
+        At most for ``timeout``, or ``sync_kv_timeout``. A lost link is relinked first. No byte
         moves before what is on ``wait_stream`` now is done (see :func:`streams.point`).
 
         Raises:

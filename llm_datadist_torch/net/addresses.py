@@ -38,7 +38,7 @@ def address_towards(host: str, port: int) -> str:
     """The address of this host by which it reaches another one. Sends nothing.
 
     Raises:
-        ValueError: ``host`` is no address.
+        ValueError: ``host`` is not an address.
         OSError: There is no way there.
     """
     family, address = resolve(host, port)

@@ -41,7 +41,7 @@ _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 
 
 class Handler(Protocol):
-    """Who is told what happens. All calls come from the I/O thread and must not block."""
+    """Receives the events. All calls come from the I/O thread and must not block."""
 
     def on_message(self, connection: Connection, message: memoryview, data: Data | None) -> None:
         """A message has come, in memory that is used again when this returns.
@@ -78,7 +78,7 @@ class Endpoint:
     instance's owner.
 
     Args:
-        handler: Who is told what happens.
+        handler: Receives the events.
         version: Of this library: peers with another one are refused.
         keys: What both ends of a connection must have; None lets everybody in.
 
@@ -119,7 +119,7 @@ class Endpoint:
             on_start: Called first in the thread; must not raise.
 
         Raises:
-            ValueError: The host is no address.
+            ValueError: The host is not an address.
             OSError: The address can't be bound.
         """
         if listen is not None:
@@ -136,7 +136,7 @@ class Endpoint:
             check: Called in the I/O thread right before; what it raises calls it all off.
 
         Raises:
-            ValueError: The host is no address.
+            ValueError: The host is not an address.
             OSError: The address can't be bound; it still listens where it did before.
         """
 
@@ -156,7 +156,7 @@ class Endpoint:
             The port that it listens on there, if it does already; else one that was free.
 
         Raises:
-            ValueError: The host is no address.
+            ValueError: The host is not an address.
             OSError: The address can't be bound.
         """
         return self.loop.call(lambda: self._listen_on(host))
@@ -171,7 +171,7 @@ class Endpoint:
             port: Not 0.
 
         Raises:
-            ValueError: The host is no address.
+            ValueError: The host is not an address.
             OSError: The address can't be bound.
         """
         self.loop.call(lambda: self._open_listener(host, port))

@@ -34,7 +34,7 @@ class Timers:
         for call, times in list(self._times.items()):
             if times and times[0] <= now:
                 times.pop(0)
-                # Another call may have set it anew meanwhile.
+                # Another call may have set it again meanwhile.
                 if not times and self._times.get(call) is times:
                     del self._times[call]
                 try:

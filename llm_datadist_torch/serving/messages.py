@@ -372,7 +372,7 @@ def encode(envelope: Envelope) -> bytes:
 def decode(frame: bytes | memoryview) -> Envelope:
     """The message of these bytes.
 
-    What is nested deeper than the types of the messages are, or has more members, is no message.
+    What is nested deeper than the types of the messages are, or has more members, is not a message.
 
     Raises:
         msgspec.DecodeError: They are none.

@@ -82,7 +82,7 @@ class Owner:
             The answer and its data frame, or None for messages that want none.
 
         Raises:
-            LLMException: What the peer shall be told instead.
+            LLMException: The error that the peer gets instead.
         """
         if isinstance(body, Resolve):
             view = self._resolve(link, body)
@@ -111,7 +111,7 @@ class Owner:
         """A peer's channel asks ours; ``reply`` is called with the answer, from any thread.
 
         Raises:
-            LLMException: What the peer shall be told instead.
+            LLMException: The error that the peer gets instead.
         """
         lease_id = self._claimed(link, call.lease_id, call.claim)
 

@@ -16,7 +16,7 @@ from llm_datadist_torch.transports.choice import LinkChannel
 
 
 class LinkState(Enum):
-    """Where a link stands. A lost link stays listed until it is linked anew or unlinked."""
+    """Where a link stands. A lost link stays listed until it is relinked or unlinked."""
 
     LINKED = "linked"
     LOST = "lost"

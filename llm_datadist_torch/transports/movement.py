@@ -66,7 +66,7 @@ class CacheVersion(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
         region: The region of the owner that they lie in.
         offset: Of the first in the region, in bytes; the second follows.
         lookup: Changes with the keys of the cache and with its end.
-        memory: Changes when the memory of the cache may be somebody else's.
+        memory: Changes when the memory of the cache may be another cache's.
     """
 
     region: RegionView

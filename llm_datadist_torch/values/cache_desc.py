@@ -148,7 +148,7 @@ class CacheDesc:
 
     @property
     def size(self) -> int:
-        """Bytes of one tensor, worked out anew each time, so never older than `shape`.
+        """Bytes of one tensor, computed each time, so never older than `shape`.
 
         Raises:
             TypeError: `data_type` is None.
@@ -161,7 +161,7 @@ class CacheDesc:
         """Sets `shape[i]`, in the caller's own list. `batch_size` stays as it was.
 
         Raises:
-            TypeError: the shape is a tuple, or `v` is no int.
+            TypeError: the shape is a tuple, or `v` is not an int.
             ValueError: `v` is outside int64.
         """
         if isinstance(self._shape, tuple):

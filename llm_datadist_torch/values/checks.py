@@ -218,7 +218,7 @@ def check_list_uint64(name: str, values: _Ints) -> _Ints:
 
 
 def check_address(name: str, value: int) -> int:
-    """Returns `value` if it is a uint64 and no bool: True is no address.
+    """Returns `value` if it is a uint64 and no bool: True is not an address.
 
     Raises:
         TypeError: not an int, or a bool.

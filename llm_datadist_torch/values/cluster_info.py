@@ -103,7 +103,7 @@ class LLMClusterInfo:
         Raises:
             TypeError: `ip` or `port` of a wrong type.
             ValueError: `port` outside uint16, or an int `ip` outside uint32.
-            LLMParamError: text that is no address. It is a RuntimeError too, as in the reference.
+            LLMParamError: not an address. It is a RuntimeError too, as in the reference.
         """
         self._local_ip_info_list.append(_to_entry("ip", ip, port))
 

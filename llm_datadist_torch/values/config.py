@@ -89,7 +89,7 @@ def parse_listen_ip_info(text: str, name: str = LISTEN_KEY) -> tuple[str, int]:
         The host as text, which only binding will judge, and the port; 0 means any free port.
 
     Raises:
-        LLMParamError: not of that form, or a port that is no uint16 (it is a ValueError too).
+        LLMParamError: not of that form, or a port that is not a uint16 (it is a ValueError too).
     """
     host, separator, port_text = text.rpartition(":")
     if ":" in host and host[0] == "[" and host[-1] == "]":
@@ -188,7 +188,7 @@ class EngineConfig:
         rdma_service_level: uint32, None for the engine's default.
         link_total_time: seconds.
         link_retry_count: attempts, from 1.
-        auto_relink: whether using a lost link makes it anew.
+        auto_relink: whether using a lost link relinks it.
         allow_ptrace: whether Yama is told to let processes of the same user reach this one.
         orphan_policy: one of `ORPHAN_POLICIES`.
         link_secret: what all peers must know, None where links are open.
@@ -227,8 +227,8 @@ class EngineConfig:
 
         Raises:
             AttributeError: `options` is None.
-            TypeError: `options` is no dict, or a key or value is no str.
-            KeyError: `role` is no role.
+            TypeError: `options` is not a dict, or a key or value is not a str.
+            KeyError: `role` is not a role.
             LLMParamError: an option is wrong, or options contradict each other.
         """
         check_dict("options", options, str, str)

@@ -66,7 +66,7 @@ class CacheKey:
 
     Raises:
         LLMParamError: too many, missing or unknown arguments.
-        TypeError: an id is no int.
+        TypeError: an id is not an int.
         ValueError: an id is outside uint64.
     """
 
@@ -142,7 +142,7 @@ class BlocksCacheKey:
 
     Raises:
         LLMParamError: too many, missing or unknown arguments.
-        TypeError: an id is no int.
+        TypeError: an id is not an int.
         ValueError: an id is outside uint64.
     """
 
@@ -190,7 +190,7 @@ class CacheKeyByIdAndIndex:
         batch_index: index of the row, uint32.
 
     Raises:
-        TypeError: an argument is no int.
+        TypeError: an argument is not an int.
         ValueError: an argument is outside its width.
     """
 

@@ -63,7 +63,7 @@ class KvCache:
 
         Raises:
             AttributeError: `cache_desc` is None.
-            TypeError: an argument of a wrong type (a bool is no address).
+            TypeError: an argument of a wrong type (a bool is not an address).
             ValueError: an address outside uint64.
             LLMParamError: another placement, no address at all, or other than `num_tensors`
                 addresses for a device.

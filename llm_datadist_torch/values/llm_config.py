@@ -36,7 +36,7 @@ KEEP, DROP, OFFER_AGAIN = ORPHAN_POLICIES = ("keep", "drop", "offer_again")
 """What happens to a request key that a peer had begun to pull when the link to it is lost.
 
 The key stays, with what was fetched of it counted; or it goes; or it stays, and all of it has to be
-pulled anew before it is consumed. The first is the default.
+pulled again before it is consumed. The first is the default.
 """
 HEARTBEAT_MS, SHORTEST_HEARTBEAT_MS, LONGEST_HEARTBEAT_MS = 1000, 20, 3_600_000
 
@@ -408,7 +408,7 @@ _warned_names: set[str] = set()
 
 
 def _warn_of_unknown(name: str) -> None:
-    """Warns of an attribute that is no option, once per name and process."""
+    """Warns of an attribute that is not an option, once per name and process."""
     if name in _warned_names:
         return
     _warned_names.add(name)

@@ -18,7 +18,7 @@ class MemInfo:
     As in the reference, None passes for all three.
 
     Raises:
-        TypeError: an argument of a wrong type (a bool is no address).
+        TypeError: an argument of a wrong type (a bool is not an address).
     """
 
     def __init__(self, mem_type: Memtype, addr: int, size: int) -> None:

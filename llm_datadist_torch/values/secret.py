@@ -44,7 +44,7 @@ def check_secret_value(name: str, value: str | None) -> str | None:
     """Returns what a config keeps of a link secret.
 
     Raises:
-        TypeError: it is no str.
+        TypeError: it is not a str.
         LLMParamError: as :func:`check_link_secret`.
     """
     # Not by check_isinstance, whose message shows the value.

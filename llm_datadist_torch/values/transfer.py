@@ -46,7 +46,7 @@ class TransferConfig:
     Each may be set later, with the same checks.
 
     Raises:
-        TypeError: an argument of a wrong type (a bool is no address).
+        TypeError: an argument of a wrong type (a bool is not an address).
         ValueError: an int outside its width.
         LLMParamError: a range that is empty, negative or has a step.
     """

@@ -101,7 +101,7 @@ class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
                 f"kv_transfer_params: {peers} peers, tensor parallel size {size},"
                 f" {found.remote_num_tokens} tokens"
             )
-        # Written so that it refuses what is no number, too.
+        # Written so that it refuses what is not a number, too.
         if not _SHORTEST_LEASE_S <= found.remote_lease_s <= _LONGEST_LEASE_S:
             raise param_error(
                 f"kv_transfer_params: remote_lease_s={found.remote_lease_s} is out of range"

@@ -89,7 +89,7 @@ class Where(msgspec.Struct, frozen=True, tag=True):
 
     Attributes:
         transfer_id: Which.
-        writer: Who asks.
+        writer: The asking worker.
         process: The process that will write.
         offset: Numbers of :attr:`Place.blocks` that are known already.
     """
@@ -111,7 +111,7 @@ class Place(msgspec.Struct, frozen=True):
         counts: Blocks of each KV cache group.
         blocks: The request's blocks of all groups, from ``Where.offset`` on, native int32.
         first_token: Tokens that are there already.
-        num_tokens: Tokens that shall be there.
+        num_tokens: Tokens that must be there.
         prompt: Digest of the prompt.
         digest: Digest of what must be equal to move whole blocks.
         verify: Whether checksums are wanted.

@@ -17,7 +17,7 @@ class Pull:
         remote: Where the blocks are.
         local_blocks: The request's blocks; empty if there is nothing to fetch.
         first_token: Tokens that are there already: a whole number of blocks.
-        num_tokens: Tokens that shall be there afterwards.
+        num_tokens: Tokens that must be there afterwards.
         awaited: Whether the engine waits for this.
     """
 
@@ -56,7 +56,7 @@ class Expect:
         blocks: The request's blocks; empty if nothing is wanted any more, and the engine does not
             wait.
         first_token: Tokens that are there already: a whole number of blocks.
-        num_tokens: Tokens that shall be there afterwards.
+        num_tokens: Tokens that must be there afterwards.
         prompt: Digest of the prompt.
     """
 

@@ -73,7 +73,7 @@ class HixlChannel(Channel):
         """See :meth:`Channel.move`.
 
         HIXL can't cancel: when time is up the connection is broken, which ends its transfers, and
-        only then does this return; it is made anew in the background.
+        only then does this return; it is made again in the background.
 
         Raises:
             PathUnavailable: The connection does not reach this memory yet, or HIXL not at all. The

@@ -62,7 +62,7 @@ class Connection:
     """The way from our engine to one other; HIXL's connections have one direction.
 
     One object per peer's engine for the life of ours, so that a link that has ended and one that
-    is made anew never undo each other's connection.
+    is relinked never undo each other's connection.
 
     Thread safety: all methods may be called from any thread. Those that say so never block, for
     the thread that serves links.
@@ -87,7 +87,7 @@ class Connection:
         # connecting.
         self._suspended_by: set[str] = set()
         self._draining = False
-        """Somebody waits for the movements under way, to connect anew: others wait, too."""
+        """Set while a thread waits for movements under way, to reconnect; new ones wait, too."""
         self._renewing = False
         self._quiet_s = QUIET_S
         self._renewed_at = -_CALM_S
@@ -201,7 +201,7 @@ class Connection:
 
         Args:
             number: What :meth:`using` yielded: nothing happens if it was broken since then.
-            reconnect: Connect anew in the background, for the next transfer.
+            reconnect: Reconnect in the background, for the next transfer.
 
         Raises:
             LLMException: HIXL did not disconnect, so it may go on writing.

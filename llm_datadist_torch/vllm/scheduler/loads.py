@@ -37,7 +37,7 @@ class LoadDeduplicator:
 
         Args:
             blocks: What all of them call the blocks.
-            request_id: Who asks.
+            request_id: The request that asks.
         """
         first = self._loads.setdefault(blocks, request_id)
         if first != request_id:

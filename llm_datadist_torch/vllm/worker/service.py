@@ -104,7 +104,7 @@ class WorkerService:
         config.device_id = device.index or 0
         config.listen_ip_info = addresses.listen_text(endpoint.listen, endpoint.port)
         config.sync_kv_timeout = settings.timeout_ms
-        # A peer that was lost is linked anew by the next transfer; it may be another process.
+        # A peer that was lost is relinked by the next transfer; it may be another process.
         config.auto_relink = False
         self.datadist = LLMDataDist(LLMRole.MIX, endpoint.cluster_id)
         self.datadist.init(config.generate_options())
