@@ -163,8 +163,9 @@ class LinkRegistry:
         for release in self._unreturned.pop(epoch, ()):
             link.post(release)
         again = before is not None and before.state is LinkState.LOST
-        self.events.put(peer, "relinked" if again else "linked", channel.summary)
-        logger.info("linked with cluster %d: %s", peer, channel.summary)
+        summary = channel.summary
+        self.events.put(peer, "relinked" if again else "linked", summary)
+        logger.info("linked with cluster %d: %s", peer, summary)
 
     def _remember_less(self) -> None:
         """Peers with ever new ids must not fill the memory with links that are lost."""

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _CREDENTIALS = struct.Struct("3i")
+_FDINFO_BYTES = 4096
 
 
 class PeerProcess:
@@ -29,14 +30,15 @@ class PeerProcess:
         pid: Its process id as seen from here; 0 where it is in a PID namespace that is not
             visible from ours.
         uid: The user that it belonged to when it connected.
-        start_time: When it started, in clock ticks after boot; -1 where that is not known.
+        start_time: When it started, in clock ticks after boot; -1 where a pidfd says more, or it is
+            not known.
         identified_by: "pidfd" or "pid and start time"; "" where nothing identifies it.
     """
 
     def __init__(self, pid: int, uid: int, pidfd: int) -> None:
         self.pid, self.uid = pid, uid
         self._pidfd = pidfd
-        self.start_time = start_time(pid) if pid > 0 else -1
+        self.start_time = start_time(pid) if pid > 0 and pidfd < 0 else -1
         if pidfd >= 0:
             self.identified_by = "pidfd"
         else:
@@ -94,11 +96,14 @@ def own_pidfd() -> int:
 
 def pid_of(pidfd: int) -> int | None:
     """The process id that a pidfd stands for, 0 for one that is not visible; None: no pidfd."""
-    with suppress(OSError, ValueError):
-        for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "Pid":
-                return int(value)
+    # Not by pathlib: each link does this once.
+    with suppress(OSError, ValueError, IndexError):
+        info = os.open(f"/proc/self/fdinfo/{pidfd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            text = os.read(info, _FDINFO_BYTES)
+        finally:
+            os.close(info)
+        return int(text.split(b"\nPid:", 1)[1].split(None, 1)[0])
     return None
 
 
