@@ -145,6 +145,17 @@ class Caches:
         self.held[name].given = given
         return cache.cache_id
 
+    def register_part(
+        self, outer: str, name: str, start: int, stop: int, key: BlocksCacheKey
+    ) -> None:
+        """Blocks of a registered cache once more, as a cache of their own."""
+        whole = self.held[outer]
+        part = [tensor[start:stop] for tensor in whole.given]
+        desc = CacheDesc(len(part), part[0].shape, DataType.DT_UINT8)
+        cache = self.manager.register_blocks_cache(desc, part, key)
+        self._keep(name, cache, whole.address, whole.nbytes, whole.keepalive)
+        self.held[name].given = part
+
     def _take(
         self, nbytes: int, placement: Placement, *, unowned: bool
     ) -> tuple[int, int, torch.Tensor | None]:

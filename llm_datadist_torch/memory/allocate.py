@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+import resource
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from llm_datadist_torch.memory.container import container_limit
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.memory.sharing import send_as_shared_memory
 from llm_datadist_torch.values.status import LLMOutOfMemoryError, LLMStatusCode, error_for
+
+logger = logging.getLogger("llm_datadist_torch")
 
 TENSOR_ALIGNMENT = 64 * 1024
 """Tensors of a region start at multiples of this many bytes from its start."""
@@ -194,11 +199,27 @@ def check_obtainable(nbytes: int) -> None:
 
 def _create_host_region(nbytes: int, *, shareable: bool) -> _C.HostRegion:
     try:
-        return _C.HostRegion.create(nbytes, shareable)
+        region = _C.HostRegion.create(nbytes, shareable)
     except OSError as error:
         raise out_of_memory(
             f"asked for {nbytes} bytes, the kernel refused: {error}", nbytes
         ) from error
+    if region.offset:
+        _warn_of_descriptors()
+    return region
+
+
+@functools.cache
+def _warn_of_descriptors() -> None:
+    """Say once that this process runs short of descriptors, while all still works."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    logger.warning(
+        "a quarter of the %d descriptors that this process may have (RLIMIT_NOFILE) are in use: the"
+        " memory of caches shares one from now on, and the rest is kept for links; `ulimit -n`"
+        " before it starts, or resource.setrlimit(), raises it up to %d",
+        soft,
+        hard,
+    )
 
 
 def offsets_of(

@@ -348,5 +348,19 @@ def test_hundreds_of_regions_leave_descriptors_for_links() -> None:
     assert _C.HostRegion.create(10_000).offset != offset or offset == 0
 
 
+def test_a_shortage_of_descriptors_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    allocate._warn_of_descriptors.cache_clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4 * (opened + 10), hard))
+    try:
+        made = [allocate.allocate_tensors((100,), torch.uint8, 1) for _ in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    (said,) = [text for text in caplog.messages if "RLIMIT_NOFILE" in text]
+    assert f"of the {4 * (opened + 10)} descriptors" in said
+    assert len(made) == 40
+
+
 def bytes_at(address: int, nbytes: int) -> torch.Tensor:
     return _C.tensor_over(address, [nbytes], torch.uint8)

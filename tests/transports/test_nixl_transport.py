@@ -228,6 +228,35 @@ def test_memory_comes_and_goes(here: Service, peers: Peers) -> None:
         assert peer.call("all_are", "theirs", colour + 100)
 
 
+@pytest.mark.parametrize("first", ["theirs", "part"])
+def test_a_cache_inside_the_memory_of_another(here: Service, peers: Peers, first: str) -> None:
+    """Both stay reachable, also when either is unregistered."""
+    peer = linked(here, peers)
+    peer.call("drop", "theirs")
+    count, whole = len(BLOCKS), BlocksCacheKey(PEER, 9)
+    peer.call("make", "tensors", "theirs", 2, 3 * count, BLOCK_BYTES, paged=True, keys=whole)
+    peer.call("register_part", "theirs", "part", count, 2 * count, THEIRS)
+    inside = [count + block for block in BLOCKS]
+    moves: dict[str, tuple[BlocksCacheKey, list[int]]] = {
+        "theirs": (whole, inside), "part": (THEIRS, BLOCKS)
+    }  # fmt: skip
+
+    def all_move(colour: int) -> None:
+        for name, (key, blocks) in moves.items():
+            peer.call("paint", name, colour)
+            assert here.attempt("pull_blocks", key, Ref("mine"), blocks, BLOCKS) is None
+            assert here.all_are("mine", colour)
+            here.paint("mine", colour + 100)
+            assert here.attempt("push_blocks", key, Ref("mine"), BLOCKS, blocks) is None
+            assert peer.call("rows", name)[0][blocks[0]] == colour + 100
+
+    all_move(1)
+    del moves[first]
+    peer.call("drop", first)
+    all_move(2)
+    assert here.transports(PEER)[0] == "nixl"
+
+
 @pytest.mark.needs_netns
 def test_between_hosts(peers: Peers, network: tuple[str, str, Callable[[str], None]]) -> None:
     """Two hosts by network namespaces: bytes go through the veth pair, not through memory."""
