@@ -362,11 +362,11 @@ class Catalog:
                 if freed.tensors:
                     self._on_free(freed)
             except LLMException:
-                self._let_go(freed)
+                self._drop(freed)
                 raise
-            self._let_go(freed)
+            self._drop(freed)
 
-    def _let_go(self, freed: CacheEntry) -> None:
+    def _drop(self, freed: CacheEntry) -> None:
         freed.drop_memory()
         # In one step, so that no counters are ever given to two caches.
         generation = vars(freed).pop("generation", None)

@@ -254,7 +254,7 @@ class Handshake:
             if isinstance(body, Welcome) and dial.peer != ANY_PEER:
                 if body.cluster_id != dial.peer:
                     raise param_error(f"cluster {body.cluster_id} answers there")
-                self._registry.settle(body.epoch, body.earlier)
+                self._registry.end_unused_leases(body.epoch, body.earlier)
                 self._registry.make(
                     body.cluster_id,
                     body.epoch,
@@ -311,7 +311,7 @@ class Handshake:
             welcome(Welcome(me.cluster_id, me.epoch, self._registry.offers()))
             return
         self._check_free(hello)
-        self._registry.settle(hello.epoch, hello.earlier)
+        self._registry.end_unused_leases(hello.epoch, hello.earlier)
         earlier = self._registry.earlier.of(hello.cluster_id)
         answer = Welcome(me.cluster_id, me.epoch, self._registry.offers(), earlier)
         self._make(connection, hello, lambda: welcome(answer))

@@ -230,8 +230,8 @@ class LinkRegistry:
             link.hang_up()
         return True
 
-    def settle(self, epoch: str, earlier: Mapping[str, Sequence[int]]) -> None:
-        """A peer that links again says which leases of earlier links it uses: all others are over.
+    def end_unused_leases(self, epoch: str, earlier: Mapping[str, Sequence[int]]) -> None:
+        """End leases of earlier links that a peer, as it says when it links again, does not use.
 
         Args:
             epoch: The peer's life.

@@ -433,11 +433,11 @@ def test_a_storm_of_signals(here: Service, peer: Peer, monkeypatch: pytest.Monke
     """SIGINT in random moments, wherever the interpreter and the extension look for signals."""
     monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
     here.register("user's", 2, 8, 4096, paged=True)
-    main, chance, over = threading.main_thread().ident, random.Random(3), threading.Event()
+    main, chance, done = threading.main_thread().ident, random.Random(3), threading.Event()
     armed = False
 
     def strike() -> None:
-        while not over.wait(chance.uniform(0.0002, 0.004)):
+        while not done.wait(chance.uniform(0.0002, 0.004)):
             signal.pthread_kill(main or 0, signal.SIGINT)
 
     def interrupt(*_: object) -> None:
@@ -462,7 +462,7 @@ def test_a_storm_of_signals(here: Service, peer: Peer, monkeypatch: pytest.Monke
         except KeyboardInterrupt:
             armed = False
             struck += 1
-    over.set()
+    done.set()
     thread.join()
     assert struck > 50
     assert nothing_is_left(here, peer)

@@ -72,7 +72,7 @@ class LocalChannel(Channel):
         self._mappings = PeerMappings(
             peer,
             trusted=self._same_process,
-            ask=relay.descriptor if self._hidden else None,
+            get_descriptor=relay.descriptor if self._hidden else None,
         )
         relayed = Relayed(relay)
         # The other paths between processes reach what the host's processors can read.

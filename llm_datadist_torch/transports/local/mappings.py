@@ -32,7 +32,8 @@ class PeerMappings:
     Args:
         peer: Whose regions.
         trusted: The peer is known to be in this process. Else one that says so is not believed.
-        ask: Has the peer send a descriptor of a region, which the caller owns, or raises OSError;
+        get_descriptor: Has the peer send a descriptor of a region, which the caller owns, or
+            raises OSError;
             for peers in PID namespaces that can't be seen from here. None: it is opened in /proc.
 
     Attributes:
@@ -44,11 +45,11 @@ class PeerMappings:
         peer: HostIdentity,
         *,
         trusted: bool,
-        ask: Callable[[RegionView], int] | None = None,
+        get_descriptor: Callable[[RegionView], int] | None = None,
     ) -> None:
         self._peer = peer
         self._trusted = trusted
-        self._ask = ask
+        self._get_descriptor = get_descriptor
         self._lock = threading.Lock()
         self._asking = threading.Lock()
         self._forgotten: set[int] = set()
@@ -60,8 +61,8 @@ class PeerMappings:
         Raises:
             OSError: The kernel refuses, or the region is gone, or the pid is one of this process.
         """
-        if self._ask is not None:
-            return self._get_by_descriptor(region, self._ask)
+        if self._get_descriptor is not None:
+            return self._get_by_descriptor(region, self._get_descriptor)
         with self._lock:
             mapping = self.by_region.get(region.region_id)
             if mapping is None:
@@ -72,7 +73,7 @@ class PeerMappings:
             return mapping
 
     def _get_by_descriptor(
-        self, region: RegionView, ask: Callable[[RegionView], int]
+        self, region: RegionView, get_descriptor: Callable[[RegionView], int]
     ) -> _C.PeerMapping:
         """The answer comes through the thread that calls :meth:`forget`, which must not wait."""
         with self._asking:
@@ -80,7 +81,7 @@ class PeerMappings:
             if mapping is not None:
                 return mapping
             self._forgotten.clear()
-            descriptor = ask(region)
+            descriptor = get_descriptor(region)
             try:
                 mapping = _open(os.getpid(), descriptor, region)
             finally:
