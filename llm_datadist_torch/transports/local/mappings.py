@@ -33,8 +33,8 @@ class PeerMappings:
         peer: Whose regions.
         trusted: The peer is known to be in this process. Else one that says so is not believed.
         get_descriptor: Has the peer send a descriptor of a region, which the caller owns, or
-            raises OSError;
-            for peers in PID namespaces that can't be seen from here. None: it is opened in /proc.
+            raises OSError. For peers in PID namespaces that are not visible here. None: it is
+            opened in /proc.
 
     Attributes:
         by_region: What is mapped, by region id, for others to look at.
