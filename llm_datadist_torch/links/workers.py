@@ -32,7 +32,7 @@ class WorkerPool:
         name: What its threads are called.
         limit: Most pieces of work that run at a time.
         on_start: Called first in each thread; must not raise.
-        keep: Threads that are started at once and kept, for callers to whom even the start of a
+        keep: Threads that are started at once and kept, for callers for which even the start of a
             thread takes too long.
     """
 
