@@ -267,6 +267,17 @@ def test_hccl_connects_no_engines_of_one_device(here, there):
     assert here(f"e.connect(remote), {READ}", far=far) == (0, 0)
 
 
+def test_hccl_connects_engines_whose_processes_see_a_device_each(here):
+    """Both call theirs device 0."""
+    second = Peer(ASCEND_RT_VISIBLE_DEVICES="1")
+    try:
+        remote, far = serve(second)
+        client(here, LocalCommRes="")
+        assert here(f"e.connect(remote), {READ}", remote=remote, far=far) == (0, 0)
+    finally:
+        second.kill()
+
+
 def test_connecting_takes_a_while(here, there):
     remote, _ = serve(there)
     client(here)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, tmp_path: Path) -> None:
+    run(program, tmp_path)
+
+
+@pytest.mark.needs_two_npus
+def test_each_rank_sees_a_device_of_its_own(tmp_path: Path) -> None:
+    """Which is device 0 to all of them."""
+    run("rows_into_blocks", tmp_path, lambda rank: {"ASCEND_RT_VISIBLE_DEVICES": str(rank)})
+
+
+def run(
+    program: str, tmp_path: Path, settings: Callable[[int], dict[str, str]] = lambda _: {}
+) -> None:
+    """Run a program; ``settings`` are further environment variables of a rank."""
     world = PROGRAMS[program]
     command = [sys.executable, "-m", "llm_datadist_torch", "run", str(HERE / f"{program}.py")]
     first = ports_side_by_side(PORTS + 1)
@@ -77,7 +91,7 @@ def test_program(program: str, tmp_path: Path) -> None:
         for rank, output in enumerate(outputs):
             process = subprocess.Popen(
                 command,
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=os.environ | shared | {"RANK": str(rank)} | settings(rank),
                 stdout=stack.enter_context(output.open("w")),
                 stderr=subprocess.STDOUT,
             )

@@ -50,6 +50,10 @@ ASCEND_SIM_API int ascend_sim_describe(const void* address, size_t nbytes, Ascen
 // its number, or -1.
 ASCEND_SIM_API int ascend_sim_current_device(void);
 
+// The number in the machine of a device that this process sees as `device`
+// (ASCEND_RT_VISIBLE_DEVICES).
+ASCEND_SIM_API int ascend_sim_number_of_device(int device);
+
 // "lazy", "random" or "inline".
 ASCEND_SIM_API const char* ascend_sim_scheduler(void);
 

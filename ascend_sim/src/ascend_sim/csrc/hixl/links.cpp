@@ -21,14 +21,14 @@ std::shared_ptr<Link> Link::dial(const std::string& remote, const Options& optio
         " of that engine cannot be seen from here: the simulated engine reaches processes "
         "of one machine and one pid namespace only");
   }
-  if (options.is_hccl() && device == memory.device()) {
+  if (options.is_hccl() && device == memory.device_of_machine()) {
     throw IoError("both engines are on device " + std::to_string(device) +
                   ", which HCCL can't connect; LocalCommRes version 1.3 can");
   }
   return link;
 }
 
-// Returns the device that the peer's engine is on.
+// Returns the device of the machine that the peer's engine is on.
 int Link::greet(const LocalMemory& memory, const Deadline& deadline) {
   connection_.send(Writer(Kind::kHello).text(remote_), deadline);
   Reader welcome = connection_.receive(deadline);

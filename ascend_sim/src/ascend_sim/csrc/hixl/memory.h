@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "../sim_api.h"
 #include "common.h"
 #include "public.h"
 
@@ -53,7 +54,9 @@ class LocalMemory {
                           uint64_t* handle);
   // Refused while the engine is connected with any other.
   uint32_t deregister(uint64_t handle, const std::function<bool()>& connected);
-  int device() const { return device_; }
+  // Its number in the machine, which is another than this process's where that sees some devices
+  // only.
+  int device_of_machine() const { return ascend_sim_number_of_device(device_); }
   // Where peers read in this process's memory whether the engine is still there.
   uint64_t word_address() const { return reinterpret_cast<uint64_t>(word_); }
 

@@ -127,7 +127,7 @@ Writer Server::answer(Session* session, uint64_t number, Reader message) {
       welcome.number(static_cast<uint64_t>(getpid()))
           .number(start_time(getpid()))
           .number(memory_.word_address())
-          .number(static_cast<uint64_t>(memory_.device()));
+          .number(static_cast<uint64_t>(memory_.device_of_machine()));
       const auto ranges = memory_.ranges();
       welcome.number(ranges->all().size());
       for (const Range& range : ranges->all()) {
