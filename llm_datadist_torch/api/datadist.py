@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from llm_datadist_torch.api import statistics
 from llm_datadist_torch.api.cache_manager import CacheManager
+from llm_datadist_torch.api.on_device import manager_of
 from llm_datadist_torch.links import asking, communicating, linking
 from llm_datadist_torch.links.events import LinkCallback, LinkListener
 from llm_datadist_torch.links.info import LinkInfo
@@ -105,7 +106,7 @@ class LLMDataDist:
                 lambda: statistics.look(instance).to_json().encode()
             )
             self._options = dict(options)
-            self._manager = CacheManager(instance)
+            self._manager = manager_of(instance)
             self._instance = instance
             LLMDataDist._live.add(self)
             LLMDataDist.llm_engine_instance = self

@@ -92,22 +92,22 @@ class Instance:
         self.catalog = Catalog(self._on_free)
         self.transfers = TransferLog()
         self.device = choose_device(config.device, config.device_id)
-        self._memories: dict[Placement, CacheMemory] = {
-            Placement.DEVICE: self.device.memory(config.device_pool),
-            Placement.HOST: self.device.host_memory(config.host_pool),
-        }
         # Apart, so that transfers that wait for layers don't keep others waiting.
         self.transfer_workers = WorkerPool("transfer", MAX_TRANSFERS, self.device.enter_thread)
         self.layer_workers = WorkerPool("layers", MAX_LAYERWISE, self.device.enter_thread)
         self._caches: weakref.WeakValueDictionary[int, Cache] = weakref.WeakValueDictionary()
         self._caches_lock = threading.Lock()
-        self._transports: TransportSet = open_transports(config, self.device.device)
         owner = Owner(
             self.catalog,
             consume_keys=not config.remote_accessible,
             orphans=config.orphan_policy,
         )
-        with ExitStack() as undo:
+        with self.device.current(), ExitStack() as undo:
+            self._memories: dict[Placement, CacheMemory] = {
+                Placement.DEVICE: self.device.memory(config.device_pool),
+                Placement.HOST: self.device.host_memory(config.host_pool),
+            }
+            self._transports: TransportSet = open_transports(config, self.device.device)
             undo.callback(self._transports.close)
             self.links = LinkTable(cluster_id, owner, self._transports, config)
             undo.callback(lambda: self.links.close(self.deadline()))

@@ -7,12 +7,14 @@ import importlib.util
 import logging
 import threading
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from llm_datadist_torch.memory.address import HOST
 from llm_datadist_torch.memory.allocate import CacheMemory, HostMemory
 from llm_datadist_torch.memory.arena import ArenaMemory, PoolSize
+from llm_datadist_torch.memory.device_copies import current_device
 from llm_datadist_torch.memory.npu import NpuMemory
 from llm_datadist_torch.memory.npu_address import torch_npu
 from llm_datadist_torch.memory.pinned import PinnedMemory, allocate_pinned_bytes
@@ -56,6 +58,10 @@ class Device(ABC):
         """Memory for HOST caches, likewise."""
 
     @abstractmethod
+    def current(self) -> AbstractContextManager[None]:
+        """Have it as the calling thread's current device, which gets back what it had."""
+
+    @abstractmethod
     def enter_thread(self) -> None:
         """To be called first in every thread that this library starts. Never raises."""
 
@@ -74,6 +80,10 @@ class HostDevice(Device):
         """See :meth:`Device.host_memory`."""
         return self.memory(pool)
 
+    def current(self) -> AbstractContextManager[None]:
+        """See :meth:`Device.current`. Nothing to do."""
+        return nullcontext()
+
     def enter_thread(self) -> None:
         """See :meth:`Device.enter_thread`. Nothing to do."""
 
@@ -89,6 +99,10 @@ class NpuDevice(Device):
     def host_memory(self, pool: PoolSize | None) -> CacheMemory:
         """See :meth:`Device.host_memory`. Pinned, so that the NPU can copy from and to it."""
         return PinnedMemory() if pool is None else ArenaMemory(pool, allocate_pinned_bytes)
+
+    def current(self) -> AbstractContextManager[None]:
+        """See :meth:`Device.current`."""
+        return current_device(self.device)
 
     def enter_thread(self) -> None:
         """See :meth:`Device.enter_thread`.
@@ -173,7 +187,7 @@ def _check_product(chip: str) -> None:
             LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             f"{chip} ({product.name}) is {product.support.value}",
             op="init",
-            remedy=f"use an Atlas A3 or an Atlas A2 inference product, {_USE_CPU}",
+            remedy=f"use an Atlas A5, A3 or A2 inference product, {_USE_CPU}",
         )
     if product.support is Support.WARN:
         with _warned_lock:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -11,6 +13,11 @@ import torch
 
 from llm_datadist_torch import _C
 from llm_datadist_torch.values.device_errors import missing_runtime
+from llm_datadist_torch.values.status import LLMDeviceError
+
+logger = logging.getLogger("llm_datadist_torch")
+
+_thread = threading.local()
 
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
 
@@ -28,17 +35,44 @@ def npu_of(to: torch.device, at: torch.device) -> torch.device:
     return at if to.type == "cpu" else to
 
 
+def callers_device() -> int | None:
+    """The device that this thread had before it came into ``current_device``.
+
+    None outside, and for a thread that had set none.
+    """
+    return getattr(_thread, "callers", None)
+
+
 @contextmanager
 def current_device(device: torch.device) -> Iterator[None]:
     """Have ``device`` as the thread's current one, for torch_npu and for the runtime.
+
+    Afterwards the thread has the device that it had before; one that had set none has torch_npu's
+    default again, unless that can't be used.
 
     Raises:
         LLMFeatureNotEnabledError: There is no Ascend runtime in this process.
         LLMDeviceError: The device can't be used.
     """
-    with _module_of(device).device(device):
+    scope = _module_of(device).device(device)
+    try:
+        scope.__enter__()
+    except RuntimeError as error:
+        raise LLMDeviceError(f"{device} can't be used in this thread: {error}") from error
+    is_outermost = callers_device() is None
+    if is_outermost and scope.prev_idx >= 0:
+        _thread.callers = scope.prev_idx
+    try:
         _C.use_device(device.index)
         yield
+    finally:
+        if is_outermost:
+            _thread.callers = None
+        try:
+            scope.__exit__(None, None, None)
+        except RuntimeError as error:
+            # What the call came to is the news, and not that another device is gone.
+            logger.debug("this thread keeps %s: %s", device, error)
 
 
 def stream_of(device: torch.device) -> int:

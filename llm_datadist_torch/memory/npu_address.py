@@ -38,7 +38,12 @@ def attach_thread() -> None:
     a thread's first operator only.
     """
     npu = torch_npu().npu
-    npu.set_device(npu.current_device())
+    try:
+        npu.set_device(npu.current_device())
+    except RuntimeError:
+        # The default device of a thread that has set none is gone; any other can answer, too.
+        logger.debug("device 0 does not answer", exc_info=True)
+        npu.set_device(npu.device_count() - 1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ class Support(Enum):
     """What an instance does on a product."""
 
     FULL = "supported"
-    WARN = "not known to be supported, as Atlas A3 and Atlas A2 inference products are"
+    WARN = "not known to be supported, as Atlas A5, A3 and A2 inference products are"
     NONE = "not supported"
 
 
@@ -28,10 +28,12 @@ class Product:
     support: Support
 
 
-# The reference is for A3 and for the inference products of A2. A chip's name is all that the
+# The reference is for A5, A3 and for the inference products of A2. A chip's name is all that the
 # runtime tells: the larger A2 chips are in training servers and in inference servers alike.
 # The longest prefix counts.
 _PRODUCTS: dict[str, Product] = {
+    "Ascend950": Product("Atlas A5", Support.FULL),
+    "Ascend910_95": Product("Atlas A5", Support.FULL),  # what older software calls it
     "Ascend910_93": Product("Atlas A3", Support.FULL),
     "Ascend910B1": Product("Atlas A2 training or inference", Support.WARN),
     "Ascend910B2": Product("Atlas A2 training or inference", Support.WARN),

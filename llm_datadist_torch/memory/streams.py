@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import torch
 
+from llm_datadist_torch.memory.device_copies import callers_device, current_device
 from llm_datadist_torch.memory.in_flight import InFlight
 from llm_datadist_torch.values.checks import check_isinstance
 from llm_datadist_torch.values.deadline import Deadline
@@ -121,7 +122,7 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
     What is launched there does not wait for anybody's kernels, and nobody's kernels wait for it.
     """
-    with _module(device).device(device), _module(device).stream(_stream_of_ours(device)):
+    with current_device(device), _module(device).stream(_stream_of_ours(device)):
         yield
 
 
@@ -136,7 +137,7 @@ def _current_stream(device: torch.device) -> torch.Stream | None:
     accelerator = torch.accelerator.current_accelerator()
     if accelerator is None or not _module(accelerator).is_initialized():
         return None
-    return _module(accelerator).current_stream()  # type: ignore[no-any-return]
+    return _module(accelerator).current_stream(callers_device())  # type: ignore[no-any-return]
 
 
 def _module(device: torch.device) -> ModuleType:

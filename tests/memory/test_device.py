@@ -118,11 +118,11 @@ def test_products_that_are_refused(fake_npu: SimpleNamespace, chip: str) -> None
 def test_products_that_are_not_known_are_warned_of_once(
     fake_npu: SimpleNamespace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake_npu.get_device_name = lambda index: ("Ascend910B1", "Ascend950")[index]
+    fake_npu.get_device_name = lambda index: ("Ascend910B1", "Ascend990")[index]
     with caplog.at_level(logging.WARNING, "llm_datadist_torch"):
         for index in (0, 1, 0, 1):
             choose_device("auto", index)
-    assert [record.args[0] for record in caplog.records] == ["Ascend910B1", "Ascend950"]
+    assert [record.args[0] for record in caplog.records] == ["Ascend910B1", "Ascend990"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,9 @@ def test_products_that_are_not_known_are_warned_of_once(
         ("Ascend310P3", Support.NONE, "Atlas inference series"),
         ("Ascend310B4", Support.NONE, "Atlas 200I/500 A2"),
         ("Ascend310", Support.NONE, "Atlas 200/300/500 series"),
-        ("Ascend950PR_9579", Support.WARN, "an unknown product"),
+        ("Ascend950PR_9579", Support.FULL, "Atlas A5"),
+        ("Ascend910_9579", Support.FULL, "Atlas A5"),
+        ("Ascend990", Support.WARN, "an unknown product"),
         ("", Support.WARN, "an unknown product"),
     ],
 )

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, closing
 
 import torch
 
+from llm_datadist_torch.memory.device_copies import current_device
 from llm_datadist_torch.net.addresses import address_towards
 from llm_datadist_torch.transports.hixl.ports import (
     AUTO_CONNECT,
@@ -52,7 +53,6 @@ class HixlEngine:
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.port = open_port()
         self._device = device
-        self._device_module = torch.get_device_module(device)
         host = _address_of(config)
         status = None
         with self.on_device():
@@ -75,10 +75,9 @@ class HixlEngine:
             " global_resource_config.",
         )
 
-    def on_device(self) -> AbstractContextManager[object]:
+    def on_device(self) -> AbstractContextManager[None]:
         """The engine's device set in this thread, and what was set before restored afterwards."""
-        scope: AbstractContextManager[object] = self._device_module.device(self._device)
-        return scope
+        return current_device(self._device)
 
     def finalize(self) -> None:
         """End the engine; idempotent. Nothing moves any more when it returns."""
