@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llm_datadist_torch.cli import facts, report, run, sim
 from llm_datadist_torch.compat.switch import ShimConflictError, shim_path
@@ -48,6 +49,10 @@ def main(arguments: Sequence[str]) -> int:
 
         return top.run(options.address, options.interval, options.count)
     found = _examine(options.address)
+    if options.npu_selftest is not None:
+        from llm_datadist_torch.cli import selftest
+
+        return selftest.run(found, options.npu_selftest)
     shown = report.as_json if options.json else report.as_text
     sys.stdout.write(report.as_fixes(found) if options.fix else shown(found))
     return 1 if found.problems else 0
@@ -102,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     forms.add_argument("--json", action="store_true", help="print JSON, for a report of an error")
     forms.add_argument(
         "--fix", action="store_true", help="print commands that mend what can be mended; runs none"
+    )
+    forms.add_argument(
+        "--npu-selftest",
+        nargs="?",
+        type=Path,
+        const=Path("llm_datadist_selftest.json"),
+        metavar="FILE",
+        help="also try the NPUs step by step, some minutes, and write a report (%(const)s)",
     )
     text = "host:port of an instance to look at, too: links, caches whose handle is gone"
     command.add_argument("address", nargs="?", help=text)
