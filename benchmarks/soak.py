@@ -215,6 +215,10 @@ class Soak:
     def look(self) -> None:
         """Take a sample of each worker, and ask whether all is well."""
         for worker in self.workers:
+            if not worker.process.is_alive():
+                code = worker.process.exitcode
+                self.problems.append(f"worker {worker.plan.number} has died, exit code {code}")
+                return
             worker.samples.append(sample(worker.process.pid))
             report = worker.call("report")
             if report.error:

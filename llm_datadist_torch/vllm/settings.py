@@ -7,6 +7,7 @@ import dataclasses
 import secrets
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,5 +159,14 @@ def _check_type(name: str, value: object, default: object) -> None:
     if not isinstance(value, wanted) or isinstance(value, bool) is not isinstance(default, bool):
         raise param_error(
             f"{name}={value!r} must be of type {type(default).__name__},"
-            f" but is {type(value).__name__}"
+            f" but is {type(value).__name__}",
+            remedy=_how_to_write(name, value, wanted),
         )
+
+
+def _how_to_write(name: str, value: object, wanted: tuple[type, ...]) -> str | None:
+    """What to write for a number that was given as a text; None for anything else."""
+    for kind in wanted if isinstance(value, str) else ():
+        with suppress(ValueError):
+            return f'write "{name}": {kind(value)}, without quotes.'
+    return None

@@ -173,13 +173,13 @@ def test_one_connection_is_one_link(victim: Peer) -> None:
         answers = []
         for cluster_id in (11, 12, 13):
             hello = messages.Hello(cluster_id, PEER, "life", False, offers)
-            answers.append(dealer.call(hello))
+            answers.append(dealer.request(hello))
         assert [type(answer).__name__ for answer in answers] == ["Welcome", "Refused", "Refused"]
         assert victim.call("link_states") == {11: "linked"}
         answers = set()
         for _ in range(1100):
             resolve = messages.Resolve("blocks", 0, 0, True, False)
-            answers.add(type(dealer.call(resolve)).__name__)
+            answers.add(type(dealer.request(resolve)).__name__)
         assert victim.call("counters")["grants"] == 1024
         assert "Refused" in answers
     assert eventually(lambda: victim.call("counters")["leases"] == 0)

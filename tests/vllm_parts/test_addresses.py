@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from llm_datadist_torch import LLMParamError
 from llm_datadist_torch.vllm import addresses
 from llm_datadist_torch.vllm.settings import Settings
 from tests.vllm_parts.workers import Worker
@@ -88,3 +89,12 @@ def test_blocks_move_between_such_addresses(
         return
     p, d = worker(8, 1, **settings), worker(8, 2)
     assert not d.pull(p.grant([1], 32), [3], 0, 32)
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "number"), [("port", "7000", "7000"), ("timeout_s", "2.5", "2.5")]
+)
+def test_a_number_in_quotes_says_what_to_write(setting: str, text: str, number: str) -> None:
+    with pytest.raises(LLMParamError) as caught:
+        Settings.of({setting: text})
+    assert f'write "{setting}": {number}, without quotes' in str(caught.value)
