@@ -16,7 +16,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench docs dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench docs dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -114,6 +114,12 @@ docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
 # Not quietly: with -q mkdocs counts no warnings, and --strict finds none.
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	@echo "ready: build/site/index.html"
+
+# ROWS chooses some of scripts/versions.toml. Needs what `make wheel ARCHS=x86_64` makes, and gcc.
+VERSION_TEST = scripts/test_versions.py --wheel dist/llm_datadist_torch-*_x86_64.whl
+test-versions: $(VENV)/.built  ## Test the wheel of dist/ under the versions that people run, and write docs/support.md
+	$(BIN)/python $(VERSION_TEST) --out benchmarks/results/versions $(ROWS)
+	$(BIN)/python scripts/make_support_table.py
 
 dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
 	if [ -d .git ] && command -v git >/dev/null; then $(BIN)/pre-commit install >/dev/null; fi
