@@ -81,7 +81,11 @@ class Limits:
 
 @contextmanager
 def jumping_clock() -> Iterator[None]:
-    """What is started in here can set its own clock: it is preloaded with ``jumping_clock.c``."""
+    """What is started in here can set its own clock: it is preloaded with ``jumping_clock.c``.
+
+    To be used before this process has started another one by multiprocessing's forkserver, from
+    which all are forked.
+    """
     source, before = Path(__file__).with_name("jumping_clock.c"), os.environ.get("LD_PRELOAD")
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "jumping_clock.so"
