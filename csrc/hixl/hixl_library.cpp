@@ -20,8 +20,8 @@ Loaded& loaded() {
   return *one;
 }
 
-// One caller after the other. Not std::mutex: where this is compiled for an older glibc, libstdc++'s
-// header of it wants one of 2.32.
+// One caller after the other. Not std::mutex: where this is compiled for an older glibc,
+// libstdc++'s header of it wants one of 2.32.
 struct Lock {
   static inline pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
   Lock() { pthread_mutex_lock(&mutex); }
