@@ -15,7 +15,7 @@ include=$("${PYTHON:-.venv/bin/python}" -c 'import sysconfig; print(sysconfig.ge
 count=0
 for file in csrc/*.cpp; do
   "$compiler" -std=c++17 -O1 -Wall -Wextra -Werror -Wno-unused-parameter -Wno-missing-field-initializers \
-    -isystem "$include" -c "$file" -o /dev/null
+    -DLLMDD_VERSION='""' -DLLMDD_COMMIT='""' -isystem "$include" -c "$file" -o /dev/null
   count=$((count + 1))
 done
 if [ "$count" -eq 0 ]; then
