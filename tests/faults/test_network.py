@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,43 @@ def test_the_network_goes_down_and_comes_back(
     expected = ["lost", "relinked"] * 2
     assert kinds(seen, 4) == expected
     assert eventually(lambda: not any(peer.call("counters")[name] for name in ("leases", "grants")))
+
+
+HOLD_CONNECTIONS = """
+import socket, sys
+held = [socket.create_connection((sys.argv[1], int(sys.argv[2]))) for _ in range(2)]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.needs_netns
+def test_no_local_port_is_left(
+    here: Service, peers: Peers, network: tuple[str, str, Callable[[str], None]]
+) -> None:
+    space, theirs, _ = network
+    ours = f"{theirs.rpartition('.')[0]}.1"
+    peer = peers()
+    peer.call("enter_network", space)
+    start_peer(peer, 5, listen=f"{theirs}:0")
+    port = here.start(ME, listen=f"{ours}:0")
+    inside = ["ip", "netns", "exec", space]
+    two_ports = "echo 61000 61001 >/proc/sys/net/ipv4/ip_local_port_range"
+    subprocess.run([*inside, "sh", "-c", two_ports], check=True)
+    holder = subprocess.Popen(
+        [*inside, sys.executable, "-c", HOLD_CONNECTIONS, ours, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        peer.call("note_paths")
+        assert peer.call("link", ME, port, ip=ours)[1] == ["LLM_LINK_FAILED"]
+        holder.kill()
+    _, warnings = peer.call("noted")
+    assert any("net.ipv4.ip_local_port_range" in text for text in warnings), warnings
 
 
 def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> None:
