@@ -153,8 +153,8 @@ def test_who_does_not_read_gets_no_more_answers(here: Service, peers: Peers) -> 
     with stranger(port) as dealer:
         offer = {"local": msgspec.msgpack.encode(HostIdentity("elsewhere", 1, 1, 1))}
         hello = messages.Hello(PEER, ME, "life", False, offer)
-        assert isinstance(dealer.call(hello), messages.Welcome)
-        view = dealer.call(messages.Resolve("blocks", 0, 0, True, False))
+        assert isinstance(dealer.request(hello), messages.Welcome)
+        view = dealer.request(messages.Resolve("blocks", 0, 0, True, False))
         assert isinstance(view, messages.CacheView)
         address = int.from_bytes(view.addrs, "little")
         spans = torch.tensor([[address, size]]).numpy().tobytes()

@@ -148,7 +148,7 @@ def test_between_hosts_it_beats_the_relay():
         "local": msgspec.structs.replace(me, pid=1),
     }
     # Only the kernel proves that a peer is on this host.
-    known = SimpleNamespace(pid=1)
+    known = SimpleNamespace(pid=1, start_time=me.start_time)
     for expected, peer in peers.items():
         offer = msgspec.msgpack.encode(peer)
         channel = transports.connect(

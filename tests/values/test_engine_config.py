@@ -307,7 +307,7 @@ def test_of_the_environment_only_the_secrets_file_is_read():
         "    def get(self, key, default=None):\n"
         "        return default if key == 'LLM_DATADIST_LINK_SECRET_FILE' else self[key]\n"
         "import importlib, logging, threading\n"
-        "from llm_datadist_torch import config as module\n"  # third parties may read theirs
+        "from llm_datadist_torch.values import config as module\n"  # third parties may read theirs
         "os.environ = Watched()\n"
         "module = importlib.reload(module)\n"
         "EngineConfig, LLMConfig, LLMRole = module.EngineConfig, module.LLMConfig, module.LLMRole\n"

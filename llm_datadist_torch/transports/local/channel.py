@@ -185,9 +185,11 @@ class LocalChannel(Channel):
         """See :meth:`Channel.serve`: keys to the memory of a cache."""
         wanted = messages.decode(payload, messages.Wanted)
         try:
-            if self._process is None or self._no_ipc:
-                raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, self._no_ipc)
-            reader = Reader(self._process, wanted.process, self._tell_ended)
+            process = self._process
+            if process is None or self._no_ipc:
+                why = self._no_ipc or "the link has ended"
+                raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, why)
+            reader = Reader(process, wanted.process, self._tell_ended)
             addrs = cache.addrs.tolist()
             shown = messages.Shown(EXPORTS.show(addrs, cache.extent, self._device, self, reader))
         except LLMException as error:
@@ -231,7 +233,8 @@ class LocalChannel(Channel):
         self._mappings.forget(region_id)
 
     def close(self) -> None:
-        """Unmap and close everything."""
+        """Unmap and close everything. Movements and readers under way keep the peer's process."""
+        self._process = None
         self._ipc.close()
         self._mappings.close()
         for path in self._paths:
