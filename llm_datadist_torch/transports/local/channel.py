@@ -104,6 +104,7 @@ class LocalChannel(Channel):
             self._paths_to_host = (*map(StagedBy, reaching), relayed)
             if not self._no_ipc:
                 self._paths_to_device = (self._ipc, relayed)
+        self._made = self._paths
 
     def fit(self, kind: MemoryKind) -> Fit:
         """Well inside one process, and on one host.
@@ -237,7 +238,8 @@ class LocalChannel(Channel):
         self._process = None
         self._ipc.close()
         self._mappings.close()
-        for path in self._paths:
+        # Those that serve no more, too: closing is idempotent.
+        for path in self._made:
             path.close()
 
     @property
