@@ -16,7 +16,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu test-vllm test-sanitize lint format bench docs dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-sanitize lint format bench docs dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -35,7 +35,7 @@ endif
 # It leaves long programs, stress, scale, the simulator's own tests and its other scheduler to test-all.
 test:  ## Run the tests that every commit runs: the library on the CPU and on simulated NPUs
 	$(MAKE) test-cpu TEST_ARGS="-m 'not thorough' $(TEST_ARGS)"
-	$(MAKE) test-npu-sim SCHEDULERS=lazy TEST_ARGS="-m 'not thorough and not whole_programs' $(TEST_ARGS)"
+	$(MAKE) test-npu-lazy TEST_ARGS="-m 'not thorough and not whole_programs' $(TEST_ARGS)"
 
 test-all: test-cpu test-sim test-npu-sim  ## Run all tests: those, long ones, and the simulator's own
 
@@ -53,11 +53,18 @@ test-sim: $(NPU_VENV)/.built  ## Run the simulator's own tests
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
 DEVICE_TESTS := tests/npu tests/reference_programs tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
-SCHEDULERS ?= lazy random
-test-npu-sim: $(NPU_VENV)/.built  ## Run the tests of devices on simulated NPUs
-	for scheduler in $(SCHEDULERS); do \
-	  $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin --ascend-sim=$$scheduler \
-	    $(PARALLEL) $(DEVICE_TESTS) $(TEST_ARGS) || exit 1; done
+# The order of what is in streams makes a difference to these only.
+ORDER_TESTS := tests/npu tests/reference_programs tests/conformance tests/asynchronous tests/test_ops.py tests/api/test_copies.py \
+	tests/api/test_copy_bytes.py tests/api/test_copy_hazards.py tests/transfer/test_properties.py tests/transfer/test_known_caches.py \
+	tests/transfer/test_leases.py
+ON_SIMULATED = $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin $(PARALLEL)
+test-npu-lazy: $(NPU_VENV)/.built
+	$(ON_SIMULATED) --ascend-sim=lazy $(DEVICE_TESTS) $(TEST_ARGS)
+
+test-npu-random: $(NPU_VENV)/.built
+	$(ON_SIMULATED) --ascend-sim=random $(ORDER_TESTS) $(TEST_ARGS)
+
+test-npu-sim: test-npu-lazy test-npu-random  ## Run the tests of devices on simulated NPUs
 
 # With the python that has torch_npu, CANN and this package installed: make test-npu PYTHON=...
 test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
