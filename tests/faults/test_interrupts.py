@@ -387,6 +387,14 @@ PUBLIC_CALLS: dict[str, Callable[[Service, int], object]] = {
 }
 
 
+def _warm_up(here: Service, peer: Peer) -> None:
+    """Use the parts whose first use keeps a descriptor for good."""
+    here.start(1)
+    _link(here, peer.call("start", 2))
+    here.dd.finalize()
+    peer.close()
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("what", PUBLIC_CALLS)
 def test_public_calls_at_every_place(
@@ -394,6 +402,7 @@ def test_public_calls_at_every_place(
 ) -> None:
     """What was interrupted can be called again; no lease, lock or turn to relink is lost."""
     monkeypatch.setattr(held_leases, "SWEEP_S", 0.02)
+    _warm_up(here, peers())
     before = Sockets()
     here.start(1)
     peer = peers()
