@@ -105,11 +105,9 @@ class LinkChannel:
             else:
                 self._bind()
                 return path
-        for name, mover in self._last_movers.items():
-            if name not in reasons:
-                continue
+        for name in self._last_movers.keys() & reasons:
             try:
-                return mover(movement, deadline)
+                return self._last_movers[name](movement, deadline)
             except PathUnavailable as reason:
                 reasons[name] = str(reason)
         for name, channel in self._channels.items():
@@ -201,17 +199,9 @@ class LinkChannel:
         """See :meth:`Channel.serve`.
 
         Raises:
-            LLMFeatureNotEnabledError: This side does not have the transport, or it does not serve
-                memory that may be gone for all that we know.
+            LLMFeatureNotEnabledError: This side does not have the transport.
         """
-        channel = self._named(transport)
-        if cache.unowned and not channel.serves_unowned:
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                "the cache was registered by addresses, which nothing keeps in place",
-                remedy="register tensors.",
-            )
-        channel.serve(payload, cache, reply)
+        self._named(transport).serve(payload, cache, reply)
 
     def note_by(self, transport: str, payload: bytes) -> None:
         """See :meth:`Channel.note`.
@@ -341,4 +331,13 @@ class TransportSet:
         )
 
     def _registering(self, span: MemorySpan) -> list[Transport]:
-        return [each for each in self._transports.values() if each.registers(span.kind)]
+        return [
+            transport
+            for transport in self._transports.values()
+            if transport.capabilities.needs_registration
+            and (
+                transport.capabilities.host_memory
+                if span.kind is MemoryKind.HOST
+                else transport.capabilities.device_memory
+            )
+        ]
