@@ -124,7 +124,7 @@ def pinned_memory() -> Facts:
 
 @_step(moved_by="local", pulled=True, pushed=True, registered_later=True, unregistered=True)
 def between_processes_by_local() -> Facts:
-    """AscendCL's IPC where it serves, else the relay; ``way`` says which."""
+    """Through the control connection; ``way`` says so."""
     return _between_processes("local")
 
 
