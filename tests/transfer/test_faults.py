@@ -34,8 +34,10 @@ every_way = pytest.mark.parametrize(
 )
 
 
-def transfer(service: Any, operation: str, key: BlocksCacheKey, name: str, ids: list[int]) -> Any:
-    return service(operation, key, Ref(name), ids, ids)
+def transfer(
+    service: Any, operation: str, key: BlocksCacheKey, name: str, ids: list[int], **further: Any
+) -> Any:
+    return service(operation, key, Ref(name), ids, ids, **further)
 
 
 # -- death ----------------------------------------------------------------------------------------
@@ -123,7 +125,9 @@ def test_sleeping_owner(here: Service, peers: Peers, dialer: str) -> None:
             assert time.monotonic() - started < 10
             assert here.link_states() == {PEER: "linked"}
         # Awake again, it first grants the lease that nobody waits for any more: that comes back.
-        assert transfer(here.attempt, "pull_blocks", THEIRS, "mine", BLOCKS[:4]) is None
+        ids = BLOCKS[:4]
+        awake = transfer(here.attempt, "pull_blocks", THEIRS, "mine", ids, timeout=10_000)
+        assert awake is None
         assert here.colours("mine") == [5]
         assert eventually(
             lambda: not any(peer.call("counters")[name] for name in ("leases", "grants"))

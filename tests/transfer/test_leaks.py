@@ -25,7 +25,7 @@ def transfer(service: Any, operation: str, key: BlocksCacheKey, name: str, ids: 
     return service(operation, key, Ref(name), ids, ids)
 
 
-@pytest.mark.skipif(on_npu(), reason="memory of a device goes another way")
+@pytest.mark.host_memory_only
 def test_reaching_the_memory_of_a_process_takes_no_descriptor(
     here: Service, peers: Peers, paths: list[str]
 ) -> None:

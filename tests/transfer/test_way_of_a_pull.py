@@ -12,7 +12,6 @@ import pytest
 
 import llm_datadist_torch
 from llm_datadist_torch import BlocksCacheKey
-from tests.devices import on_npu
 from tests.peers import Peer, Service
 
 KEY = BlocksCacheKey(2)
@@ -35,7 +34,7 @@ def passed(call: Callable[[], object]) -> set[CodeType]:
     return codes
 
 
-@pytest.mark.skipif(on_npu(), reason="counted for host memory")
+@pytest.mark.host_memory_only
 @pytest.mark.parametrize(
     ("remote", "functions", "files"), [(True, 45, 12), (False, 50, 20)], ids=["known", "two-sided"]
 )
