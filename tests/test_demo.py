@@ -202,7 +202,11 @@ class TestProgram:
         "size",
         [
             pytest.param(("1", "1"), id="1x1"),
-            pytest.param(("2", "2"), id="2x2", marks=pytest.mark.thorough),
+            pytest.param(
+                ("2", "2"),
+                id="2x2",
+                marks=[pytest.mark.thorough, pytest.mark.same_on_every_device],
+            ),
         ],
     )
     def test_tokens_equal(self, size: tuple[str, str]) -> None:
@@ -213,6 +217,7 @@ class TestProgram:
         assert result.stdout.count("  stopped") == 2 * int(size[0])
 
     @pytest.mark.thorough
+    @pytest.mark.same_on_every_device
     def test_zeroed_blocks_are_noticed(self) -> None:
         result = run_demo("--damage", "--tokens", str(TOKENS))
         assert result.returncode == 1, result.stdout + result.stderr
@@ -220,6 +225,7 @@ class TestProgram:
         assert "BYTES DIFFER: 0 of 1" in result.stdout
 
     @pytest.mark.thorough
+    @pytest.mark.same_on_every_device
     def test_failure_of_a_process_ends_the_demo(self) -> None:
         """The prompt fits into so many blocks and the text doesn't, so decoding fails."""
         blocks = -(-len(PROMPT) // pm.BLOCK_SIZE) + 1

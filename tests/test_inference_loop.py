@@ -46,7 +46,14 @@ def run_program(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [pytest.param([], id="default", marks=pytest.mark.thorough), pytest.param(SMALL, id="small")],
+    [
+        pytest.param(
+            [],
+            id="default",
+            marks=[pytest.mark.thorough, pytest.mark.same_on_every_device],
+        ),
+        pytest.param(SMALL, id="small"),
+    ],
 )
 @pytest.mark.whole_programs
 def test_outputs_equal_plain_generation(arguments: list[str]) -> None:
