@@ -54,7 +54,7 @@ test-sim: $(NPU_VENV)/.built  ## Run the simulator's own tests
 DEVICE_TESTS := tests/npu tests/reference_programs tests/api tests/conformance tests/transfer tests/asynchronous tests/test_ops.py \
 	tests/test_lifetimes.py tests/test_demo.py tests/test_inference_loop.py tests/test_notebooks.py
 # The order of what is in streams makes a difference to these only.
-ORDER_TESTS := tests/npu tests/reference_programs tests/conformance tests/asynchronous tests/test_ops.py tests/api/test_copies.py \
+ORDER_TESTS := tests/npu tests/reference_programs tests/conformance/test_layerwise.py tests/conformance/test_pull_push.py tests/asynchronous tests/test_ops.py tests/api/test_copies.py \
 	tests/api/test_copy_bytes.py tests/api/test_copy_hazards.py tests/transfer/test_properties.py tests/transfer/test_known_caches.py \
 	tests/transfer/test_leases.py
 ON_SIMULATED = $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin $(PARALLEL)
