@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes docs/support.md of what scripts/test_versions.py has measured; `--check` only compares.
+"""Writes what scripts/test_versions.py has measured into its part of docs/support.md.
+
+`--check` only compares. The part lies between the lines START and END; the rest of the page stays.
 
 python scripts/make_support_table.py [--check]
 """
@@ -15,9 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "versions"
 PAGE = ROOT / "docs" / "support.md"
+START, END = "<!-- what was run: start -->", "<!-- what was run: end -->"
 
-HEAD = """# What was run with what
-
+HEAD = """
 Made by `scripts/make_support_table.py` of `benchmarks/results/versions/*.json`, which
 `make test-versions` writes. Each row is an environment of its own, in which the wheel was put
 and the core suite run (the tests that `scripts/versions.toml` names, of the sdist), with the source
@@ -26,7 +28,7 @@ repository.
 
 """
 TAIL = """
-## Not run
+Not run:
 
 - Other versions of Python than those above. The wheel uses CPython's limited API of 3.10, which
   later versions keep; abi3audit confirms that it uses nothing else.
@@ -53,8 +55,8 @@ def cell(run: dict[str, Any] | None) -> str:
     return text
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The whole page."""
+def table(results: list[dict[str, Any]]) -> str:
+    """The part of the page that is made."""
     lines = [
         "| Python | torch | torch_npu | NumPy | NIXL | on the CPU | on a simulated NPU |",
         "|" + "---|" * 7,
@@ -77,6 +79,15 @@ def page(results: list[dict[str, Any]]) -> str:
     return HEAD + "\n".join(lines) + "\n" + TAIL.format(glibc=oldest)
 
 
+def page(old: str, made: str) -> str:
+    """The page with its made part replaced."""
+    before, start, rest = old.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"{PAGE} has no lines {START} and {END}")
+    return before + start + made + end + after
+
+
 def main() -> int:
     """Write the page, or compare."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -85,8 +96,10 @@ def main() -> int:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     if not results:
         raise SystemExit(f"no results in {RESULTS}: make test-versions")
-    text = page(sorted(results, key=lambda result: (result["versions"]["torch"], result["row"])))
-    if check and PAGE.read_text(encoding="utf-8") != text:
+    results.sort(key=lambda result: (result["versions"]["torch"], result["row"]))
+    old = PAGE.read_text(encoding="utf-8")
+    text = page(old, table(results))
+    if check and old != text:
         print(f"{PAGE.name} is not what the results say: python scripts/make_support_table.py")
         return 1
     if not check:
