@@ -24,15 +24,14 @@ def look_at(node: Node, peer: int) -> Stats:
 
 def connect(address: str) -> tuple[Node, int]:
     """Link to the instance, in whichever mode it is."""
-    node = open_node(device="cpu")
     try:
-        return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
+        return _connect(address, remote_accessible=True)
     except LLMParamError:
-        node.close()
-    except BaseException:
-        node.close()
-        raise
-    node = open_node(device="cpu", remote_accessible=False)
+        return _connect(address, remote_accessible=False)
+
+
+def _connect(address: str, *, remote_accessible: bool) -> tuple[Node, int]:
+    node = open_node(device="cpu", remote_accessible=remote_accessible)
     try:
         return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
     except BaseException:

@@ -74,7 +74,7 @@ def alignment() -> Facts:
     """Where torch_npu's tensors start, and where those of caches do."""
     odd = [torch.empty(1000, dtype=torch.uint8, device="npu:0") for _ in range(16)]
     multiple = max(1 << shift for shift in range(22) if all(_on(each, shift) for each in odd))
-    with _instance(0, None) as datadist:
+    with start(US, 0, None) as datadist:
         cache = _blocks(datadist)
         return {
             "allocator_multiple": multiple,
@@ -86,7 +86,7 @@ def alignment() -> Facts:
 @_step(copied=True, swapped_back=True, in_order_with_kernels=True)
 def copies_on_a_stream() -> Facts:
     """Copies in a device and to the host and back, after kernels that are not waited for."""
-    with _instance(0, None) as datadist:
+    with start(US, 0, None) as datadist:
         manager = datadist.cache_manager
         cache = _blocks(datadist)
         host = manager.create_host_cache(
@@ -148,7 +148,7 @@ def bandwidth_by_hixl() -> Facts:
 
 def _between_processes(transport: str) -> Facts:
     facts: Facts = {}
-    with _peer(transport) as send, _instance(0, transport) as datadist:
+    with _peer(transport) as send, start(US, 0, transport) as datadist:
         port = send("listen")
         began = time.monotonic()
         _link(datadist, port)
@@ -184,7 +184,7 @@ def _between_processes(transport: str) -> Facts:
 def _bandwidths(transport: str) -> Facts:
     total = _MIB if npu_is_simulated() else _BANDWIDTH_BYTES
     facts: Facts = {}
-    with _peer(transport) as send, _instance(0, transport) as datadist:
+    with _peer(transport) as send, start(US, 0, transport) as datadist:
         _link(datadist, send("listen"))
         for shift in (12, 14, 16, 18, 20):
             size = 1 << shift
@@ -207,15 +207,6 @@ def _bandwidths(transport: str) -> Facts:
 
 
 # -- parts ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _instance(device_id: int, transport: str | None) -> Iterator[LLMDataDist]:
-    datadist = start(US, device_id, transport)
-    try:
-        yield datadist
-    finally:
-        datadist.finalize()
 
 
 def start(cluster_id: int, device_id: int, transport: str | None) -> LLMDataDist:
