@@ -82,10 +82,10 @@ def table(results: list[dict[str, Any]]) -> str:
 def page(old: str, made: str) -> str:
     """The page with its made part replaced."""
     before, start, rest = old.partition(START)
-    _, end, after = rest.partition(END)
+    _, end, tail = rest.partition(END)
     if not (start and end):
         raise SystemExit(f"{PAGE} has no lines {START} and {END}")
-    return before + start + made + end + after
+    return before + start + made + end + tail
 
 
 def main() -> int:
