@@ -17,6 +17,9 @@ BlockIds = tuple[tuple[int, ...], ...]
 
 _SHORTEST_LEASE_S, _LONGEST_LEASE_S = 0.1, 86400.0
 
+MAX_PEERS = 4096
+"""Workers of an engine."""
+
 NULL_BLOCK = 0
 """vLLM's block that belongs to nobody: it stands where a group needs no block
 (findings/vllm_window_blocks_are_block_zero.sh)."""
@@ -96,7 +99,7 @@ class RemoteBlocks(msgspec.Struct, frozen=True, kw_only=True):
                 remedy="pass on what the producer answered, unchanged.",
             ) from None
         peers, size = len(found.remote_peers), found.remote_tp_size
-        if not peers or size < 1 or peers % size or found.remote_num_tokens < 0:
+        if not 1 <= peers <= MAX_PEERS or size < 1 or peers % size or found.remote_num_tokens < 0:
             raise param_error(
                 f"kv_transfer_params: {peers} peers, tensor parallel size {size},"
                 f" {found.remote_num_tokens} tokens"

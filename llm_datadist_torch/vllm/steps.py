@@ -123,6 +123,7 @@ class Step:
         expects: What to let others write.
         pushes: What to write.
         push_ends: Requests that have ended, and were to be sent.
+        preempted: Requests whose blocks are others' from this step on.
         reset: Whether what was granted before is not kept any more.
     """
 
@@ -133,4 +134,5 @@ class Step:
     expects: list[Expect] = field(default_factory=list)
     pushes: list[Push] = field(default_factory=list)
     push_ends: list[PushEnd] = field(default_factory=list)
+    preempted: tuple[str, ...] = ()
     reset: bool = False

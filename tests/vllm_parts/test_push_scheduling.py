@@ -38,6 +38,7 @@ def output(
     cached: tuple[list[int] | None, int] | None = None,
     resumed: bool = False,
     tokens: int = 0,
+    preempted: set[str] | None = None,
 ) -> Any:
     """A step in which the request gets blocks, has computed tokens, and computes some more."""
     of_new = [] if new is None else [("r", (new[0],), new[1])]
@@ -53,6 +54,7 @@ def output(
             num_computed_tokens=[] if cached is None else [cached[1]],
         ),
         num_scheduled_tokens={"r": tokens},
+        preempted_req_ids=preempted,
     )
 
 
@@ -98,6 +100,8 @@ def test_preempted_and_computed_again() -> None:
     producer.allocated(wanted, ((3, 1),), 0)
     step = producer.take_step(output(new=([3, 1], 0), tokens=20))
     assert pushed(step) == [((3, 1), 0, 20, False)]
+    step = producer.take_step(output(preempted={"r", "another"}))
+    assert step.preempted == ("r",)
     producer.allocated(wanted, ((8, 9, 6),), 0)
     step = producer.take_step(output(cached=([8, 9, 6], 0), resumed=True, tokens=40))
     assert pushed(step) == [((8, 9, 6), 0, 40, True)], "all of it, from the new blocks"
@@ -127,6 +131,14 @@ def test_a_consumer_expects_what_it_has_not() -> None:
     assert expect.prompt == prompt_digest(range(40))
     assert consumer.num_matched(wanted, 0) == 0, "once per request"
     assert consumer.finished(wanted, ((4, 5, 6),), completed=True) == (False, None)
+
+
+def test_fewer_tokens_are_taken_than_were_offered() -> None:
+    consumer, wanted = scheduler(), request("do_remote_prefill")
+    assert consumer.num_matched(wanted, 16) == 24
+    consumer.allocated(wanted, ((4, 5),), 16)
+    (expect,) = consumer.take_step(output()).expects
+    assert (expect.first_token, expect.num_tokens) == (16, 32)
 
 
 def test_a_consumer_that_wants_nothing_says_so() -> None:

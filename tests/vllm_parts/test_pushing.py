@@ -94,17 +94,6 @@ def test_in_several_steps(pair: tuple[Worker, Worker]) -> None:
     assert end(p)
 
 
-def test_computed_again_after_a_preemption(pair: tuple[Worker, Worker]) -> None:
-    p, d = pair
-    expect(d, (1, 2), 0, 64)
-    compute(p, d, (4,), 0, last=False)
-    compute(p, d, (6, 7), 0, last=True)
-    assert not d.wait()
-    for name, tensor in d.kv.items():
-        assert torch.equal(tensor[[1, 2]], p.kv[name][[6, 7]])
-    assert end(p)
-
-
 def test_nothing_is_wanted(pair: tuple[Worker, Worker]) -> None:
     p, d = pair
     right = snapshot(d)

@@ -66,6 +66,16 @@ def test_what_is_handed_over_is_pulled() -> None:
     assert not consumer.take_step().pulls
 
 
+def test_fewer_tokens_are_taken_than_were_offered() -> None:
+    """vLLM rounds some offers down to whole blocks."""
+    prompt = list(range(300))
+    consumer, request = scheduler(), Request("d", prompt, handed_over(prompt, [4, 9, 2]))
+    assert consumer.num_matched(request, 128) == 172
+    consumer.allocated(request, ((1, 7, 8),), 128)
+    (pull,) = consumer.take_step().pulls
+    assert (pull.first_token, pull.num_tokens) == (128, 256)
+
+
 def test_leases_have_rising_numbers() -> None:
     producer = scheduler()
     for name in ("a", "b"):
@@ -181,6 +191,7 @@ def test_the_kv_of_another_prompt(
     [
         {"remote_lease": "one"},
         {"remote_peers": []},
+        {"remote_peers": [[5, "127.0.0.1", 7000, "life"]] * 5000, "remote_tp_size": 5000},
         {"remote_peers": [[5, "127.0.0.1"]]},
         {"remote_peers": [[5, "127.0.0.1", 7000]]},
         {"remote_tp_size": 2},
@@ -219,6 +230,13 @@ def test_what_is_not_kept(
     producer = scheduler(**roles)
     request = Request("p", [1, 2], params, 2)
     assert producer.finished(request, (tuple(blocks),), completed=completed) == (False, None)
+    assert not producer.take_step().grants
+
+
+def test_nothing_is_kept_before_it_is_known_where() -> None:
+    producer = PullScheduler("engine", 60.0, Prompts(), serves=True, pulls=False)
+    request = Request("p", [1, 2], {"do_remote_decode": True}, 2)
+    assert producer.finished(request, ((1,),), completed=True) == (False, None)
     assert not producer.take_step().grants
 
 

@@ -51,7 +51,7 @@ class PullScheduler:
         self._remotes: dict[str, RemoteBlocks] = {}
         self._held: set[str] = set()
         self._given_up: set[str] = set()
-        self._wanted: dict[str, RemoteBlocks] = {}
+        self._wanted: dict[str, tuple[RemoteBlocks, int]] = {}
         self._loads = LoadDeduplicator()
         self._step = Step()
 
@@ -78,17 +78,18 @@ class PullScheduler:
         decision = self._loads.decide(remote.name, request.request_id)
         if decision is not Decision.LOADS:
             return None if decision is Decision.WAITS else 0
-        self._wanted[request.request_id] = remote
+        self._wanted[request.request_id] = remote, num_computed
         # It may not get blocks yet.
         self._renew(request.request_id, remote)
         return max(0, self._num_tokens(request, remote) - num_computed)
 
     def allocated(self, request: EngineRequest, blocks: BlockIds, num_external: int) -> None:
         """The request has got its blocks: plan the pull. Called again later, without effect."""
-        remote = self._wanted.pop(request.request_id, None)
+        wanted = self._wanted.pop(request.request_id, None)
         params = request.kv_transfer_params
-        if remote is None or params is None or not params.get(WANTED):
+        if wanted is None or params is None or not params.get(WANTED):
             return
+        remote, num_computed = wanted
         # Once per request: after a failed load, or a preemption, it is computed here.
         params[WANTED] = False
         self._held.discard(request.request_id)
@@ -100,9 +101,9 @@ class PullScheduler:
             self._loads.loaded([request.request_id])
             self._release(request.request_id, remote)
             return
-        num_tokens = self._num_tokens(request, remote)
+        # vLLM may take fewer tokens than it was offered.
         self._step.pulls.append(
-            Pull(request.request_id, remote, blocks, num_tokens - num_external, num_tokens)
+            Pull(request.request_id, remote, blocks, num_computed, num_computed + num_external)
         )
 
     def loaded(self, request_ids: Iterable[str]) -> None:
@@ -212,7 +213,11 @@ class PullScheduler:
         if not params or not self._serves or not params.get(KEPT) or not completed:
             return False, None
         prompt = self._prompts.digest(request)
-        if not prompt or not any(block != NULL_BLOCK for group in blocks for block in group):
+        if (
+            not self._peers
+            or not prompt
+            or not any(block != NULL_BLOCK for group in blocks for block in group)
+        ):
             return False, None
         number = next(self._numbers)
         self._step.grants.append(Grant(number, request.request_id, blocks))

@@ -41,6 +41,7 @@ class SchedulerOutput(Protocol):
     scheduled_new_reqs: list[NewRequest]
     scheduled_cached_reqs: CachedRequests
     num_scheduled_tokens: dict[str, int]
+    preempted_req_ids: Collection[str] | None
 
 
 @dataclass
@@ -69,7 +70,7 @@ class PushScheduler:
         self._prompts = prompts
         self._sends = sends
         self._receives = receives
-        self._wanted: dict[str, PushTarget] = {}
+        self._wanted: dict[str, tuple[PushTarget, int]] = {}
         self._sent: dict[str, _Sent] = {}
         self._expecting: dict[str, str] = {}
         self._loads = LoadDeduplicator()
@@ -97,7 +98,7 @@ class PushScheduler:
         decision = self._loads.decide(target.transfer_id, request.request_id)
         if decision is not Decision.LOADS:
             return None if decision is Decision.WAITS else 0
-        self._wanted[request.request_id] = target
+        self._wanted[request.request_id] = target, num_computed
         return max(0, self._prompts.num_tokens(request) - num_computed)
 
     def allocated(self, request: EngineRequest, blocks: BlockIds, num_external: int) -> None:
@@ -105,23 +106,24 @@ class PushScheduler:
         params = request.kv_transfer_params
         if params is not None and params.get(KEPT) and self._sends:
             self._track(request)
-        target = self._wanted.pop(request.request_id, None)
-        if target is None or params is None or not params.get(WANTED):
+        wanted = self._wanted.pop(request.request_id, None)
+        if wanted is None or params is None or not params.get(WANTED):
             return
+        target, num_computed = wanted
         # Once per request: after a failed transfer, or a preemption, it is computed here.
         params[WANTED] = False
         if not num_external:
             self._loads.loaded([request.request_id])
         else:
             self._expecting[request.request_id] = target.transfer_id
-        num_tokens = self._prompts.num_tokens(request)
+        # vLLM may take fewer tokens than it was offered.
         self._step.expects.append(
             Expect(
                 request.request_id,
                 target.transfer_id,
                 blocks if num_external else (),
-                num_tokens - num_external,
-                num_tokens,
+                num_computed,
+                num_computed + num_external,
                 self._prompts.digest(request) or "",
             )
         )
@@ -170,7 +172,7 @@ class PushScheduler:
     ) -> tuple[bool, dict[str, Any] | None]:
         """A request has ended; whether its blocks are kept, and what the client is told."""
         self._prompts.forget(request.request_id)
-        target = self._wanted.pop(request.request_id, None)
+        wanted = self._wanted.pop(request.request_id, None)
         self._loads.loaded([request.request_id])
         given_up = self._expecting.pop(request.request_id, None)
         if given_up is not None:
@@ -178,9 +180,10 @@ class PushScheduler:
             self._step.expects.append(Expect(request.request_id, given_up, (), 0, 0, ""))
             return False, None
         params = request.kv_transfer_params
-        if target is not None and params is not None and params.get(WANTED):
+        if wanted is not None and params is not None and params.get(WANTED):
             # It ended before it had blocks: the producer need not wait for it.
-            self._step.expects.append(Expect(request.request_id, target.transfer_id, (), 0, 0, ""))
+            transfer_id = wanted[0].transfer_id
+            self._step.expects.append(Expect(request.request_id, transfer_id, (), 0, 0, ""))
             return False, None
         sent = self._sent.pop(request.request_id, None)
         # One that ended before it had blocks: the consumer must hear that nothing will come.
@@ -226,6 +229,8 @@ class PushScheduler:
                 sent.blocks = [old + list(new) for old, new in zip(before, blocks, strict=True)]
             self._advance(request_id, num_computed + scheduled[request_id])
         step, self._step = self._step, Step()
+        preempted = output.preempted_req_ids or ()
+        step.preempted = tuple(each for each in preempted if each in self._sent)
         return step
 
     @staticmethod

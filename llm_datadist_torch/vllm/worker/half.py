@@ -97,6 +97,11 @@ class WorkerHalf:
         """How peers find it."""
         return self._service.address
 
+    def preempted(self, step: Step) -> None:
+        """Blocks of preempted requests are about to be overwritten."""
+        if self._sender is not None:
+            self._sender.preempted(step.preempted)
+
     def before_compute(self, step: Step) -> None:
         """What must be known before the step computes."""
         if self._sender is not None:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -45,11 +45,19 @@ Rows = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of one step's blocks; ``ready`` is its event, None where compute is synchronous."""
+    """One layer of one step's blocks.
+
+    Attributes:
+        push: The step's.
+        name: The layer's.
+        ready: Its event; None where compute is synchronous.
+        computation: Which computation of the prompt it is of; see :attr:`_Sending.computation`.
+    """
 
     push: Push
     name: str
     ready: torch.Event | None
+    computation: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class _Sending:
         layers: Layers that are there and have not been sent.
         left: Layers that are to be sent with all of the prompt in them.
         launched: Those of them that the engine has computed, or launched.
+        computation: Counts how often the prompt has been computed: after a preemption the blocks
+            are of other requests, and what was read of them since is sent again.
         target: Where to; None until the consumer has said so.
         sums: Checksums of what was sent, by cache, row of the consumer's, and layer.
         running: Whether a job of it is queued or runs.
@@ -82,6 +92,7 @@ class _Sending:
     limit: TimeLimit
     left: set[str]
     launched: set[str] = field(default_factory=set)
+    computation: int = 0
     retry_s: float = _FIRST_RETRY_S
     layers: deque[_Layer] = field(default_factory=deque)
     target: _Target | None = None
@@ -98,14 +109,15 @@ class Sender:
 
     A transfer is a series of short jobs in its consumer's lane: link, ask where to write until the
     consumer knows, write the layers that are there, say that it is complete. Between them nobody
-    waits: a job comes back by itself, or with the next layer. A request that is preempted and
-    computed again is sent again, from its first block, in the same order.
+    waits: a job comes back by itself, or with the next layer. A request that is preempted loses its
+    blocks, so what was not sent before is not sent, what was being sent does not count, and all of
+    it is sent again when it is computed again.
 
     Layers are sent by ``push_blocks`` with a layer range. ``transfer_cache_async`` would take two
     tensors for a layer, and here each layer is one tensor of each cache.
 
-    Thread safety: ``step``, ``layer_done``, ``step_done`` and ``take_done`` are called by the
-    engine's loop, and don't block; ``has_stopped`` by the thread that serves peers.
+    Thread safety: ``preempted``, ``step``, ``layer_done``, ``step_done`` and ``take_done`` are
+    called by the engine's loop, and don't block; ``has_stopped`` by the thread that serves peers.
 
     Args:
         service: This worker's instance.
@@ -171,6 +183,17 @@ class Sender:
                 known.stopped = True
             self._wake(known)
 
+    def preempted(self, request_ids: Iterable[str]) -> None:
+        """The next step writes other requests' tokens to the blocks of these."""
+        with self._lock:
+            for request_id in request_ids:
+                sending = self._sendings.get(request_id)
+                if sending is not None and not sending.done:
+                    sending.computation += 1
+                    sending.layers.clear()
+                    sending.launched.clear()
+                    sending.left = set(self._names)
+
     def layer_done(self, name: str) -> None:
         """A layer of this step has been launched (on a device), or is there."""
         if name not in self._unsent:
@@ -184,7 +207,7 @@ class Sender:
             ready.record()
         for push in self._pushes:
             sending = self._sendings[push.request_id]
-            sending.layers.append(_Layer(push, name, ready))
+            sending.layers.append(_Layer(push, name, ready, sending.computation))
             if push.last:
                 sending.launched.add(name)
             self._wake(sending)
@@ -286,14 +309,19 @@ class Sender:
         if sending.target is None and not self._find_target(sending, peer):
             sending.retry_s = min(2 * sending.retry_s, _LAST_RETRY_S)
             return None if sending.done else sending.retry_s
-        while sending.layers and not sending.stopped:
-            layer = sending.layers.popleft()
+        while not sending.stopped and (layer := self._next_layer(sending)) is not None:
             self._send_layer(sending, peer, layer)
-            if layer.push.last:
-                sending.left.discard(layer.name)
+            with self._lock:
+                # What was preempted meanwhile may have been overwritten while it was read.
+                if layer.push.last and layer.computation == sending.computation:
+                    sending.left.discard(layer.name)
         if not sending.left:
             self._finish(sending, complete=True)
         return None
+
+    def _next_layer(self, sending: _Sending) -> _Layer | None:
+        with self._lock:
+            return sending.layers.popleft() if sending.layers else None
 
     def _find_target(self, sending: _Sending, peer: Peer) -> bool:
         """Ask the consumer where to write; False if it does not know yet, or wants nothing."""
