@@ -28,6 +28,7 @@ from vllm.v1.request import RequestStatus
 from llm_datadist_torch.vllm import facts
 from llm_datadist_torch.vllm.compat.failed_loads import BY_REQUEST, GroupSupport, transfer_results
 from llm_datadist_torch.vllm.compat.hit_sources import FROM_PEERS
+from llm_datadist_torch.vllm.compat.sleep import TOLD_OF_SLEEP
 from llm_datadist_torch.vllm.compat.transfer_groups import transfer_group_ids
 from llm_datadist_torch.vllm.foreign import VllmObject
 from llm_datadist_torch.vllm.layouts import Kind, describe
@@ -98,6 +99,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer, parallel = self._kv_transfer_config, vllm_config.parallel_config
         facts.check_axes(parallel)
+        facts.check_sleep(vllm_config.model_config, told=TOLD_OF_SLEEP)
         self._settings = facts.settings_of(transfer)
         self._group_ids = transfer_group_ids(kv_cache_config)
         self._groups = facts.group_specs(
@@ -110,7 +112,8 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         self._scheduler: PullScheduler | PushScheduler | None = None
         self._workers: dict[tuple[int, int], Peer] = {}
         self._worker: WorkerHalf | None = None
-        self._moved = False
+        # The handshake says where workers are; where MultiConnector does not pass it on, they do.
+        self._moved = True
         self._failed: dict[str, set[int]] = {}
         self._left = Done()
         # The state after a token can't be taken back, and the last token is computed at both ends.
@@ -131,13 +134,13 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         self, metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """The workers are up: this is where peers reach them, by (stage, rank)."""
-        self._set_workers({where: each.peer for where, each in metadata.items()})
+        self._set_workers(_addresses(metadata))
 
     def set_xfer_handshake_metadata(
         self, metadata: Mapping[int, KVConnectorHandshakeMetadata]
     ) -> None:
         """The same of an engine of one stage."""
-        self._set_workers({(0, rank): each.peer for rank, each in metadata.items()})
+        self._set_workers(_addresses({(0, rank): each for rank, each in metadata.items()}))
 
     def _set_workers(self, peers: Mapping[tuple[int, int], Peer]) -> None:
         self._workers |= peers
@@ -246,11 +249,13 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
             pp_rank=stage,
             pp_size=parallel.pipeline_parallel_size,
         )
-        in_engine = stage * parallel.tensor_parallel_size + rank
-        of_engine = parallel.data_parallel_rank * parallel.world_size
         self._where = stage, rank
         self._worker = WorkerHalf(
-            self._settings, fingerprint, layout, caches, rank=of_engine + in_engine
+            self._settings,
+            fingerprint,
+            layout,
+            caches,
+            rank=facts.worker_rank(parallel, stage, rank),
         )
 
     def unregister_kv_caches(self) -> None:
@@ -275,6 +280,11 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         """Where this worker can be reached."""
         return WorkerAddress(self._worker_half().address)
 
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Blocks of preempted requests are about to be overwritten."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMetadata):
+            self._worker.preempted(kv_connector_metadata.step)
+
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins."""
         super().bind_connector_metadata(connector_metadata)
@@ -284,8 +294,13 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
     def start_load_kv(self, forward_context: object, **kwargs: object) -> None:  # noqa: ARG002
         """Begin what the scheduler wants, in the background."""
         metadata = self._get_connector_metadata()
-        if self._worker is not None and isinstance(metadata, StepMetadata):
+        if not isinstance(metadata, StepMetadata):
+            return
+        if self._worker is not None:
             self._worker.step(metadata.step)
+        else:
+            # The KV's memory is away.
+            self._left.add(Done.without_caches(metadata.step))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: loads are done before the request is scheduled."""
@@ -383,6 +398,22 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         if self._worker is None:
             raise RuntimeError("register_kv_caches has not been called")
         return self._worker
+
+
+def _addresses(
+    metadata: Mapping[tuple[int, int], KVConnectorHandshakeMetadata],
+) -> dict[tuple[int, int], Peer]:
+    """Where workers can be reached; MultiConnector passes on what one of its connectors said."""
+    found = {
+        where: each.peer for where, each in metadata.items() if isinstance(each, WorkerAddress)
+    }
+    if len(found) != len(metadata):
+        logger.warning(
+            "another connector's handshake was passed on in place of this one's: no peer can reach"
+            " this engine's blocks before its first step is done. Put LLMDataDistConnector before"
+            " connectors that have a handshake of their own."
+        )
+    return found
 
 
 def _device_name(platform: VllmObject) -> str:

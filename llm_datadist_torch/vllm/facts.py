@@ -44,6 +44,38 @@ def check_axes(parallel_config: VllmObject) -> None:
             )
 
 
+def worker_rank(parallel_config: VllmObject, stage: int, rank: int) -> int:
+    """The rank of a worker among all of its engine, data-parallel ones included.
+
+    Args:
+        parallel_config: vLLM's.
+        stage: Of the worker, its pipeline rank.
+        rank: Of the worker within its stage, its tensor-parallel rank.
+    """
+    # Where the ranks of a dense model are engines of their own, vLLM sets data_parallel_rank to 0.
+    replica = parallel_config.data_parallel_index
+    in_engine = stage * parallel_config.tensor_parallel_size + rank
+    return int(replica * parallel_config.world_size + in_engine)
+
+
+def check_sleep(model_config: VllmObject, *, told: bool) -> None:
+    """Refuse a sleep mode that the connector would not hear of.
+
+    Args:
+        model_config: vLLM's.
+        told: Whether this vLLM tells connectors that the KV's memory goes away.
+
+    Raises:
+        LLMParamError: It does not, and the mode is on: peers would read memory that is not there.
+    """
+    if not told and getattr(model_config, "enable_sleep_mode", False):
+        raise param_error(
+            "enable_sleep_mode is not served: this vLLM does not tell KV connectors when the KV's"
+            " memory goes away",
+            remedy="leave enable_sleep_mode out, or use vLLM 0.33 or later.",
+        )
+
+
 def settings_of(transfer_config: VllmObject) -> Settings:
     """The settings, with vLLM's own ``kv_ip`` and ``kv_port`` where they are given.
 

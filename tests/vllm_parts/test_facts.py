@@ -216,6 +216,27 @@ def test_axes() -> None:
             facts.check_axes(Parallel(**{name: 2}))
 
 
+@pytest.mark.parametrize(("replica", "dense"), [(0, False), (1, False), (1, True)])
+def test_ranks_of_workers(replica: int, dense: bool) -> None:
+    """vLLM runs the data-parallel ranks of a dense model as engines of their own."""
+    config = SimpleNamespace(
+        data_parallel_index=replica,
+        data_parallel_rank=0 if dense else replica,
+        tensor_parallel_size=2,
+        world_size=4,
+    )
+    found = [facts.worker_rank(config, stage, rank) for stage in (0, 1) for rank in (0, 1)]
+    assert found == [replica * 4 + at for at in range(4)]
+
+
+def test_sleep_that_the_connector_is_not_told_of() -> None:
+    asleep = SimpleNamespace(enable_sleep_mode=True)
+    facts.check_sleep(asleep, told=True)
+    facts.check_sleep(SimpleNamespace(), told=False)
+    with pytest.raises(ValueError, match="enable_sleep_mode is not served"):
+        facts.check_sleep(asleep, told=False)
+
+
 # -- KV cache groups -------------------------------------------------------------------------------
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from llm_datadist_torch.vllm.params import RemoteBlocks
-from llm_datadist_torch.vllm.steps import Pull, Renewal, Step
+from llm_datadist_torch.vllm.steps import Expect, Grant, Pull, PushEnd, Renewal, Step
 from llm_datadist_torch.vllm.worker.leases import Leases
+from llm_datadist_torch.vllm.worker.pulling import Done
 from tests.service import eventually
 from tests.vllm_parts.workers import Worker
 
@@ -81,6 +82,32 @@ def test_the_time_to_claim_is_short(claims: int) -> None:
         leases.claim([1], 7, 1)
     now[0] = 6.0
     assert leases.take_finished() == (set() if claims else {"r"})
+
+
+def test_steps_while_the_caches_are_away() -> None:
+    remote = RemoteBlocks.of(
+        {
+            "remote_engine_id": "engine",
+            "remote_request_id": "p",
+            "remote_lease": 1,
+            "remote_lease_s": 1.0,
+            "remote_peers": [[5, "127.0.0.1", 7000, "life"]],
+            "remote_tp_size": 1,
+            "remote_block_ids": [[1]],
+            "remote_num_tokens": 32,
+            "prompt": "x",
+        }
+    )
+    step = Step(
+        pulls=[Pull("d", remote, ((0, 3), (4,)), 0, 32), Pull("e", remote, awaited=False)],
+        grants=[Grant(1, "p", ((1,),))],
+        expects=[Expect("f", "t", ((7,),), 0, 32, "x"), Expect("g", "u", (), 0, 0, "")],
+        push_ends=[PushEnd("q", "t", ()), PushEnd("r", "u", (), kept=False)],
+    )
+    done = Done.without_caches(step)
+    assert done.sent == {"p", "q"}
+    assert done.received == {"d", "f"}
+    assert done.failed == {"d": {3, 4}, "f": {7}}
 
 
 def test_a_worker_that_lets_go_of_its_caches(worker: Callable[..., Worker]) -> None:

@@ -29,7 +29,7 @@ from llm_datadist_torch.vllm.protocol import (
     Verdict,
 )
 from llm_datadist_torch.vllm.settings import Settings
-from llm_datadist_torch.vllm.steps import Pull
+from llm_datadist_torch.vllm.steps import Pull, Step
 from llm_datadist_torch.vllm.worker.leases import Leases
 from llm_datadist_torch.vllm.worker.service import TimeLimit, WorkerService, until_known
 
@@ -53,6 +53,21 @@ class Done:
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
     failed: dict[str, set[int]] = field(default_factory=dict)
+
+    @classmethod
+    def without_caches(cls, step: Step) -> Done:
+        """What becomes of a step where there are no caches: nothing is kept, and loads fail."""
+        blocks = {pull.request_id: pull.local_blocks for pull in step.pulls if pull.awaited}
+        blocks |= {each.request_id: each.blocks for each in step.expects if each.blocks}
+        return cls(
+            sent={grant.request_id for grant in step.grants}
+            | {end.request_id for end in step.push_ends if end.kept},
+            received=set(blocks),
+            failed={
+                request_id: {block for group in groups for block in group if block != NULL_BLOCK}
+                for request_id, groups in blocks.items()
+            },
+        )
 
     def add(self, other: Done) -> None:
         """All that is in another one, too."""
