@@ -16,7 +16,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-sanitize lint format bench docs dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench docs dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -71,6 +71,10 @@ test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
 	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.built  ## Run the tests of the connector with real vLLM engines, on the CPU
+	$(VLLM_BIN)/python -m pytest tests/vllm -m "not thorough" $(TEST_ARGS)
+
+# Also those that take minutes each: kinds of models and of parallelism that CI leaves out.
+test-vllm-all: $(VLLM_VENV)/.built  ## Run all of them
 	$(VLLM_BIN)/python -m pytest tests/vllm $(TEST_ARGS)
 
 test-sanitize: $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan

@@ -149,12 +149,12 @@ _NEEDS: dict[str, tuple[str, Callable[[], bool]]] = {
 _SAME_ON_EVERY_DEVICE = "same_on_every_device"
 """Marks what no device makes a difference to: it is run once, where there is no NPU."""
 _THOROUGH = "thorough"
-"""Marks what ``make test`` leaves to ``make test-all``."""
+"""Marks what ``make test`` and ``test-vllm`` leave to ``make test-all`` and ``test-vllm-all``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"{_SAME_ON_EVERY_DEVICE}: the test is left out on NPUs")
-    config.addinivalue_line("markers", f"{_THOROUGH}: the test is run by make test-all only")
+    config.addinivalue_line("markers", f"{_THOROUGH}: the test is left to make test-all")
     for marker, (what, _) in _NEEDS.items():
         config.addinivalue_line("markers", f"{marker}: the test needs {what}")
 

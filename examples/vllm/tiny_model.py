@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are made in place: small ones with random weights, and a tokenizer.
 
-    python examples/vllm/tiny_model.py DIRECTORY [llama | gemma3 | mistral]
+    python examples/vllm/tiny_model.py DIRECTORY [KIND]
 
-"gemma3" has layers with a sliding window and layers without, "mistral" has only the former.
+The kinds: "llama"; "gemma3" has layers with a sliding window and layers without, "mistral" only the
+former; "falcon_h1" has recurrent layers (Mamba 2) and attention, "lfm2" short convolutions and
+attention; "deepseek" has multi-head latent attention (MLA).
 """
 
 from __future__ import annotations
@@ -14,8 +16,14 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -66,7 +74,53 @@ def _mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**_SIZES, head_dim=32, sliding_window=WINDOW))
 
 
-KINDS = {"llama": _llama, "gemma3": _gemma3, "mistral": _mistral}
+def _falcon_h1() -> PreTrainedModel:
+    config = FalconH1Config(
+        **_SIZES,
+        mamba_d_ssm=256,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+        mamba_chunk_size=256,
+    )
+    return FalconH1ForCausalLM(config)
+
+
+def _lfm2() -> PreTrainedModel:
+    kinds = ["conv", "full_attention"] * 2
+    return Lfm2ForCausalLM(Lfm2Config(**_SIZES, layer_types=kinds, conv_dim=128))
+
+
+def _deepseek() -> PreTrainedModel:
+    # The ranks are the large model's: vLLM's kernel for CPUs has no others.
+    config = DeepseekV2Config(
+        **_SIZES | {"num_hidden_layers": 2, "num_key_value_heads": 4},
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=32,
+        # All of its layers are dense.
+        first_k_dense_replace=2,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_group=1,
+        topk_group=1,
+    )
+    return DeepseekV2ForCausalLM(config)
+
+
+KINDS = {
+    "llama": _llama,
+    "gemma3": _gemma3,
+    "mistral": _mistral,
+    "falcon_h1": _falcon_h1,
+    "lfm2": _lfm2,
+    "deepseek": _deepseek,
+}
 
 
 def save_tiny_model(directory: Path, kind: str = "llama") -> Path:
