@@ -7,21 +7,31 @@ that can't be reached is left alone for a while, and the next is tried. Without 
 decode server does all of it.
 
 With "push" both get the request at the same time: --peers says for each decode server the
-cluster_id, host and port of its workers.
+cluster_id, host and port of its workers. A data-parallel one has workers of its own in each rank,
+and the proxy chooses the rank, in turn. (With "pull" it need not know of ranks.)
 
     python examples/vllm/proxy.py --prefill http://127.0.0.1:8100 --decode http://127.0.0.1:8200
     python examples/vllm/proxy.py ... --peers 77@127.0.0.1:7000
+    python examples/vllm/proxy.py ... --peers 77@127.0.0.1:7000/78@127.0.0.1:7001    # two ranks
+
+Servers that come and go are in a file of JSON, which is read again when it has changed: one that
+is new gets requests, one that is not there any more gets no new ones, and ends those that it has.
+
+    python examples/vllm/proxy.py --servers servers.json
+    {"prefill": ["http://127.0.0.1:8100"], "decode": ["http://127.0.0.1:8200"], "peers": []}
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -32,14 +42,19 @@ logger = logging.getLogger("proxy")
 # A server that can't be reached is not tried for so long, unless there is no other.
 REST_S = 5.0
 HEALTH_S = 2.0
-# How soon it is noticed that a client has gone.
+# How soon it is noticed that a client has gone, and that the file of servers has changed.
 GONE_S = 0.25
+CHANGED_S = 1.0
+RANK_HEADER = "X-data-parallel-rank"
 PATHS = ("/v1/completions", "/v1/chat/completions")
 # Of a request; the prefill server computes one token, and nobody sees it.
 NOT_FOR_PREFILL = ("stream_options", "min_tokens", "best_of")
 
 Peer = tuple[int, str, int]
 """Cluster id, host and port of one worker."""
+
+Ranks = list[list[Peer]]
+"""The workers of a server, by data-parallel rank."""
 
 
 class UnreachableError(Exception):
@@ -59,6 +74,11 @@ class Servers:
         self._turn = 0
         self._rests_until = dict.fromkeys(self.urls, 0.0)
 
+    def change(self, urls: Sequence[str]) -> None:
+        """From now on these."""
+        self.urls = [url.rstrip("/") for url in urls]
+        self._rests_until = {url: self._rests_until.get(url, 0.0) for url in self.urls}
+
     def in_turn(self) -> list[str]:
         """All of them, in the order in which a request tries them."""
         start, self._turn = self._turn, self._turn + 1
@@ -68,10 +88,15 @@ class Servers:
         return sorted(turned, key=lambda url: self._rests_until[url] > now)
 
     def failed(self, url: str) -> None:
-        self._rests_until[url] = self._clock() + REST_S
+        self._rests(url, self._clock() + REST_S)
 
     def answered(self, url: str) -> None:
-        self._rests_until[url] = 0.0
+        self._rests(url, 0.0)
+
+    def _rests(self, url: str, until: float) -> None:
+        # It may be none of them any more.
+        if url in self._rests_until:
+            self._rests_until[url] = until
 
 
 class Proxy:
@@ -80,15 +105,31 @@ class Proxy:
     Args:
         prefill: URLs of prefill servers.
         decode: URLs of decode servers.
-        peers: With "push": for each decode server its workers, as in ``remote_peers``.
+        peers: With "push": for each decode server its workers, by data-parallel rank.
+        file: Where the servers are written; it is read again when it has changed.
     """
 
     def __init__(
-        self, prefill: Sequence[str], decode: Sequence[str], peers: Sequence[list[Peer]] = ()
+        self,
+        prefill: Sequence[str],
+        decode: Sequence[str],
+        peers: Sequence[Ranks] = (),
+        file: Path | None = None,
     ) -> None:
         self._prefill, self._decode = Servers(prefill), Servers(decode)
-        self._peers = dict(zip(self._decode.urls, peers, strict=True)) if peers else {}
+        self._peers: dict[str, Ranks] = {}
+        self._turns: dict[str, Iterator[int]] = {}
+        self._file = file
         self._session: aiohttp.ClientSession | None = None
+        self.change(prefill, decode, peers)
+
+    def change(
+        self, prefill: Sequence[str], decode: Sequence[str], peers: Sequence[Ranks] = ()
+    ) -> None:
+        """New requests go to these servers from now on."""
+        self._prefill.change(prefill)
+        self._decode.change(decode)
+        self._peers = dict(zip(self._decode.urls, peers, strict=True)) if peers else {}
 
     def application(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
@@ -97,7 +138,28 @@ class Proxy:
         app.router.add_get("/health", self.health)
         app.router.add_get("/v1/models", self.models)
         app.cleanup_ctx.append(self._with_session)
+        if self._file is not None:
+            app.cleanup_ctx.append(self._with_file)
         return app
+
+    async def _with_file(self, _: web.Application) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(self._watch())
+        yield
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+    async def _watch(self) -> None:
+        assert self._file is not None
+        known = self._file.read_text()
+        while True:
+            await asyncio.sleep(CHANGED_S)
+            try:
+                text = self._file.read_text()
+                if text != known:
+                    known = text
+                    self.change(*servers_of(text))
+            except (OSError, ValueError) as error:
+                logger.warning("%s is not taken over: %s", self._file, error)
 
     async def _with_session(self, _: web.Application) -> AsyncIterator[None]:
         # Generating takes as long as it takes; only connecting has a limit.
@@ -204,12 +266,17 @@ class Proxy:
         return error_response(503, "no decode server answers")
 
     async def _decode_at(
-        self, url: str, request: web.Request, body: dict[str, Any], begun: asyncio.Event
+        self,
+        url: str,
+        request: web.Request,
+        body: dict[str, Any],
+        begun: asyncio.Event,
+        headers: dict[str, str] | None = None,
     ) -> web.StreamResponse:
         """Pass on the answer of one decode server; ``begun``: the client has a part of it."""
         response = None
         try:
-            async with self.session.post(url + request.path, json=body) as answer:
+            async with self.session.post(url + request.path, json=body, headers=headers) as answer:
                 check_status(answer)
                 self._decode.answered(url)
                 if not body.get("stream") or answer.status != 200:
@@ -255,18 +322,23 @@ class Proxy:
     async def _try_push(
         self, prefill: str, decode: str, request: web.Request, body: dict[str, Any]
     ) -> web.StreamResponse:
+        ranks = self._peers.get(decode)
+        if ranks is None:
+            raise UnreachableError("it is none of the servers any more")
+        rank = next(self._turns.setdefault(decode, itertools.count())) % len(ranks)
+        headers = {RANK_HEADER: str(rank)} if len(ranks) > 1 else None
         # A transfer that was given up is never begun again.
         transfer_id = uuid.uuid4().hex
         sent = {
             "do_remote_decode": True,
             "transfer_id": transfer_id,
-            "remote_peers": self._peers[decode],
+            "remote_peers": ranks[rank],
         }
         wanted = {"do_remote_prefill": True, "transfer_id": transfer_id}
         begun = asyncio.Event()
         sending = asyncio.ensure_future(self._prefill_at(prefill, request.path, body, sent))
         decoding = asyncio.ensure_future(
-            self._decode_at(decode, request, body | {"kv_transfer_params": wanted}, begun)
+            self._decode_at(decode, request, body | {"kv_transfer_params": wanted}, begun, headers)
         )
         try:
             await asyncio.wait({sending, decoding}, return_when=asyncio.FIRST_COMPLETED)
@@ -341,6 +413,28 @@ def error_response(status: int, message: str) -> web.Response:
     )
 
 
+def servers_of(text: str) -> tuple[list[str], list[str], list[Ranks]]:
+    """Prefill servers, decode servers and workers in the JSON of a file.
+
+    Raises:
+        ValueError: It is none, or does not say all of it.
+    """
+    try:
+        told = json.loads(text)
+        peers = [ranks_of(each) for each in told.get("peers", [])]
+        prefill, decode = list(map(str, told["prefill"])), list(map(str, told["decode"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"no object with prefill and decode servers: {error!r}") from error
+    if peers and len(peers) != len(decode):
+        raise ValueError(f"peers of {len(peers)} servers, but {len(decode)} decode servers")
+    return prefill, decode, peers
+
+
+def ranks_of(text: str) -> Ranks:
+    """The workers of each rank in ``77@10.0.0.2:7000/78@10.0.0.2:7001``."""
+    return [peers_of(each) for each in text.split("/")]
+
+
 def peers_of(text: str) -> list[Peer]:
     """The workers in ``77@10.0.0.2:7000,78@10.0.0.2:7001``."""
     peers = []
@@ -353,24 +447,32 @@ def peers_of(text: str) -> list[Peer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prefill", nargs="+", required=True, metavar="URL")
-    parser.add_argument("--decode", nargs="+", required=True, metavar="URL")
+    parser.add_argument("--servers", type=Path, metavar="FILE", help="JSON, in place of the others")
+    parser.add_argument("--prefill", nargs="+", default=[], metavar="URL")
+    parser.add_argument("--decode", nargs="+", default=[], metavar="URL")
     parser.add_argument(
         "--peers",
         nargs="+",
-        type=peers_of,
+        type=ranks_of,
         default=[],
-        metavar="ID@HOST:PORT[,...]",
-        help='with "push": the workers of each decode server, by rank',
+        metavar="ID@HOST:PORT[,...][/...]",
+        help='with "push": the workers of each decode server; "/" separates data-parallel ranks',
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
-    if args.peers and len(args.peers) != len(args.decode):
+    told = args.prefill, args.decode, args.peers
+    if args.servers is not None:
+        if any(told):
+            parser.error("--servers is in place of --prefill, --decode and --peers")
+        told = servers_of(args.servers.read_text())
+    elif not args.prefill or not args.decode:
+        parser.error("--prefill and --decode are needed, or --servers")
+    elif args.peers and len(args.peers) != len(args.decode):
         parser.error(f"{len(args.peers)} --peers for {len(args.decode)} decode servers")
     logging.basicConfig(level=logging.WARNING)
     web.run_app(
-        Proxy(args.prefill, args.decode, args.peers).application(),
+        Proxy(*told, file=args.servers).application(),
         host=args.host,
         port=args.port,
         access_log=None,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from examples.vllm.proxy import REST_S, Peer, Proxy, Servers
+from examples.vllm.proxy import REST_S, Proxy, Ranks, Servers, servers_of
 
 
 class Backend:
@@ -22,6 +23,7 @@ class Backend:
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind = name, kind
         self.asked: list[dict[str, Any]] = []
+        self.ranks: list[str | None] = []
         self.status = 200
         self.cut_after = -1
         self.answers = asyncio.Event()
@@ -43,6 +45,7 @@ class Backend:
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append(body)
+        self.ranks.append(request.headers.get("X-data-parallel-rank"))
         try:
             await self.answers.wait()
         except asyncio.CancelledError:
@@ -87,14 +90,18 @@ class Setting:
         return answer.status, {kind: list(each.values()) for kind, each in told.items()}
 
 
-def run(test: Callable[[Setting], Awaitable[None]], peers: Sequence[list[Peer]] = ()) -> None:
+def run(
+    test: Callable[[Setting], Awaitable[None]],
+    peers: Sequence[Ranks] = (),
+    file: Path | None = None,
+) -> None:
     async def inside() -> None:
         setting = Setting()
         backends = setting.prefill + setting.decode
         for backend in backends:
             await backend.server.start_server()
         urls = [str(backend.server.make_url("")) for backend in backends]
-        setting.proxy = TestServer(Proxy(urls[:2], urls[2:], peers).application())
+        setting.proxy = TestServer(Proxy(urls[:2], urls[2:], peers, file).application())
         await setting.proxy.start_server()
         async with aiohttp.ClientSession() as setting.session:
             try:
@@ -126,10 +133,10 @@ def test_prefill_first_then_decode_with_its_params(path: str) -> None:
     run(test)
 
 
-@pytest.mark.parametrize("peers", [(), [[(1, "h", 70)], [(2, "h", 80)]]], ids=["pull", "push"])
+@pytest.mark.parametrize("peers", [(), [[[(1, "h", 70)]], [[(2, "h", 80)]]]], ids=["pull", "push"])
 @pytest.mark.parametrize("waits_for", ["prefill", "decode"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes(peers: Sequence[list[Peer]], waits_for: str, *, stream: bool) -> None:
+def test_a_client_that_goes(peers: Sequence[Ranks], waits_for: str, *, stream: bool) -> None:
     """Nothing is computed for it any more, at either side."""
 
     async def test(on: Setting) -> None:
@@ -159,6 +166,41 @@ def test_servers_take_turns() -> None:
         assert [each["params"]["of"] for each in told] == ["p0", "p1"] * 2
 
     run(test)
+
+
+def test_servers_that_come_and_go(tmp_path: Path) -> None:
+    file = tmp_path / "servers.json"
+    file.write_text("{}")
+
+    async def test(on: Setting) -> None:
+        urls = [str(each.server.make_url("")) for each in (*on.prefill, *on.decode)]
+        on.decode[0].answers.clear()
+        drained = asyncio.ensure_future(on.post(prompt="x"))
+        while not on.decode[0].asked:
+            await asyncio.sleep(0.01)
+        file.write_text(json.dumps({"prefill": urls[1:2], "decode": urls[3:]}))
+        while len((await on.health())[1]["decode"]) > 1:
+            await asyncio.sleep(0.1)
+        told = [(await on.post(prompt="x"))[1] for _ in range(3)]
+        assert [(each["params"]["of"], each["from"]) for each in told] == [("p1", "d1")] * 3
+        on.decode[0].answers.set()
+        assert (await drained)[1]["from"] == "d0", "what it had it has ended"
+
+    run(test, file=file)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("no", "Expecting value"),
+        ("[]", "no object"),
+        ('{"prefill": []}', "decode"),
+        ('{"prefill": [], "decode": ["u"], "peers": ["1@h:1", "2@h:2"]}', "peers of 2 servers"),
+    ],
+)
+def test_files_that_describe_no_servers(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        servers_of(text)
 
 
 def test_streams_are_passed_on() -> None:

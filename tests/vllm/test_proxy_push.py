@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from examples.vllm.proxy import Peer, peers_of
+from examples.vllm.proxy import Ranks, peers_of, ranks_of, servers_of
 from tests.vllm.test_proxy import Backend, Setting
 from tests.vllm.test_proxy import run as run_proxy
 
-PEERS: list[list[Peer]] = [[(1, "h", 70)], [(2, "h", 80), (3, "h", 81)]]
+PEERS: list[Ranks] = [[[(1, "h", 70)]], [[(2, "h", 80), (3, "h", 81)]]]
 
 
 def run(test: Callable[[Setting], Awaitable[None]]) -> None:
@@ -47,7 +47,7 @@ def test_both_are_asked_at_the_same_time() -> None:
             assert sent == {
                 "do_remote_decode": True,
                 "transfer_id": name,
-                "remote_peers": [list(peer) for peer in PEERS[at]],
+                "remote_peers": [list(peer) for peer in PEERS[at][0]],
             }
             assert (p.asked[0]["max_tokens"], p.asked[0]["n"]) == (1, 1)
             assert (d.asked[0]["max_tokens"], d.asked[0]["n"]) == (7, 2)
@@ -112,7 +112,7 @@ def test_a_decode_server_that_fails() -> None:
         assert on.prefill[0].cancelled == 1, "nobody wants what it computes"
         first, second = sent_to(on.prefill[0])
         assert first["transfer_id"] != second["transfer_id"]
-        assert second["remote_peers"] == [list(peer) for peer in PEERS[1]]
+        assert second["remote_peers"] == [list(peer) for peer in PEERS[1][0]]
         for backend in (on.prefill[0], on.decode[1]):
             backend.answers.set()
         assert (await asking)[1]["from"] == "d1"
@@ -148,11 +148,31 @@ def test_without_servers_of_one_kind() -> None:
     run(test)
 
 
+def test_ranks_of_a_data_parallel_server_take_turns() -> None:
+    """The prefill server is told of the workers of the rank that the decode server will use."""
+
+    async def test(on: Setting) -> None:
+        for _ in range(4):
+            assert (await on.post(prompt="x"))[0] == 200
+        (d, plain), sent = on.decode, [*sent_to(on.prefill[0]), *sent_to(on.prefill[1])]
+        assert d.ranks == ["0", "1"]
+        assert plain.ranks == [None, None]
+        of = {each["transfer_id"]: each["remote_peers"][0][0] for each in sent}
+        for name, rank in zip(names(d), d.ranks, strict=True):
+            assert of[name] == 1 + int(str(rank))
+
+    run_proxy(test, [[[(1, "h", 70)], [(2, "h", 71)]], [[(3, "h", 80)]]])
+
+
 def test_peers_as_they_are_told() -> None:
     assert peers_of("77@10.0.0.2:7000,78@fe80::1:7001") == [
         (77, "10.0.0.2", 7000),
         (78, "fe80::1", 7001),
     ]
+    two = [[(77, "h", 1)], [(78, "h", 2), (79, "h", 3)]]
+    assert ranks_of("77@h:1/78@h:2,79@h:3") == two
+    file = '{"prefill": ["p"], "decode": ["d"], "peers": ["77@h:1/78@h:2,79@h:3"]}'
+    assert servers_of(file) == (["p"], ["d"], [two])
     for wrong in ("", "77", "77@host", "a@host:1", "77@host:b"):
         with pytest.raises(ValueError, match="invalid literal"):
             peers_of(wrong)
