@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from llm_datadist_torch.vllm.params import Peer, prompt_digest
 from llm_datadist_torch.vllm.scheduler import prompts
@@ -306,6 +307,14 @@ def test_a_digest_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(digests) == 1
     consumer.finished(waiting, ((),), completed=False)
     assert not consumer._prompts._digests
+
+
+def test_digests_are_of_values() -> None:
+    digest = prompt_digest([1, 200, 70_000])
+    assert digest == prompt_digest((1, 200, 70_000))
+    assert digest == prompt_digest(list(torch.tensor([1, 200, 70_000]).numpy()))
+    others = ([1, 200], [200, 1, 70_000], [1, 200, 70_000, 0], [1, 200, 70_001], [])
+    assert len({digest, *map(prompt_digest, others)}) == len(others) + 1
 
 
 def test_adapters_and_pictures_are_part_of_a_prompt() -> None:
