@@ -20,14 +20,19 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION_FILE = ROOT / "llm_datadist_torch" / "values" / "version.py"
+# What `python -m llm_datadist_torch bench` runs. The other benchmarks are for the source tree.
+BENCHMARKS = ("__init__", "command", "common", "measuring", "owner", "plots", "bench_links")
+BENCHMARK_FOLDERS = ("cases", "peers")
 
 
 def flag_enabled(name: str) -> bool:
@@ -137,8 +142,31 @@ class ParallelBuild(build_ext):
                 other.unlink()
 
 
+def shipped_benchmarks() -> list[Path]:
+    """The files of benchmarks/ that are in a wheel, as llm_datadist_torch/shipped/benchmarks/."""
+    folder = ROOT / "benchmarks"
+    files = [folder / f"{name}.py" for name in BENCHMARKS]
+    for name in BENCHMARK_FOLDERS:
+        files += sorted((folder / name).glob("*.py")) + sorted((folder / name).glob("*.c"))
+    return files
+
+
+class BuildWithBenchmarks(build_py):
+    """Copies the benchmarks into a wheel; an editable installation has them beside the package."""
+
+    def run(self) -> None:
+        """Copy the package, and the benchmarks."""
+        super().run()
+        if self.editable_mode:
+            return
+        for source in shipped_benchmarks():
+            target = Path(self.build_lib, "llm_datadist_torch", "shipped", source.relative_to(ROOT))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
+
 setup(
     ext_modules=[extension(), hixl_library()],
-    cmdclass={"build_ext": ParallelBuild},
+    cmdclass={"build_ext": ParallelBuild, "build_py": BuildWithBenchmarks},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -2,7 +2,7 @@
 """What a catalog costs: adding caches with their keys, finding and removing them, memory per key.
 
 Caches without memory, because it is the tables that are measured: ``allocate_cache`` adds to this
-what ``bench_allocate`` shows."""
+what ``bench alloc`` shows."""
 
 from __future__ import annotations
 

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.values.environment import npu_is_simulated
 
 if npu_is_simulated():
@@ -25,6 +28,7 @@ if npu_is_simulated():
         "benchmarks: the Ascend runtime is simulated on host memory; no figures from it"
     )
 
+PEERS = ("nixl-cu12", "mooncake-transfer-engine-non-cuda", "numpy", "vllm")
 ROOT = Path(__file__).resolve().parent.parent
 KIB = 1024
 
@@ -61,7 +65,18 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "torch_threads": torch.get_num_threads(),
+        "versions": versions(),
+        "build": dict(_C.build_facts()),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this library and of what it is compared with, as far as they are installed."""
+    found = {}
+    for name in ("llm_datadist_torch", *PEERS):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def interleaved(

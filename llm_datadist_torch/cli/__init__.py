@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of ``python -m llm_datadist_torch``: run, sim, shim-path, top, doctor.
+"""The commands of ``python -m llm_datadist_torch``: run, sim, bench, top, doctor...
 
 Only what a command needs is imported: ``sim`` must not import torch, ``doctor`` decides how.
 """
@@ -30,6 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     if "sim" in arguments[:1]:
         return sim.run(f"{PROG} sim", arguments[1:])
+    if "bench" in arguments[:1]:
+        from llm_datadist_torch.cli import bench
+
+        return bench.run(f"{PROG} bench", arguments[1:])
     parser = _parser()
     ours, theirs = run.split(arguments)
     options = parser.parse_args(ours)
@@ -92,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "run a command on simulated NPUs: torch_npu over host memory, not for figures"
     # Only listed here: its options and its help are ascend-sim's.
     commands.add_parser("sim", help=text)
+    text = "measure this library beside its peers, on this machine; bench --help says what there is"
+    commands.add_parser("bench", help=text)  # listed here; its options are benchmarks/command.py's
     text = "print the directory that does the same on PYTHONPATH"
     _add_force(commands.add_parser("shim-path", help=text, description=text))
     text = "show what a remote instance does, live: links, transfers, caches (needs rich)"

@@ -78,7 +78,7 @@ def test_doctor_says_what_is_there():
 
 
 def test_benchmarks_refuse_to_give_figures():
-    done = simulate("-m", "benchmarks.bench_copy")
+    done = simulate("-m", "llm_datadist_torch", "bench", "copy", "--tiny")
     assert done.returncode != 0
     assert "simulated" in done.stderr
 

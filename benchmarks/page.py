@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes docs/benchmarks.md and its pictures of the JSON in benchmarks/results, and of nothing else.
+
+    python -m benchmarks.page           # write them
+    python -m benchmarks.page --check   # fail if they are not those of the JSON
+
+No figure on the page is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGES = ROOT / "docs" / "images"
+
+TEMPLATE = Path(__file__).with_name("page_template.md")
+NOTHING = "**No run is committed.** `make bench` measures, on a machine that does nothing else."
+WORDS = {
+    "block_bytes": "block",
+    "tensor_bytes": "tensor",
+    "messages_per_link": "messages for a link",
+    "hidden_share": "hidden share",
+    "instance_kib": "memory of an instance, KiB",
+    "dialed_kib": "memory of a link, KiB",
+    "accepted_kib": "memory of a link at the other side, KiB",
+    "dialed_fds": "descriptors of a link",
+    "accepted_fds": "descriptors of a link at the other side",
+}
+
+
+def number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "n/a"
+    if value == 0 or abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{2 if abs(value) < 10 else 1}f}"
+
+
+def time_text(microseconds: float) -> str:
+    """A time in µs or ms."""
+    if microseconds < 1000:
+        return f"{number(microseconds)} µs"
+    return f"{number(microseconds / 1000)} ms"
+
+
+def size_text(nbytes: float) -> str:
+    """A size in its unit."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{number(nbytes)} {unit}".replace(".00", "").replace(".0 ", " ")
+        nbytes /= 1024
+    return f"{number(nbytes)} GiB".replace(".00", "").replace(".0 ", " ")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    every = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in every) + "\n"
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Where the figures are from, and with what."""
+    packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    rows = [
+        ("processor", f"{environment['cpu']}, {environment['cores']} cores"),
+        ("memory", size_text(environment["memory_bytes"])),
+        ("kernel", environment["kernel"]),
+        ("Python, torch", f"{environment['python']}, {environment['torch']}"),
+        ("packages", packages),
+        ("commit", environment["commit"]),
+        ("when", f"{environment['time']}, load before {number(environment['load_before'])}"),
+        ("command", f"`{environment['command']}`"),
+    ]
+    return table(("", "machine"), rows)
+
+
+def parts(points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A table for each contender of ours."""
+    names = {each["name"]: None for p in points for each in p["contenders"] if is_ours(each)}
+    for name in names:
+        yield f"\n**{name}**\n\n" + table(*rows_of(name, points))
+    if any("further" in point for point in points):
+        yield "\n" + further(points)
+
+
+def is_ours(contender: Mapping[str, Any]) -> bool:
+    return bool(contender["role"] == "ours")
+
+
+def rows_of(name: str, points: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of one contender of ours, with its baselines and its ceiling."""
+    mine = [
+        (point, {each["name"]: each for each in point["contenders"]})
+        for point in points
+        if any(each["name"] == name for each in point["contenders"])
+    ]
+    ours = [contenders[name] for _, contenders in mine]
+    others = [*dict.fromkeys(other for each in ours for other in each["baselines"])]
+    others += [*dict.fromkeys(each["ceiling"] for each in ours if each["ceiling"])]
+    others = [each for each in others if any(each in found for _, found in mine)]
+    moves = any("gb_per_s" in each for each in ours)
+    head = [WORDS.get(axis, axis) for axis in mine[0][0]["at"]]
+    head += ["p50", "p99", *(["GB/s"] if moves else []), "each", *(["CPU s/GB"] if moves else [])]
+    head += ["peak"]
+    ceilings = {each["ceiling"] for each in ours}
+    for other in others:
+        head.append(f"{'ceiling' if other in ceilings else 'baseline'}: {other}")
+        head.append("ratio")
+    return head, [row_of(name, point, found, others, moves) for point, found in mine]
+
+
+def row_of(
+    name: str,
+    point: Mapping[str, Any],
+    contenders: Mapping[str, Mapping[str, Any]],
+    others: Sequence[str],
+    moves: bool,
+) -> list[str]:
+    each = contenders[name]
+    row = [
+        size_text(value) if axis.endswith("_bytes") else str(value)
+        for axis, value in point["at"].items()
+    ]
+    row += [time_text(each["p50_us"]), time_text(each["p99_us"])]
+    row += [number(each["gb_per_s"])] if moves else []
+    row += [time_text(each["us_per_unit"]) if "us_per_unit" in each else ""]
+    row += [number(each["cpu_s_per_gb"])] if moves else []
+    row += [size_text(each["peak_bytes"])]
+    for other in others:
+        found = contenders.get(other)
+        if found is None:
+            row += ["", ""]
+            continue
+        shown = f"{number(found['gb_per_s'])} GB/s" if moves else time_text(found["p50_us"])
+        row += [shown, f"**{number(found['p50_us'] / each['p50_us'])}**"]
+    return row
+
+
+def further(points: Sequence[Mapping[str, Any]]) -> str:
+    """What else was found of each point."""
+    kept = [point for point in points if point.get("further")]
+    names = list(kept[0]["further"])
+    head = [*kept[0]["at"], *(WORDS.get(name, name) for name in names)]
+    rows = [
+        [*(str(value) for value in point["at"].values())]
+        + [number(point["further"][name]) for name in names]
+        for point in kept
+    ]
+    return table(head, rows)
+
+
+def vllm_part(record: Mapping[str, Any] | None) -> str:
+    """Engines of vLLM, of what ``benchmarks.bench_vllm`` has written."""
+    if record is None:
+        return NOTHING.replace("`make bench` measures", "That measures")
+    rows = [row for row in record["results"] if "row" in row]
+    theirs = {row["row"]: row["added"] for row in rows if "Nixl" in row["connector"]}
+    shown = [
+        [
+            row["row"],
+            row["connector"].removeprefix("Probed"),
+            *(number(row[name]) for name in ("fetched", "cached", "added", "cpu")),
+            ""
+            if "Nixl" in row["connector"]
+            else f"**{number(theirs[row['row']] / row['added'])}**",
+        ]
+        for row in rows
+    ]
+    head = ("tokens", "connector", "first token, ms", "KV there, ms", "added, ms", "CPU, ms")
+    return f"{machine(record['environment'])}\n{table((*head, 'ratio'), shown)}"
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A file of results; None if there is none.
+
+    Raises:
+        SystemExit: It is of a run that only tried whether it works.
+    """
+    path = RESULTS / name
+    if not path.exists():
+        return None
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record.get("tiny"):
+        raise SystemExit(f"{path} is of a run with --tiny, which has no figures")
+    return record
+
+
+def text_of(record: Mapping[str, Any] | None, vllm: Mapping[str, Any] | None) -> str:
+    """The page: the template, with what the results give in the place of each {{name}}."""
+    given = record or {"benchmarks": {}, "left_out": {}}
+
+    def part(found: re.Match[str]) -> str:
+        name = found[1]
+        if name == "machine":
+            return machine(record["environment"]).strip() if record else NOTHING
+        if name == "vllm":
+            return vllm_part(vllm).strip()
+        if name == "left_out":
+            return "\n".join(f"- {peer}: {why}" for peer, why in given["left_out"].items())
+        if name not in given["benchmarks"]:
+            return "Not in the committed run."
+        points = given["benchmarks"][name]
+        picture = f"![{name}](images/bench_{name}.svg)\n" if name in plots.AXES else ""
+        return (picture + "".join(parts(points))).strip()
+
+    text = re.sub(r"\{\{(\w+)\}\}", part, TEMPLATE.read_text(encoding="utf-8"))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def wrong_pictures(record: Mapping[str, Any] | None) -> Iterator[str]:
+    """Pictures that are not of these results."""
+    for name, points in (record or {"benchmarks": {}})["benchmarks"].items():
+        if name in plots.AXES:
+            path = IMAGES / f"bench_{name}.svg"
+            if not path.exists() or plots.digest(points) not in path.read_text(encoding="utf-8"):
+                yield str(path.relative_to(ROOT))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the page, or check it; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--results", type=Path, help="another file, with --out")
+    parser.add_argument("--out", type=Path, help="folder for a page of it, without pictures")
+    options = parser.parse_args(arguments)
+    if options.results and options.out:
+        record = json.loads(options.results.read_text(encoding="utf-8"))
+        (options.out / PAGE.name).write_text(text_of(record, None), encoding="utf-8")
+        return 0
+    record, vllm = load("bench.json"), load("vllm.json")
+    text = text_of(record, vllm)
+    if options.check:
+        wrong = list(wrong_pictures(record))
+        if PAGE.read_text(encoding="utf-8") != text:
+            wrong.append(str(PAGE.relative_to(ROOT)))
+        for path in wrong:
+            print(f"{path} is not what the results give: python -m benchmarks.page")
+        return bool(wrong)
+    for name, points in (record or {"benchmarks": {}})["benchmarks"].items():
+        if name in plots.AXES:
+            plots.draw({name: points}, IMAGES / f"bench_{name}.svg")
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

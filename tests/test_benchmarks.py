@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``bench``, the page that is made of its results, and what of it is in a wheel."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import command, page, plots
+from benchmarks.measuring import Samples, contender, figures, point
+from tests.compat.programs import ROOT
+
+pytestmark = pytest.mark.same_on_every_device
+
+PACKAGE = ROOT / "llm_datadist_torch"
+
+
+def a_record() -> dict[str, object]:
+    """A result of the form that the command writes; its figures are of no machine."""
+    slow, quick = Samples([0.004, 0.002], [0.001]), Samples([0.001, 0.001], [0.001])
+    ours = contender("copy_blocks", "ours", figures(quick, 10**6, 8), ("loop",), "C loop")
+    others = [
+        contender("loop", "peer", figures(slow, 10**6, 8)),
+        contender("C loop", "ceiling", figures(quick, 10**6, 8)),
+    ]
+    environment = {"cpu": "no CPU", "cores": 2, "memory_bytes": 1 << 30, "kernel": "k"}
+    environment |= {"python": "3", "torch": "2", "versions": {"numpy": "1"}, "commit": "c"}
+    environment |= {"time": "now", "load_before": 0.5, "command": "python bench"}
+    points = [point({"block_bytes": 4096, "tensors": 2, "blocks": 4}, [ours, *others])]
+    return {
+        "environment": environment,
+        "tiny": False,
+        "left_out": {"Mooncake TCP": "not installed"},
+        "benchmarks": {"copy": points},
+    }
+
+
+def test_the_page_is_that_of_the_committed_results():
+    assert page.main(["--check"]) == 0
+
+
+def test_another_page_or_picture_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    record = a_record()
+    for name in ("RESULTS", "IMAGES", "ROOT"):
+        monkeypatch.setattr(page, name, tmp_path)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "benchmarks.md")
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    (tmp_path / "benchmarks.md").write_text(page.text_of(record, None))
+    picture = tmp_path / "bench_copy.svg"
+    picture.write_text(plots.digest(record["benchmarks"]["copy"]))
+    assert page.main(["--check"]) == 0
+    picture.write_text("another")
+    assert page.main(["--check"]) == 1
+    record["environment"]["commit"] = "another"
+    (tmp_path / "bench.json").write_text(json.dumps(record))
+    assert page.main(["--check"]) == 1
+    assert "benchmarks.md is not what the results give" in capsys.readouterr().out
+
+
+def test_each_figure_stands_beside_its_baseline_and_ceiling():
+    text = page.text_of(a_record(), None)
+    assert "| baseline: loop | ratio | ceiling: C loop | ratio |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| 4 KiB | 2 | 4 | 1.00 ms"))
+    assert row.endswith("| 0.33 GB/s | **3.00** | 1.00 GB/s | **1.00** |")
+    assert "- Mooncake TCP: not installed" in text
+    assert "{{" not in text
+
+
+def test_a_tiny_run_is_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    (tmp_path / "bench.json").write_text(json.dumps(a_record() | {"tiny": True}))
+    with pytest.raises(SystemExit, match="which has no figures"):
+        page.main([])
+
+
+def test_a_peer_that_is_missing(monkeypatch: pytest.MonkeyPatch):
+    from benchmarks.peers.gloo import Gloo
+
+    monkeypatch.setattr(Gloo, "why_not", lambda _: "not here: install it")
+    chosen, left_out = command.choose(None)
+    assert left_out["gloo"] == "not here: install it"
+    assert "gloo" not in [peer.name for peer in chosen]
+    with pytest.raises(SystemExit, match="--against gloo: not here: install it"):
+        command.choose(["gloo"])
+
+
+def test_the_command_measures(tmp_path: Path):
+    result = tmp_path / "out.json"
+    arguments = ["pull", "--tiny", "--against", "gloo", "--json", str(result)]
+    assert command.main("bench", arguments) == 0
+    record = json.loads(result.read_text())
+    assert record["tiny"]
+    assert {"cpu", "cores", "kernel", "torch", "versions", "commit"} <= set(record["environment"])
+    pulls = record["benchmarks"]["pull"]
+    assert [each["at"]["run"] for each in pulls] == [1, 1, 16]
+    for each in pulls:
+        names = {contender["name"] for contender in each["contenders"]}
+        assert {"allocated", "registered", "gloo"} <= names
+        for one in each["contenders"]:
+            assert {"p50_us", "p99_us", "gb_per_s", "us_per_unit", "cpu_s_per_gb"} <= set(one)
+            assert one["peak_bytes"] >= 0
+    assert "baseline: gloo" in page.text_of(record, None)
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    """The package as a wheel has it, with this tree's compiled part."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=90,
+    )
+    for library in PACKAGE.glob("*.so"):
+        shutil.copy(library, tmp_path / "lib" / "llm_datadist_torch")
+    return tmp_path / "lib"
+
+
+def test_it_works_from_a_wheel(built: Path, tmp_path: Path):
+    # In a folder that is not the tree's, and the built package first.
+    environment = {**os.environ, "PYTHONPATH": str(built)}
+    done = subprocess.run(
+        [sys.executable, "-m", "llm_datadist_torch", "bench", "--help"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mooncake-transfer-engine-non-cuda" in done.stdout
+    shipped = built / "llm_datadist_torch" / "shipped" / "benchmarks"
+    assert (shipped / "peers" / "loops.c").exists()
+    assert missing_modules(shipped) == set()
+
+
+def missing_modules(shipped: Path) -> set[str]:
+    """Modules of ``benchmarks`` that files of a wheel import, and that are not in it."""
+    wanted = set()
+    for path in shipped.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("benchmarks"):
+                below = [f"{node.module}.{alias.name}" for alias in node.names]
+                is_file = (shipped.parent / f"{node.module.replace('.', '/')}.py").exists()
+                wanted |= {node.module} if is_file else {node.module, *below}
+    there = {path.relative_to(shipped.parent) for path in shipped.rglob("*.py")}
+    names = {".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in there}
+    classes = {name for name in wanted if name.rpartition(".")[2][:1].isupper()}
+    return {
+        name
+        for name in wanted - names - classes
+        if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
+    }
