@@ -9,6 +9,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 
 import pytest
+import torch
 
 import llm_datadist_torch
 from llm_datadist_torch import BlocksCacheKey
@@ -34,6 +35,17 @@ def passed(call: Callable[[], object]) -> set[CodeType]:
     return codes
 
 
+def number_of_calls(call: Callable[[], object]) -> int:
+    """How often a call calls functions of Python, ours and others', in this thread."""
+    events: list[str] = []
+    sys.setprofile(lambda _, event, __: events.append(event))
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return events.count("call")
+
+
 @pytest.mark.host_memory_only
 @pytest.mark.parametrize(
     ("remote", "functions", "files"), [(True, 45, 12), (False, 50, 20)], ids=["known", "two-sided"]
@@ -55,3 +67,22 @@ def test_a_pull_of_one_block(
     names = sorted(f"{Path(code.co_filename).name}: {code.co_qualname}" for code in codes)
     assert len(codes) <= functions, names
     assert len({code.co_filename for code in codes}) <= files, names
+
+
+@pytest.mark.host_memory_only
+def test_the_number_of_blocks_makes_no_more_python(
+    here: Service, peers: Callable[[], Peer]
+) -> None:
+    here.start(1, remote=True)
+    peer = peers()
+    assert here.link(2, peer.call("start", 2, remote=True)) == ("LLM_SUCCESS", ["LLM_SUCCESS"])
+    peer.call("allocate", "theirs", 2, 2000, 64, paged=True, keys=KEY)
+    here.allocate("mine", 2, 2000, 64, paged=True)
+    manager, cache = here.manager, here.held["mine"].cache
+
+    def calls(count: int) -> int:
+        ids = torch.arange(0, 2 * count, 2)
+        manager.pull_blocks(KEY, cache, ids, ids)
+        return number_of_calls(lambda: manager.pull_blocks(KEY, cache, ids, ids))
+
+    assert calls(1000) == calls(100) == calls(10)
