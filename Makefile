@@ -11,12 +11,15 @@ NPU_BIN := $(NPU_VENV)/bin
 VLLM_VENV := $(VENV)-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 DOCS_VENV := $(VENV)-docs
+# All of .venv plus peers to measure against.
+BENCH_VENV := $(VENV)-bench
+BENCH_BIN := $(BENCH_VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h) setup.py
 SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench docs dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench bench-tiny bench-scale docs dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -44,10 +47,10 @@ TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PARALLEL := -n $(TEST_JOBS) --dist worksteal
 
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
-test-cpu: $(VENV)/.built  ## Run the tests on the CPU
+test-cpu: $(VENV)/.dev  ## Run the tests on the CPU
 	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
 
-test-sim: $(NPU_VENV)/.built  ## Run the simulator's own tests
+test-sim: $(VENV)/.dev $(NPU_VENV)/.built  ## Run the simulator's own tests
 	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)
 
 # The tests of what a device makes a difference to; those of the simulator choose its scheduler themselves.
@@ -58,10 +61,10 @@ ORDER_TESTS := tests/npu tests/reference_programs tests/conformance/test_layerwi
 	tests/api/test_copy_bytes.py tests/api/test_copy_hazards.py tests/transfer/test_properties.py tests/transfer/test_known_caches.py \
 	tests/transfer/test_leases.py
 ON_SIMULATED = $(NPU_BIN)/python -m pytest -p ascend_sim.pytest_plugin $(PARALLEL)
-test-npu-lazy: $(NPU_VENV)/.built
+test-npu-lazy: $(VENV)/.dev $(NPU_VENV)/.built
 	$(ON_SIMULATED) --ascend-sim=lazy $(DEVICE_TESTS) $(TEST_ARGS)
 
-test-npu-random: $(NPU_VENV)/.built
+test-npu-random: $(VENV)/.dev $(NPU_VENV)/.built
 	$(ON_SIMULATED) --ascend-sim=random $(ORDER_TESTS) $(TEST_ARGS)
 
 test-npu-sim: test-npu-lazy test-npu-random  ## Run the tests of devices on simulated NPUs
@@ -70,18 +73,18 @@ test-npu-sim: test-npu-lazy test-npu-random  ## Run the tests of devices on simu
 test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
 	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
 
-test-vllm: $(VLLM_VENV)/.built  ## Run the tests of the connector with real vLLM engines, on the CPU
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run the tests of the connector with real vLLM engines, on the CPU
 	$(VLLM_BIN)/python -m pytest tests/vllm -m "not thorough" $(TEST_ARGS)
 
 # Also those that take minutes each: kinds of models and of parallelism that CI leaves out.
-test-vllm-all: $(VLLM_VENV)/.built  ## Run all of them
+test-vllm-all: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run all of them
 	$(VLLM_BIN)/python -m pytest tests/vllm $(TEST_ARGS)
 
-test-sanitize: $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan
+test-sanitize: $(VENV)/.dev $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
 	PYTHON=$(CURDIR)/$(NPU_BIN)/python scripts/test_sanitize_sim.sh
 
-lint: $(VENV)/.built  ## Check style, types, sizes, and that the C++ compiles for aarch64
+lint: $(VENV)/.dev  ## Check style, types, sizes, and that the C++ compiles for aarch64
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -92,14 +95,26 @@ lint: $(VENV)/.built  ## Check style, types, sizes, and that the C++ compiles fo
 	$(BIN)/python scripts/check_words.py
 	scripts/cross_compile.sh
 
-format: $(VENV)/.built  ## Format Python and C++
+format: $(VENV)/.dev  ## Format Python and C++
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
 
-bench: $(VENV)/.built  ## Measure; prints tables, writes build/bench/*.json
+# On a machine that does nothing else: 6 minutes on two cores. The page is made of the JSON alone.
+bench: $(BENCH_VENV)/.built  ## Measure the library beside its peers, and write benchmarks/results/bench.json and docs/benchmarks.md
+	$(BENCH_BIN)/python -m llm_datadist_torch bench --json benchmarks/results/bench.json $(BENCH_ARGS)
+	$(BENCH_BIN)/python -m benchmarks.page
+
+# The same with the smallest sizes, into build/bench: to see that it works, without figures.
+bench-tiny: $(BENCH_VENV)/.built
 	mkdir -p build/bench
-	for name in copy pull allocate catalog links nixl; do \
+	$(BENCH_BIN)/python -m llm_datadist_torch bench --tiny --json build/bench/tiny.json --plot build/bench/tiny.png $(BENCH_ARGS)
+	$(BENCH_BIN)/python -m benchmarks.page --results build/bench/tiny.json --out build/bench
+
+# Further ones, which the page does not have: catalogs, links, and a simulation of 1000 x 1000 instances (docs/scaling.md).
+bench-scale: $(VENV)/.dev
+	mkdir -p build/bench
+	for name in catalog links; do \
 	  $(BIN)/python -m benchmarks.bench_$$name --json build/bench/$$name.json || exit 1; done
 	$(BIN)/python -m benchmarks.simulate_cluster --costs build/bench/links.json --json build/bench/cluster.json
 
@@ -128,16 +143,16 @@ docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
 
 # ROWS chooses some of scripts/versions.toml. Needs what `make wheel ARCHS=x86_64` makes, and gcc.
 VERSION_TEST = scripts/test_versions.py --wheel dist/llm_datadist_torch-*_x86_64.whl
-test-versions: $(VENV)/.built  ## Test the wheel of dist/ under the versions that people run, and write the table of docs/support.md
+test-versions: $(VENV)/.dev  ## Test the wheel of dist/ under the versions that people run, and write the table of docs/support.md
 	$(BIN)/python $(VERSION_TEST) --out benchmarks/results/versions $(ROWS)
 	$(BIN)/python scripts/make_support_table.py
 
-dev: $(VENV)/.built  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
+dev: $(VENV)/.dev  ## Make .venv with the package installed editable, and the hooks where this is a git checkout
 	if [ -d .git ] && command -v git >/dev/null; then $(BIN)/pre-commit install >/dev/null; fi
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(DOCS_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(DOCS_VENV) $(BENCH_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -146,11 +161,11 @@ $(VENV)/.deps: pyproject.toml
 	  { echo "Python 3.10 to 3.13 is needed; set PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
 	  { echo "Python.h is missing: apt-get install python3-dev"; exit 1; }
-	@echo "setting up $(VENV): torch and the tools, a minute or two"
+	@echo "setting up $(VENV): torch and what the demo needs, a minute or so"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # 25.1 is the first pip that installs dependency groups.
 	@$(BIN)/python -m pip install -q 'pip>=25.1'
-	@$(BIN)/python -m pip install -q --group dev
+	@$(BIN)/python -m pip install -q --group demo
 # The package is installed anew, too: its metadata may have changed.
 	@rm -f $(VENV)/.installed
 	@touch $@
@@ -164,6 +179,12 @@ $(VENV)/.built: $(VENV)/.deps $(SOURCES)
 	  $(BIN)/python setup.py -q build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }; \
 	else PYTHONWARNINGS=ignore $(BIN)/python -m pip install -q --no-build-isolation -e . && \
 	  touch $(VENV)/.installed; fi
+	@touch $@
+
+# The tools of tests and of lint: linters, notebooks, type checkers.
+$(VENV)/.dev: pyproject.toml | $(VENV)/.built
+	@echo "setting up $(VENV): the tools"
+	@$(BIN)/python -m pip install -q --group dev
 	@touch $@
 
 # A second environment that sees all of the first: only torch_npu is added, torch is not installed twice.
@@ -196,4 +217,13 @@ $(DOCS_VENV)/.deps: pyproject.toml
 	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
 	@$(DOCS_VENV)/bin/python -m pip install -q 'pip>=25.1'
 	@$(DOCS_VENV)/bin/python -m pip install -q --group docs
+	@touch $@
+
+# A fifth, which adds to .venv as the second and third do.
+$(BENCH_VENV)/.built: pyproject.toml | $(VENV)/.dev
+	@echo "setting up $(BENCH_VENV): peers to measure against"
+	@test -x $(BENCH_BIN)/python || $(BIN)/python -m venv --without-pip $(BENCH_VENV)
+	@site() { $$1/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+	  echo "import site; site.addsitedir('$$(site $(abspath $(BIN)))')" > "$$(site $(BENCH_BIN))/_base.pth"
+	@$(BIN)/python -m pip --python $(BENCH_BIN)/python install -q --no-deps --group bench
 	@touch $@
