@@ -26,11 +26,14 @@ class Effort:
         rounds: Rounds of each point at most.
         seconds: Seconds after which a point gets no further round, if it has the least.
         least: Rounds at least.
+        in_a_row: Calls of each contender in each round: more where a call is so short that what
+            the others left in the processor's caches would be most of it.
     """
 
     rounds: int = 11
     seconds: float = 3.0
     least: int = LEAST_ROUNDS
+    in_a_row: int = 1
 
     @classmethod
     def of(cls, rounds: int, seconds: float) -> Effort:
@@ -74,12 +77,12 @@ def measure(
         if late and number >= warmups + effort.least:
             break
         for name, call in calls.items():
-            cpu, began = cpu_s(every), time.perf_counter()
-            call()
-            taken = time.perf_counter() - began
-            if number >= warmups:
-                found[name].seconds.append(taken)
-                found[name].cpu_s.append(cpu_s(every) - cpu)
+            samples = found[name] if number >= warmups else Samples()
+            for _ in range(effort.in_a_row):
+                cpu, began = cpu_s(every), time.perf_counter()
+                call()
+                samples.seconds.append(time.perf_counter() - began)
+                samples.cpu_s.append(cpu_s(every) - cpu)
     for name, call in calls.items():
         found[name].peak_bytes = peak_of(call, every)
     return found
