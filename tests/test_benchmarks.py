@@ -75,6 +75,32 @@ def test_each_figure_stands_beside_its_baseline_and_ceiling():
     assert "{{" not in text
 
 
+def test_engines_of_vllm_have_their_own_results():
+    rows = [
+        {
+            "row": "129",
+            "connector": "ProbedOurs",
+            "fetched": 20,
+            "cached": 12,
+            "added": 8,
+            "cpu": 60,
+        },
+        {
+            "row": "129",
+            "connector": "ProbedNixl",
+            "fetched": 44,
+            "cached": 12,
+            "added": 32,
+            "cpu": 90,
+        },
+        {"hook": "start_load_kv", "connector": "ProbedOurs"},
+    ]
+    vllm = {"environment": a_record()["environment"], "results": rows}
+    text = page.text_of(None, vllm)
+    assert "| 129 | Ours | 20.0 | 12.0 | 8.00 | 60.0 | **4.00** |" in text
+    assert "| 129 | Nixl | 44.0 | 12.0 | 32.0 | 90.0 |  |" in text
+
+
 def test_a_tiny_run_is_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(page, "RESULTS", tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps(a_record() | {"tiny": True}))
