@@ -102,9 +102,7 @@ class LLMDataDist:
             self._end(None)
             config = EngineConfig.from_options(self._role, options)
             instance = Instance(self._cluster_id, config)
-            instance.links.questions.answer_stats_by(
-                lambda: statistics.look(instance).to_json().encode()
-            )
+            instance.links.questions.answer_own_by(statistics.own_answers(instance))
             self._options = dict(options)
             self._manager = manager_of(instance)
             self._instance = instance

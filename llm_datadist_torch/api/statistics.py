@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from llm_datadist_torch.caches.entry import CacheEntry
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.instance import Instance
+from llm_datadist_torch.links.questions import (
+    ECHO_QUERY,
+    EXAMINE_QUERY,
+    STATS_QUERY,
+    QuestionHandler,
+)
 from llm_datadist_torch.memory.arena import ArenaMemory
 from llm_datadist_torch.observe.stats import (
     CacheStats,
@@ -20,6 +26,8 @@ from llm_datadist_torch.observe.stats import (
 )
 from llm_datadist_torch.serving.peer import Grant
 from llm_datadist_torch.values.enums import Placement
+
+_TIME_BYTES = 8
 
 
 def look(instance: Instance) -> Stats:
@@ -39,6 +47,32 @@ def look(instance: Instance) -> Stats:
         recent=tuple(instance.transfers.recent()),
         quarantine=_quarantine(instance.links.registry.quarantined),
     )
+
+
+def own_answers(instance: Instance) -> dict[bytes, QuestionHandler]:
+    """What answers the requests of the library's own, by name: those of ``top`` and ``doctor``."""
+
+    def examine(peer: int, question: bytes) -> bytes:
+        # Loaded by the first instance that is examined; most never are.
+        from llm_datadist_torch.api import examination
+
+        return examination.examine(instance, peer, question)
+
+    return {
+        STATS_QUERY: lambda *_: look(instance).to_json().encode(),
+        EXAMINE_QUERY: examine,
+        ECHO_QUERY: lambda _, payload: echo(payload),
+    }
+
+
+def echo(payload: bytes) -> bytes:
+    """Answer ECHO_QUERY: the time here, and what was sent."""
+    return time.time_ns().to_bytes(_TIME_BYTES, "little") + payload
+
+
+def read_echo(answer: bytes) -> tuple[int, int]:
+    """The time of an answer to ECHO_QUERY (``time.time_ns()`` there), and how much came back."""
+    return int.from_bytes(answer[:_TIME_BYTES], "little"), len(answer) - _TIME_BYTES
 
 
 def _quarantine(grants: Sequence[Grant]) -> QuarantineStats:

@@ -52,14 +52,14 @@ def main(arguments: Sequence[str]) -> int:
         from llm_datadist_torch.cli import top
 
         return top.run(options.address, options.interval, options.count)
-    found = _examine(options.address)
+    found = _examine(options.peer or options.address)
     if options.npu_selftest is not None:
         from llm_datadist_torch.cli import selftest
 
         return selftest.run(found, options.npu_selftest)
     shown = report.as_json if options.json else report.as_text
     sys.stdout.write(report.as_fixes(found) if options.fix else shown(found))
-    return 1 if found.problems else 0
+    return found.exit_status
 
 
 def _examine(address: str | None) -> report.Report:
@@ -106,7 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--interval", type=float, default=1.0, help="seconds (%(default)s)")
     command.add_argument("--count", type=int, help="looks; without it until Ctrl-C")
     text = (
-        "say what works on this machine, and why the rest doesn't; status 1 if something is wrong"
+        "say what works on this machine, and why the rest doesn't; status 1 if something is wrong,"
+        " 2 for wrong arguments, 3 if an instance that is to be examined can't be"
     )
     command = commands.add_parser("doctor", help=text, description=text)
     forms = command.add_mutually_exclusive_group()
@@ -122,8 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also try the NPUs step by step, some minutes, and write a report (%(const)s)",
     )
-    text = "host:port of an instance to look at, too: links, caches whose handle is gone"
-    command.add_argument("address", nargs="?", help=text)
+    text = (
+        "also examine the instance that listens there, from both ends of a link: versions, clock,"
+        " secret, transports, ports, latency, bandwidth, its links and caches"
+    )
+    peers = command.add_mutually_exclusive_group()
+    peers.add_argument("--peer", metavar="HOST:PORT", help=text)
+    peers.add_argument("address", nargs="?", help="the same as --peer")
     return parser
 
 

@@ -4,34 +4,34 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from llm_datadist_torch.cli import probes
-from llm_datadist_torch.cli.remote import connect, look_at
-from llm_datadist_torch.cli.report import Finding, Report, versions
-from llm_datadist_torch.observe.html import quarantine_text, size
-from llm_datadist_torch.observe.stats import CacheStats, LinkStats
+from llm_datadist_torch.api.examination import limits
+from llm_datadist_torch.cli import loopback, peer, probes
+from llm_datadist_torch.cli.report import Finding, Report
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
 from llm_datadist_torch.values.environment import npu_is_simulated
-from llm_datadist_torch.values.status import LLMException
+from llm_datadist_torch.values.versions import NOT_INSTALLED, installed_versions
 
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
 _PIP = re.compile(r"""pip install (?:'[^']+'|"[^"]+"|[\w-]+)""")
 
 
 def examine(address: str | None = None) -> Report:
-    """Look at everything. Takes less than a second; changes nothing.
+    """Look at everything. Takes some seconds; changes nothing.
 
     Args:
-        address: Host and port of an instance that is to be asked, too; None for none.
+        address: Host and port of an instance that is to be examined, too; None for none.
     """
     paths = _paths()
-    instance = [] if address is None else _instance(address)
-    return Report(versions(), _transports(), paths, _system(), instance)
+    available = probes.transports()
+    instance, examined = ([], True) if address is None else peer.examine(address, available)
+    transports = _transports(available)
+    return Report(installed_versions(), transports, paths, _system(), instance, examined)
 
 
-def _transports() -> list[Finding]:
-    found = {name: _transport(name, reason) for name, reason in probes.transports().items()}
+def _transports(available: Mapping[str, str]) -> list[Finding]:
+    found = {name: _transport(name, reason) for name, reason in available.items()}
     found["local"] = Finding("local", "ok", "embedded; between hosts its last way only")
     return list(found.values())
 
@@ -63,8 +63,9 @@ def _path(name: str, what: str, why_not: str) -> Finding:
 
 
 def _system() -> list[Finding]:
-    looks: list[Callable[[], Finding]] = [_yama, _huge_pages, _npu, _device]
-    return [look() for look in looks]
+    looks: list[Callable[[], Finding]] = [_yama, _huge_pages, _npu, _fit, _device, loopback.pull]
+    found = [look() for look in looks]
+    return [*found[:2], *peer.limits(limits()), *found[2:]]
 
 
 def _yama() -> Finding:
@@ -128,37 +129,27 @@ def _npu() -> Finding:
     )
 
 
-def _instance(address: str) -> list[Finding]:
-    try:
-        node, peer = connect(address)
-        with node:
-            stats = look_at(node, peer)
-    except LLMException as error:
-        return [Finding(address, "wrong", str(error.args[0] if error.args else error))]
-    found = [Finding(address, "ok", f"cluster {stats.cluster_id} on {stats.device}")]
-    found += [_link(link) for link in stats.links if link.peer != node.cluster_id]
-    found += [_forgotten(cache) for cache in stats.caches if cache.dropped]
-    if stats.quarantine.leases:
-        remedy = "it ends when the peers link again, or their processes end"
-        found.append(Finding("quarantine", "note", quarantine_text(stats), remedy))
-    return found
-
-
-def _link(link: LinkStats) -> Finding:
-    if link.state == "linked":
-        paths = ", ".join(f"{kind}: {name}" for kind, name in link.transports.items() if name)
-        return Finding(f"link to cluster {link.peer}", "ok", paths)
-    return Finding(f"link to cluster {link.peer}", "note", f"{link.state}: {link.reason}")
-
-
-def _forgotten(cache: CacheStats) -> Finding:
-    names = ", ".join(cache.names) or "no keys"
+def _fit() -> Finding:
+    """Whether torch and torch_npu belong together: torch_npu is built for one torch."""
+    found = installed_versions()
+    torch, torch_npu = found["torch"], found["torch_npu"]
+    if torch_npu == NOT_INSTALLED:
+        return Finding("versions", "ok", "torch alone; nothing has to fit it")
+    if _release(torch) == _release(torch_npu):
+        return Finding("versions", "ok", f"torch {torch} and torch_npu {torch_npu} belong together")
     return Finding(
-        f"cache {cache.cache_id}",
-        "note",
-        f"the program has dropped its handle; {size(cache.nbytes)}, {names}",
-        "it stays because peers may name it; deallocate or unregister caches before dropping them",
+        "versions",
+        "wrong",
+        f"torch_npu {torch_npu} is made for another torch than {torch}",
+        f"pip install torch=={_release(torch_npu)}",
+        (f"pip install torch=={_release(torch_npu)}",),
     )
+
+
+def _release(version: str) -> str:
+    """The first three numbers of a version, such as 2.13.0."""
+    found = re.match(r"\d+(\.\d+){0,2}", version)
+    return found[0] if found else version
 
 
 def _device() -> Finding:

@@ -22,16 +22,24 @@ def look_at(node: Node, peer: int) -> Stats:
     return Stats.from_json(node.datadist.request(peer, STATS_QUERY, timeout=_ANSWER_MS))
 
 
-def connect(address: str) -> tuple[Node, int]:
-    """Link to the instance, in whichever mode it is."""
+def connect(address: str, *, listen: str | None = None, device: str = "cpu") -> tuple[Node, int]:
+    """Link to the instance, in whichever mode it is.
+
+    Args:
+        address: Its host and port.
+        listen: Where the node of this process listens. None: nowhere.
+        device: What that node's ``Placement.DEVICE`` is.
+    """
     try:
-        return _connect(address, remote_accessible=True)
+        return _connect(address, listen, device, remote_accessible=True)
     except LLMParamError:
-        return _connect(address, remote_accessible=False)
+        return _connect(address, listen, device, remote_accessible=False)
 
 
-def _connect(address: str, *, remote_accessible: bool) -> tuple[Node, int]:
-    node = open_node(device="cpu", remote_accessible=remote_accessible)
+def _connect(
+    address: str, listen: str | None, device: str, *, remote_accessible: bool
+) -> tuple[Node, int]:
+    node = open_node(device=device, listen=listen, remote_accessible=remote_accessible)
     try:
         return node, node.connect(address, timeout_s=_CONNECT_S).cluster_id
     except BaseException:

@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from typing import Literal
 
-from llm_datadist_torch import __version__
 from llm_datadist_torch.values.status import LLMLoadError
+from llm_datadist_torch.values.versions import installed_versions
 
 State = Literal["ok", "no", "note", "wrong"]
-
-_PACKAGES = ("torch", "msgspec", "cryptography", "numpy", "torch_npu")
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class Report:
         transports: What moves bytes between instances.
         paths: How the local transport reaches a peer's memory, fastest first.
         system: What the kernel and the device runtime allow.
-        instance: What an instance that was asked for says of itself.
+        instance: What was found of an instance in another process, from both ends.
+        examined: False if that instance could not be examined to the end.
     """
 
     versions: dict[str, str]
@@ -54,11 +51,19 @@ class Report:
     paths: list[Finding]
     system: list[Finding]
     instance: list[Finding] = field(default_factory=list)
+    examined: bool = True
 
     @property
     def problems(self) -> list[Finding]:
         """What will make programs fail."""
         return [finding for finding in self.findings if finding.state == "wrong"]
+
+    @property
+    def exit_status(self) -> int:
+        """0: nothing is wrong. 1: something is. 3: the instance could not be examined."""
+        if not self.examined:
+            return 3
+        return 1 if self.problems else 0
 
     @property
     def findings(self) -> list[Finding]:
@@ -79,7 +84,7 @@ def as_text(report: Report) -> str:
         ("transports", report.transports),
         ("paths of the local transport, fastest first", report.paths),
         ("system", report.system),
-        ("instance", report.instance),
+        ("instance in another process", report.instance),
     ):
         if not findings:
             continue
@@ -106,23 +111,8 @@ def as_fixes(report: Report) -> str:
     return "\n".join(lines or ["# nothing to fix"]) + "\n"
 
 
-def versions() -> dict[str, str]:
-    """What is installed."""
-    found = {
-        "llm_datadist_torch": __version__,
-        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "kernel": platform.release(),
-    }
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def of_load_error(error: LLMLoadError) -> Report:
     """The report on a machine that can't load the package."""
     reason = str(error.args[0]) if error.args else str(error)
     finding = Finding("loading", "wrong", reason, error.remedy or "")
-    return Report(versions(), [], [], [finding])
+    return Report(installed_versions(), [], [], [finding])

@@ -159,6 +159,11 @@ class Instance:
         """Whether it can be used: not closed, and not the copy that a forked child has of it."""
         return self._open and self._process is _this_process
 
+    @property
+    def transports(self) -> TransportSet:
+        """Its transports, and why it does not have others."""
+        return self._transports
+
     def memory(self, placement: Placement) -> CacheMemory:
         """Where new caches of a placement get their memory.
 

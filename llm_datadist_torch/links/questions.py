@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from llm_datadist_torch.serving.messages import Answer, Body, Refused
@@ -31,9 +31,14 @@ _NOT_YET_S = 2.0
 _CLOSE_S = 1.0
 
 STATS_QUERY = b"\0llm_datadist_torch.stats"
-"""A question of the library's own: what ``LLMDataDist.stats()`` returns there, as JSON."""
+"""A request of the library's own: what ``LLMDataDist.stats()`` returns there, as JSON."""
+EXAMINE_QUERY = b"\0llm_datadist_torch.examine"
+"""Another one: the instance's ``InstanceReport``, as JSON. A zero byte and a port may follow."""
+ECHO_QUERY = b"\0llm_datadist_torch.echo"
+"""Another one: the time there, and what follows this and a zero byte."""
 
 QuestionHandler: TypeAlias = Callable[[int, bytes], bytes]
+"""Called with the peer and what it says; returns the answer."""
 
 
 class _Request(NamedTuple):
@@ -64,16 +69,19 @@ class Questions:
         self._bytes: collections.Counter[int] = collections.Counter()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._stats: Callable[[], bytes] | None = None
+        self._own: dict[bytes, QuestionHandler] = {}
 
     def set_handler(self, handler: QuestionHandler | None) -> None:
         """Have this one answer from now on; None for nobody."""
         self._handler = handler
         self._handler_set.set()
 
-    def answer_stats_by(self, stats: Callable[[], bytes]) -> None:
-        """Have this answer :data:`STATS_QUERY`."""
-        self._stats = stats
+    def answer_own_by(self, handlers: Mapping[bytes, QuestionHandler]) -> None:
+        """Have these answer requests of the library's own, by their names.
+
+        They are called with what follows the name and a zero byte.
+        """
+        self._own = dict(handlers)
 
     def put(self, peer: int, payload: bytes, reply: Callable[[Body], None]) -> None:
         """Have a peer's request answered, later.
@@ -126,8 +134,8 @@ class Questions:
 
     def _answer(self, peer: int, payload: bytes) -> Body:
         try:
-            if payload == STATS_QUERY and self._stats is not None:
-                return Answer(check_payload("the statistics", self._stats()))
+            if (own := self._own_answer(peer, payload)) is not None:
+                return Answer(check_payload("the answer", own))
             handler = self._handler
             if handler is None:
                 self._handler_set.wait(self._started_at + _NOT_YET_S - time.monotonic())
@@ -146,6 +154,14 @@ class Questions:
             logger.exception("the handler of requests failed")
             text = f"{type(error).__name__} at the peer: {error}"
             return Refused(int(LLMStatusCode.LLM_FAILED), text)
+
+    def _own_answer(self, peer: int, payload: bytes) -> bytes | None:
+        if not payload.startswith(b"\0"):
+            return None
+        end = payload.find(b"\0", 1)
+        name = payload if end < 0 else payload[:end]
+        handler = self._own.get(name)
+        return None if handler is None else handler(peer, payload[len(name) + 1 :])
 
 
 def check_payload(name: str, payload: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import ctypes
 import errno
 import itertools
@@ -175,6 +176,14 @@ class Connection:
         self._finishing = False
 
     # -- from any thread --------------------------------------------------------------------------
+
+    @property
+    def remote_address(self) -> str | None:
+        """Numeric address of the peer's end; None on a Unix socket, or when it has ended."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._sock is not None and self._sock.family != socket.AF_UNIX:
+                return str(self._sock.getpeername()[0])
+        return None
 
     def send(
         self, message: bytes, data: bytes | None = None, descriptors: tuple[int, ...] = ()

@@ -87,9 +87,6 @@ def test_an_instance_that_runs():
     assert "2.0 MiB" in line
     assert "7" in line
     assert kept.cache_id == 2
-    gone = run_module("doctor", "127.0.0.1:1")
-    assert gone.returncode == 1
-    assert "wrong  127.0.0.1:1" in gone.stdout
 
 
 def test_the_child_leaves_nothing_behind():
@@ -197,6 +194,17 @@ def test_a_torch_npu_that_can_not_be_imported(monkeypatch, tmp_path, autoload: s
     assert done.returncode == int(autoload), done.stdout
     assert "Ascend runtime (libascendcl.so) is not found" in done.stdout
     assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("torch_npu", "state"), [("2.13.0", "ok"), ("2.13.0.post1", "ok"), ("2.12.0", "wrong")]
+)
+def test_versions_that_fit(monkeypatch, torch_npu: str, state: str):
+    versions = {"torch": "2.13.0+cpu", "torch_npu": torch_npu}
+    monkeypatch.setattr(doctor, "installed_versions", lambda: versions)
+    finding = found(doctor.examine(), "versions")
+    assert finding.state == state
+    assert finding.commands == (() if state == "ok" else ("pip install torch==2.12.0",))
 
 
 @pytest.mark.parametrize("variable", ["LD_LIBRARY_PATH", "ASCEND_HOME_PATH"])

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed: versions of this library, Python, the kernel, and the packages it works with.
+
+Torch-free: it also describes machines on which torch can't be loaded.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+from llm_datadist_torch.values.version import VERSION
+
+_PACKAGES = ("torch", "msgspec", "cryptography", "numpy", "torch_npu")
+NOT_INSTALLED = "not installed"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions by name; :data:`NOT_INSTALLED` for packages that are missing."""
+    found = {
+        "llm_datadist_torch": VERSION,
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "kernel": platform.release(),
+    }
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = NOT_INSTALLED
+    return found
