@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes docs/errors.md from the table of status codes: ``python scripts/make_errors_page.py``."""
+"""Makes docs/errors.md and docs/zh/errors.md: ``python scripts/make_errors_page.py``.
+
+Both come from the table of status codes; scripts/errors_zh.py has its texts in Chinese.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from llm_datadist_torch.values.status import LLMStatusCode, exception_class
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "errors.md"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import errors_zh
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 _HEAD = """# Errors
 
@@ -50,37 +58,59 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _classes(code: LLMStatusCode) -> str:
+def _chinese(text: str) -> str:
+    return errors_zh.TEXTS[text] + "。"
+
+
+def _classes(code: LLMStatusCode) -> tuple[str, list[str]]:
+    """The class of a code, and the classes of Python that it is, too."""
     cls = exception_class(code)
     builtin = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
     others = [name for name in builtin if name not in ("object", "BaseException", "Exception")]
-    return f"`{cls.__name__}`, which is also " + ", ".join(f"`{name}`" for name in others)
+    return f"`{cls.__name__}`", [f"`{name}`" for name in others]
 
 
 def _section(code: LLMStatusCode) -> str:
     causes = "".join(f"- {_sentence(cause)}\n" for cause in code.causes)
+    name, builtin = _classes(code)
     return (
         f"\n## {code.name}\n\n{_sentence(code.meaning)} Value {int(code):#x}.\n\n"
-        f"Raised as {_classes(code)}.\n\nTypical causes:\n\n{causes}\n"
+        f"Raised as {name}, which is also {', '.join(builtin)}.\n\nTypical causes:\n\n{causes}\n"
         f"Fix: {_sentence(code.remedy) if code.remedy else _NO_REMEDY}\n"
     )
 
 
-def page() -> str:
-    """The text of docs/errors.md."""
-    failures = [code for code in LLMStatusCode if code != LLMStatusCode.LLM_SUCCESS]
-    sections = "".join(_section(code) for code in failures if code.causes)
-    rows = "".join(
-        f"| `{code.name}` | {int(code):#x} | {code.meaning} |\n"
-        for code in failures
-        if not code.causes
+def _chinese_section(code: LLMStatusCode) -> str:
+    causes = "".join(f"- {_chinese(cause)}\n" for cause in code.causes)
+    name, builtin = _classes(code)
+    return (
+        f"\n## {code.name}\n\n{_chinese(code.meaning)}值为 {int(code):#x}。\n\n"
+        f"以 {name} 抛出,它同时也是 {'、'.join(builtin)}。\n\n常见原因:\n\n{causes}\n"
+        f"解决办法:{_chinese(code.remedy) if code.remedy else errors_zh.NO_REMEDY}\n"
     )
-    return _HEAD + sections + _REFERENCE_ONLY + rows
+
+
+def pages() -> dict[Path, str]:
+    """The text of each page."""
+    failures = [code for code in LLMStatusCode if code != LLMStatusCode.LLM_SUCCESS]
+    returned = [code for code in failures if code.causes]
+    others = [code for code in failures if not code.causes]
+
+    def rows(translated: Callable[[str], str]) -> str:
+        return "".join(
+            f"| `{code.name}` | {int(code):#x} | {translated(code.meaning)} |\n" for code in others
+        )
+
+    english = _HEAD + "".join(map(_section, returned)) + _REFERENCE_ONLY + rows(str)
+    chinese = errors_zh.HEAD + "".join(map(_chinese_section, returned))
+    chinese += errors_zh.REFERENCE_ONLY + rows(errors_zh.TEXTS.__getitem__)
+    return {DOCS / "errors.md": english, DOCS / "zh" / "errors.md": chinese}
 
 
 def main() -> int:
-    """Writes the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+    """Writes the pages."""
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

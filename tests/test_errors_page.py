@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/errors.md is what the table of status codes says, and the table what the code does."""
+"""docs/errors.md, in both languages, is what the table says, and the table what the code does."""
 
 from __future__ import annotations
 
@@ -26,10 +26,22 @@ def named_in_the_code() -> set[str]:
     return found
 
 
-def test_the_page_is_current():
-    assert make_errors_page.PAGE.read_text(encoding="utf-8") == make_errors_page.page(), (
+@pytest.mark.parametrize("path", list(make_errors_page.pages()), ids=lambda path: path.parent.name)
+def test_the_page_is_current(path: Path):
+    assert path.read_text(encoding="utf-8") == make_errors_page.pages()[path], (
         "run python scripts/make_errors_page.py"
     )
+
+
+def test_every_text_is_translated_and_no_other():
+    in_the_table = {
+        text
+        for code in LLMStatusCode
+        if code != LLMStatusCode.LLM_SUCCESS
+        for text in (code.meaning, *code.causes, *(code.remedy for _ in code.causes if code.remedy))
+    }
+    extra = {code.remedy for code in LLMStatusCode} | in_the_table
+    assert in_the_table <= set(make_errors_page.errors_zh.TEXTS) <= extra
 
 
 @pytest.mark.parametrize("code", list(LLMStatusCode))
