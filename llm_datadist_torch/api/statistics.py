@@ -61,11 +61,11 @@ def own_answers(instance: Instance) -> dict[bytes, QuestionHandler]:
     return {
         STATS_QUERY: lambda *_: look(instance).to_json().encode(),
         EXAMINE_QUERY: examine,
-        ECHO_QUERY: lambda _, payload: echo(payload),
+        ECHO_QUERY: _echo,
     }
 
 
-def echo(payload: bytes) -> bytes:
+def _echo(_peer: int, payload: bytes) -> bytes:
     """Answer ECHO_QUERY: the time here, and what was sent."""
     return time.time_ns().to_bytes(_TIME_BYTES, "little") + payload
 
