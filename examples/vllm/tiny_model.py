@@ -4,8 +4,8 @@
     python examples/vllm/tiny_model.py DIRECTORY [KIND]
 
 The kinds: "llama"; "gemma3" has layers with a sliding window and layers without, "mistral" only the
-former; "falcon_h1" has recurrent layers (Mamba 2) and attention, "lfm2" short convolutions and
-attention; "deepseek" has multi-head latent attention (MLA).
+former; "lfm2" has short convolutions and attention; "deepseek" has multi-head latent attention
+(MLA).
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
-    FalconH1Config,
-    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Lfm2Config,
@@ -74,19 +72,6 @@ def _mistral() -> PreTrainedModel:
     return MistralForCausalLM(MistralConfig(**_SIZES, head_dim=32, sliding_window=WINDOW))
 
 
-def _falcon_h1() -> PreTrainedModel:
-    config = FalconH1Config(
-        **_SIZES,
-        mamba_d_ssm=256,
-        mamba_n_heads=8,
-        mamba_d_head=32,
-        mamba_n_groups=1,
-        mamba_d_state=16,
-        mamba_chunk_size=256,
-    )
-    return FalconH1ForCausalLM(config)
-
-
 def _lfm2() -> PreTrainedModel:
     kinds = ["conv", "full_attention"] * 2
     return Lfm2ForCausalLM(Lfm2Config(**_SIZES, layer_types=kinds, conv_dim=128))
@@ -117,7 +102,6 @@ KINDS = {
     "llama": _llama,
     "gemma3": _gemma3,
     "mistral": _mistral,
-    "falcon_h1": _falcon_h1,
     "lfm2": _lfm2,
     "deepseek": _deepseek,
 }

@@ -179,10 +179,12 @@ class Adapters:
         given = str(lora_request.lora_path)
         where = weights.locate(given, None)
         files = weights.weight_files(where) if where else []
-        changed = max((path.stat().st_mtime for path in files), default=0.0)
+        config_file = where / "adapter_config.json" if where else None
+        looked_at = [*files, *([config_file] if config_file and config_file.is_file() else [])]
+        changed = max((path.stat().st_mtime for path in looked_at), default=0.0)
         key = given, changed
         if key not in self._digests:
-            config = _text_of(where / "adapter_config.json") if where and files else ""
+            config = _text_of(config_file) if config_file and files else ""
             content = weights.digest_of_files(where) if where else None
             self._digests[key] = digest_of(content or given, config)
         return f"{lora_request.lora_name}\0{self._digests[key]}"

@@ -179,7 +179,12 @@ def test_adapters_by_name_and_content(tmp_path: Path) -> None:
     before = adapters.name(request)
     model_at(a, seed=3)
     os.utime(a / "model.safetensors", (1, 1))
-    assert adapters.name(request) != before
+    changed = adapters.name(request)
+    assert changed != before
+    # Its scale is there, and not among its weights.
+    (a / "adapter_config.json").write_text('{"lora_alpha": 16}')
+    os.utime(a / "adapter_config.json", (2, 2))
+    assert adapters.name(request) != changed
 
 
 # -- settings and axes -----------------------------------------------------------------------------
