@@ -124,7 +124,7 @@ class Producer:
         theirs.close()
         self._ready = False
 
-    def ask(self, count: int) -> Any:  # noqa: ANN401  what came through a pipe
+    def request(self, count: int) -> Any:  # noqa: ANN401  what came through a pipe
         """Keep so many blocks; 0: how many are free."""
         self._pipe.send(count)
         return self._pipe.recv()
@@ -199,7 +199,7 @@ class Storm:
     def _arrive(self) -> None:
         producer = random.choice(self._producers)
         count = random.randrange(1, MOST_BLOCKS + 1)
-        params = producer.ask(count) if producer.answers else None
+        params = producer.request(count) if producer.answers else None
         if params is None:
             return
         fates = {"now": 50, "late": 15, "queued": 15, "released": 10, "never": 10}
@@ -264,18 +264,18 @@ class Storm:
         ends_at = time.monotonic() + END_S
         while time.monotonic() < ends_at:
             self._advance()
-            asked = [producer.ask(0) for producer in self._producers if producer.answers]
+            answered = [producer.request(0) for producer in self._producers if producer.answers]
             if (
                 not self._waiting
                 and not self._loading
-                and asked == [PRODUCER_BLOCKS - 1] * len(self._producers)
+                and answered == [PRODUCER_BLOCKS - 1] * len(self._producers)
             ):
                 break
             time.sleep(0.02)
         else:
             self.counts["NEVER ENDED"] = len(self._waiting) + len(self._loading)
             self.counts["PRODUCERS WITH BLOCKS THAT ARE NOT FREE"] = sum(
-                not producer.answers or producer.ask(0) != PRODUCER_BLOCKS - 1
+                not producer.answers or producer.request(0) != PRODUCER_BLOCKS - 1
                 for producer in self._producers
             )
         if len(self._free) != CONSUMER_BLOCKS - 1:
