@@ -37,6 +37,18 @@ RemoteCopy checked_copy(const Int64Vector& local_bases, const Int64Vector& remot
           static_cast<size_t>(runs.rows())};
 }
 
+// A copy that takes a few microseconds keeps the GIL: another thread that takes it meanwhile may
+// need longer than the copy.
+constexpr int64_t kQuickBytes = 65536;
+constexpr size_t kQuickRuns = 64;
+
+Gil gil_for(const RemoteCopy& copy) {
+  if (copy.num_runs > kQuickRuns) return Gil::kRelease;
+  const auto tensors = static_cast<int64_t>(copy.num_tensors);
+  const int64_t each = checked_total(reinterpret_cast<const Run*>(copy.runs), copy.num_runs);
+  return each * tensors <= kQuickBytes ? Gil::kKeep : Gil::kRelease;  // checked_copy: it fits
+}
+
 pid_t checked_pid(int64_t pid) {
   check_value(pid > 0 && pid <= INT32_MAX, "pid=", pid, " is no process id");
   return static_cast<pid_t>(pid);
@@ -93,10 +105,11 @@ int32_t move_mapped(bool write, const Int64Vector& local_bases, const Int64Vecto
                     const Int64Table& runs, uint64_t owner_base, uint64_t mapped_base,
                     uint64_t nbytes, int64_t deadline_ns, uint64_t counters, bool leased,
                     uint64_t lookup, uint64_t memory, const Threads& threads) {
-  const MoveState state =
-      copy_mapped(write ? Direction::kWrite : Direction::kRead,
-                  checked_copy(local_bases, remote_bases, runs), {owner_base, mapped_base, nbytes},
-                  version_check(counters, leased, lookup, memory), {threads.count, deadline_ns});
+  const RemoteCopy copy = checked_copy(local_bases, remote_bases, runs);
+  const detail::WithoutGil free(gil_for(copy));
+  const MoveState state = copy_mapped(
+      write ? Direction::kWrite : Direction::kRead, copy, {owner_base, mapped_base, nbytes},
+      version_check(counters, leased, lookup, memory), {threads.count, deadline_ns});
   return static_cast<int32_t>(state);
 }
 
@@ -197,7 +210,8 @@ void bind_transfer(Module& module) {
   module.function<&move_mapped>(
       "move_mapped", mapped,
       "Copies runs from or to a peer's region that is mapped here: 0 done, 1 late, 2 the counters "
-      "are not what they must be, 3 a tensor leaves the region.");
+      "are not what they must be, 3 a tensor leaves the region.",
+      Gil::kKeep);
   module.function<&engine_request>(
       "engine_request", {{"runs"}, {"start"}, {"max_bytes"}, {"max_runs"}},
       "The tables (address, nbytes, 0), int64 [n, 3], of either side, for a request that begins at "

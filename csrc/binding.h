@@ -49,6 +49,7 @@ void sort_arguments(const Signature& signature, PyObject* const* given, Py_ssize
 // Sets the Python error that the exception being handled means.
 void set_python_error() noexcept;
 
+// For functions that are bound with Gil::kKeep and decide for themselves, too.
 class WithoutGil {
  public:
   explicit WithoutGil(Gil gil) : state_(gil == Gil::kRelease ? PyEval_SaveThread() : nullptr) {}

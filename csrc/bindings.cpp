@@ -25,6 +25,7 @@ extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
     llmdd::bind_copy(module);
     llmdd::bind_device(module);
     llmdd::bind_memory(module);
+    llmdd::bind_net(module);
     llmdd::bind_ops(module);
     llmdd::bind_transfer(module);
     llmdd::bind_tensor_watch(module);

@@ -10,7 +10,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 out=$root/build/sanitize
 if [ $# -eq 0 ]; then
   set -- tests/test_ops.py tests/test_runs.py tests/memory tests/api/test_copy_bytes.py tests/api/test_copy_hazards.py \
-    tests/transfer/test_properties.py tests/transfer/test_hostile_input.py tests/fuzz/test_native.py
+    tests/transfer/test_properties.py tests/transfer/test_hostile_input.py tests/fuzz/test_native.py tests/test_stream_socket.py
 fi
 
 cd "$root"

@@ -21,7 +21,7 @@ def run(*command: str, **extra: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
         cwd=ROOT,
         env=environment(**extra),

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable
 
-from llm_datadist_torch.net.timers import Timers
 from llm_datadist_torch.serving.messages import Release
 
 SWEEP_S = 1.0
@@ -35,39 +33,31 @@ class LeaseTicket:
 class HeldLeases:
     """The leases of this side on one link.
 
-    Thread safety: ``give_back`` and ``in_use`` may be called from any thread, the rest belongs to
-    the I/O thread.
+    Thread safety: all methods may be called from any thread.
     """
 
     def __init__(self) -> None:
         self._tickets: dict[int, weakref.ref[LeaseTicket]] = {}
-        self._sweeping = False
 
-    def note(
-        self,
-        lease_id: int,
-        held: weakref.ref[LeaseTicket] | None,
-        post: Callable[[Release], None],
-        timers: Timers,
-    ) -> bool:
+    def note(self, lease_id: int, held: weakref.ref[LeaseTicket] | None) -> bool:
         """Note a lease that has arrived.
 
         Args:
             lease_id: Its id.
             held: The ticket that it belongs to; None if no thread waits for it any more.
-            post: Sends the message that gives it back; must not block.
-            timers: Timers of the I/O thread.
 
         Returns:
             Whether a ticket has it now. Otherwise the caller must give it back.
         """
+        if lease_id in self._tickets:
+            # The answer was dealt with twice: its thread took very long, but was not interrupted.
+            return True
         ticket = None if held is None else held()
         if held is None or ticket is None or ticket.closed:
             return False
-        ticket.lease_id = lease_id
+        # In this order: what an interrupt leaves in the table, the next sweep gives back.
         self._tickets[lease_id] = held
-        if not self._sweeping:
-            self._sweep_later(post, timers)
+        ticket.lease_id = lease_id
         return True
 
     def give_back(
@@ -84,23 +74,21 @@ class HeldLeases:
             post(Release(ticket.lease_id, fetched))
             self._tickets.pop(ticket.lease_id, None)
 
+    @property
+    def any(self) -> bool:
+        """Whether there are leases."""
+        return bool(self._tickets)
+
     def in_use(self) -> list[int]:
         """Those that somebody still works with; on a link that has ended, no more are added."""
         tickets = [(lease_id, held()) for lease_id, held in list(self._tickets.items())]
         return [number for number, ticket in tickets if ticket is not None and not ticket.closed]
 
-    def _sweep(self, post: Callable[[Release], None], timers: Timers) -> None:
+    def sweep(self, post: Callable[[Release], None]) -> None:
         """Give back the leases of threads that were interrupted before they could."""
-        self._sweeping = False
         for lease_id, held in list(self._tickets.items()):
             ticket = held()
             if ticket is None or ticket.closed:
                 self._tickets.pop(lease_id, None)
                 # One that has gone back in this moment is not there any more: nothing happens.
                 post(Release(lease_id, None))
-        if self._tickets:
-            self._sweep_later(post, timers)
-
-    def _sweep_later(self, post: Callable[[Release], None], timers: Timers) -> None:
-        self._sweeping = True
-        timers.set(lambda: self._sweep(post, timers), [time.monotonic() + SWEEP_S])

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
+from llm_datadist_torch.links import held_leases
 from llm_datadist_torch.links.held_leases import HeldLeases, LeaseTicket
 from llm_datadist_torch.links.known_caches import KnownCaches
 from llm_datadist_torch.links.questions import TOLD_AT_ONCE
@@ -30,11 +32,14 @@ from llm_datadist_torch.serving.messages import (
     Done,
     Envelope,
     Note,
+    Question,
     ReadBytes,
     Refused,
     Release,
+    Resolve,
     ShareRegion,
     WriteBytes,
+    decode,
     encode,
 )
 from llm_datadist_torch.serving.peer import LinkState, ServedPeer
@@ -50,6 +55,10 @@ from llm_datadist_torch.values.status import (
     error_for,
 )
 
+_ANSWERED_AT_ONCE = (Resolve, Call, Question)
+"""Requests whose answer a thread takes by itself: peers mostly answer them in microseconds."""
+_TAKE_NS = 1_000_000
+"""How long it waits for that; a later answer comes by the I/O thread."""
 _LEASES_RETRY_S = 0.002
 SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
 _DESCRIPTOR_MS = 2000
@@ -144,6 +153,7 @@ class Link(ServedPeer):
         link_end: Our end of it, for a peer in this process to find; kept for as long as the link.
         same_process_peer: The peer, where it is in this process.
         held: The leases on the peer's caches that transfers of ours have.
+        sweeping: The I/O thread looks every ``SWEEP_S`` for what interrupted threads have left.
     """
 
     endpoint: Endpoint
@@ -161,6 +171,7 @@ class Link(ServedPeer):
     link_end: object = None
     same_process_peer: SameProcessPeer | None = None
     held: HeldLeases = field(default_factory=HeldLeases)
+    sweeping: bool = False
     _channel: LinkChannel | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _pending: dict[int, Pending] = field(default_factory=dict)
@@ -182,8 +193,15 @@ class Link(ServedPeer):
     # -- talking ----------------------------------------------------------------------------------
 
     def post(self, body: Body) -> None:
-        """Send a message that wants no answer. Does not block."""
-        self.connection.send(encode(Envelope(0, False, body)))
+        """Send a message that wants no answer. Does not block.
+
+        A lease goes back on the next link to the peer where this one's connection has ended.
+        """
+        late = self.give_back_late
+        if late is not None and isinstance(body, Release) and self.connection.closed:
+            late(self, body)
+        else:
+            self.connection.send(encode(Envelope(0, False, body)))
 
     def request(
         self,
@@ -207,6 +225,18 @@ class Link(ServedPeer):
             self._pending[number] = pending
         self.connection.send(encode(Envelope(number, False, body)), data)
         try:
+            if isinstance(body, _ANSWERED_AT_ONCE):
+                if not self.sweeping:
+                    # In this order: where an interrupt comes in between, the next request does it.
+                    self.endpoint.loop.submit(self._sweep)
+                    self.sweeping = True
+                answers = self.connection.answers
+                if answers is not None and (message := answers.take(number, _TAKE_NS)) is not None:
+                    # What the I/O thread does with an answer. Where an interrupt, or a message
+                    # without sense, cuts this off, it does so after a while.
+                    with suppress(msgspec.DecodeError):
+                        self.on_reply(number, decode(message).body, None)
+                        answers.confirm(number)
             answer = pending.wait(deadline)
         finally:
             # Also after Ctrl-C: an answer that comes from now on finds nobody, and its lease goes
@@ -288,9 +318,7 @@ class Link(ServedPeer):
         with self._lock:
             pending = self._pending.pop(number, None)
             held = None if pending is None else pending.ticket
-            gone = isinstance(body, CacheView) and not self.held.note(
-                body.lease_id, held, self._post_release, self.endpoint.loop.timers
-            )
+            gone = isinstance(body, CacheView) and not self.held.note(body.lease_id, held)
             if pending is not None:
                 pending.set(body, data)
         if gone and isinstance(body, CacheView):
@@ -302,13 +330,18 @@ class Link(ServedPeer):
         Also to a peer that has ended or lost the link: it may keep what we used until we say so.
         Does not block.
         """
-        self.held.give_back(ticket, fetched, self._post_release)
+        self.held.give_back(ticket, fetched, self.post)
 
-    def _post_release(self, release: Release) -> None:
-        if self.connection.closed and self.give_back_late is not None:
-            self.give_back_late(self, release)
-        else:
-            self.post(release)
+    def _sweep(self) -> None:
+        """Finish what threads were interrupted in, until nothing is under way: the I/O thread."""
+        # First of all: a request that begins after this is seen below, or sets it again.
+        self.sweeping = False
+        young = self.connection.deliver_unconfirmed(held_leases.SWEEP_S)
+        self.held.sweep(self.post)
+        if young or self._pending or self.held.any:
+            self.sweeping = True
+            timers = self.endpoint.loop.timers
+            timers.set(self._sweep, [time.monotonic() + held_leases.SWEEP_S])
 
     def check_linked(self) -> None:
         """Raise unless the link is up.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeAlias
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.net.addresses import SocketAddress
 from llm_datadist_torch.net.framing import (
     HEADER_BYTES,
@@ -109,8 +110,8 @@ class Host(Protocol):
 class Connection:
     """The way to one peer.
 
-    Thread safety: ``send`` may be called from any thread and does not block. Everything else
-    belongs to the I/O thread.
+    Thread safety: ``send`` may be called from any thread and does not block. ``answers`` may be
+    used by all threads but the I/O thread, which everything else belongs to.
 
     A signal handler may raise in the middle of ``send``. So what was handed over to the socket is
     recorded by the same C call that hands it over, and is taken off the queue by what is recorded:
@@ -125,6 +126,8 @@ class Connection:
         kept: Whether it is a link's, and not a stranger's.
         received: Bytes that have come.
         malformed: Messages that made no sense.
+        answers: Where a thread takes the answer to its request by itself; None over TLS, and once
+            the connection has ended.
         was_reset: Whether it has ended by a reset, as one does that is turned away.
         target: Where it is dialed.
         tries: How often it has been dialed again.
@@ -138,7 +141,7 @@ class Connection:
     __slots__ = (
         "__weakref__", "_descriptors", "_expected", "_fd", "_filled", "_finishing", "_host",
         "_large", "_lock", "_mask", "_paused", "_queue", "_rest", "_sent", "_sizes", "_sock",
-        "_stage", "_tls", "dialed",
+        "_stage", "_stream", "_tls", "answers", "dialed",
         "kept", "malformed", "nonces", "not_local", "opening", "process", "proof", "received",
         "target", "tries", "was_reset",
     )  # fmt: skip
@@ -160,6 +163,8 @@ class Connection:
         self._lock = threading.Lock()
         self._sock: socket.socket | None = None
         self._fd = -1
+        self._stream: _C.StreamSocket | None = None
+        self.answers: _C.StreamSocket | None = None
         self._stage: Callable[[memoryview | bytes], None] = self._on_preamble
         self._tls: Tls | None = None
         self._mask = 0
@@ -211,11 +216,8 @@ class Connection:
                     return False
                 self._sent = sent = list[int]()
                 self._queue.append((len(part), part, ()))
-                if self._host.loop.in_thread:
-                    # No signal handler runs in this thread.
-                    sent.append(max(0, _send(self._fd, part, len(part), _FLAGS)))
-                else:
-                    sent.extend(map(self._sock.send, (part,), (_FLAGS,)))
+                calls = map(_send, (self._fd,), (part,), (len(part),), (_FLAGS,))
+                sent.extend(map(max, calls, (0,)))
                 if sent[0] == len(part):
                     self._queue.clear()
                 else:
@@ -292,9 +294,22 @@ class Connection:
 
     def _wait_for(self) -> None:
         mask = (0 if self._paused else READ) | (WRITE if self._queue else 0)
-        if mask != self._mask and self._sock is not None:
-            self._host.loop.watch_for(self._sock.fileno(), mask)
+        if mask != self._mask and self._stream is not None:
+            self._stream.watch(mask)
             self._mask = mask
+
+    def deliver_unconfirmed(self, age_s: float) -> bool:
+        """Hand over the answers whose threads were interrupted so many seconds ago.
+
+        Returns:
+            Whether there are younger ones that have not been confirmed.
+        """
+        stream = self._stream
+        if stream is None:
+            return False
+        for message in stream.unconfirmed(int(age_s * 1e9)):
+            self._deliver(memoryview(message), None)
+        return stream.waits
 
     # -- opening ----------------------------------------------------------------------------------
 
@@ -352,8 +367,12 @@ class Connection:
     def _attach(self, sock: socket.socket, mask: int, callback: Callable[[int], None]) -> None:
         self._sock, self._fd, self._mask = sock, sock.fileno(), mask
         self._host.loop.add(self._fd, mask, callback)
+        self._stream = self.answers = self._host.loop.stream(self._fd, mask)
 
     def _detach(self) -> None:
+        stream, self._stream, self.answers = self._stream, None, None
+        if stream is not None:
+            stream.close()
         sock, self._sock, self._fd = self._sock, None, -1
         if sock is not None:
             self._host.loop.remove(sock.fileno())
@@ -381,6 +400,7 @@ class Connection:
             self._open(left)
             return
         self._tls = self._host.keys.protect(dialed=self.dialed)
+        self.answers = None
         self._stage = self._on_handshake
         self._on_handshake(left)
 
@@ -437,6 +457,17 @@ class Connection:
 
     def read(self) -> bool:
         """Read what has come, up to a limit; whether there may be more."""
+        stream = self._stream
+        if stream is None:
+            return False
+        if not stream.begin_reading():
+            stream.wait_to_read()
+        try:
+            return self._read()
+        finally:
+            stream.end_reading(not self._rest and self._large is None)
+
+    def _read(self) -> bool:
         for _ in range(_READS):
             if self._sock is None or self._paused:
                 return False

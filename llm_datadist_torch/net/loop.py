@@ -14,6 +14,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TypeVar
 
+from llm_datadist_torch import _C
 from llm_datadist_torch.net.timers import Timers
 
 logger = logging.getLogger("llm_datadist_torch")
@@ -85,6 +86,10 @@ class Loop:
     def watch_for(self, descriptor: int, events: int) -> None:
         """Wait for these events of a descriptor from now on, also if the thread waits already."""
         self._epoll.modify(descriptor, events)
+
+    def stream(self, descriptor: int, events: int) -> _C.StreamSocket:
+        """A descriptor that has been added, with what else is done at its socket."""
+        return _C.StreamSocket(self._epoll.fileno(), descriptor, events)
 
     def remove(self, descriptor: int) -> None:
         """No more. To be called before the descriptor is closed."""
