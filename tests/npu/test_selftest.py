@@ -12,34 +12,31 @@ import pytest
 
 from tests.compat.programs import ROOT
 
-pytestmark = [pytest.mark.needs_simulated_npu, pytest.mark.whole_programs]
+# It starts eight programs, one after the other.
+pytestmark = [
+    pytest.mark.needs_simulated_npu,
+    pytest.mark.whole_programs,
+    pytest.mark.timeout(900),
+]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    path: Path = tmp_path_factory.mktemp("selftest") / "report.json"
+def test_every_step_is_as_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
     command = [sys.executable, "-m", "llm_datadist_torch", "doctor", "--npu-selftest", str(path)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False
     )
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert "send this file back" in done.stdout
-    return json.loads(path.read_text())
-
-
-def test_every_step_is_as_it_says(report: dict) -> None:
-    assert {name: step for name, step in report["steps"].items() if not step["ok"]} == {}
-    assert len(report["steps"]) == 8
+    report = json.loads(path.read_text())
+    steps = report["steps"]
+    assert {name: step for name, step in steps.items() if not step["ok"]} == {}
+    assert len(steps) == 8
     assert report["ended"] == "with status 0"
-
-
-def test_a_report_says_what_it_was_run_on(report: dict) -> None:
+    # What it was run on.
     assert report["simulated"] is True
     assert report["doctor"]["versions"]["torch_npu"] != "not installed"
-    assert len(report["steps"]["device"]["facts"]["devices"]) == 2
-
-
-def test_each_transport_moved_its_bytes(report: dict) -> None:
-    steps = report["steps"]
+    assert len(steps["device"]["facts"]["devices"]) == 2
+    # Each transport moved its bytes.
     assert steps["between processes by hixl"]["facts"]["ways"] == ["hixl"]
     assert steps["between processes by local"]["facts"]["ways"] != ["hixl"]
