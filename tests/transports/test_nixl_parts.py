@@ -96,6 +96,30 @@ def test_spans_that_overlap_in_part():
         spans.add(other)
 
 
+def overlap_in_part(one: MemorySpan, other: MemorySpan) -> bool:
+    mine = set(range(one.address, one.address + one.nbytes))
+    theirs = set(range(other.address, other.address + other.nbytes))
+    return bool(mine & theirs) and not mine <= theirs and not theirs <= mine
+
+
+def test_any_spans_are_checked_as_sets_of_bytes_would_be():
+    numbers = random.Random(1)
+    for _ in range(100):
+        spans, there = Spans(), []
+        for _ in range(40):
+            if there and numbers.random() < 0.35:
+                gone = there.pop(numbers.randrange(len(there)))
+                assert spans.remove(gone) == (gone not in there)
+                continue
+            new = span(numbers.randrange(40), numbers.randrange(1, 20))
+            if any(overlap_in_part(new, each) for each in there):
+                with pytest.raises(LLMParamError, match="in part"):
+                    spans.add(new)
+            else:
+                spans.add(new)
+                there.append(new)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 
 import torch
@@ -16,8 +16,9 @@ from llm_datadist_torch.values.checks import param_error
 class Spans:
     """Published memory; each span that lies in none of the others counts once.
 
-    Spans lie apart or inside each other. Their bounds are in one tensor too, so that thousands of
-    caches cost a publication some microseconds, and a movement nothing unless there are new ones.
+    Spans lie apart or inside each other. Their bounds are in two sorted lists too, so that with
+    thousands of caches a publication costs some microseconds, and a movement nothing unless there
+    are new ones.
 
     Thread safety: all methods may be called from any thread.
     """
@@ -25,9 +26,8 @@ class Spans:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users: Counter[MemorySpan] = Counter()
-        self._rows: dict[MemorySpan, int] = {}
-        self._by_row: list[MemorySpan] = []
-        self._bounds = torch.empty(16, 2, dtype=torch.int64)
+        self._by_start: list[tuple[int, int]] = []  # (start, end)
+        self._by_end: list[tuple[int, int]] = []  # (end, start)
         self._outer: tuple[list[MemorySpan], list[int]] | None = None
 
     def add(self, span: MemorySpan) -> None:
@@ -39,7 +39,10 @@ class Spans:
         with self._lock:
             if span not in self._users:
                 self._check(span)
-                self._append(span)
+                start, end = span.address, span.address + span.nbytes
+                insort(self._by_start, (start, end))
+                insort(self._by_end, (end, start))
+                self._outer = None
             self._users[span] += 1
 
     def remove(self, span: MemorySpan) -> bool:
@@ -51,7 +54,10 @@ class Spans:
             if self._users[span]:
                 return False
             del self._users[span]
-            self._delete(span)
+            start, end = span.address, span.address + span.nbytes
+            del self._by_start[bisect_left(self._by_start, (start, end))]
+            del self._by_end[bisect_left(self._by_end, (end, start))]
+            self._outer = None
             return True
 
     def of(self, addrs: torch.Tensor, nbytes: int) -> list[MemorySpan]:
@@ -80,38 +86,23 @@ class Spans:
 
     def _check(self, span: MemorySpan) -> None:
         start, end = span.address, span.address + span.nbytes
-        starts, ends = self._bounds[: len(self._rows)].unbind(1)
-        apart = (ends <= start) | (starts >= end)
-        nested = ((starts <= start) & (ends >= end)) | ((starts >= start) & (ends <= end))
-        in_part = ~(apart | nested)
-        if bool(in_part.any()):
+        begin, stop = (start + 1, 0), (end, 0)
+        # Those that begin inside and end outside, and those that end inside and begin outside.
+        first, last = bisect_left(self._by_start, begin), bisect_left(self._by_start, stop)
+        in_part = [their for their, until in self._by_start[first:last] if until > end]
+        first, last = bisect_left(self._by_end, begin), bisect_left(self._by_end, stop)
+        in_part += [their for _, their in self._by_end[first:last] if their < start]
+        if in_part:
             raise param_error(
                 f"{span.nbytes} bytes at {start:#x} overlap registered memory at"
-                f" {int(starts[in_part][0]):#x} in part",
+                f" {in_part[0]:#x} in part",
                 remedy="register whole tensors.",
             )
-
-    def _append(self, span: MemorySpan) -> None:
-        row = len(self._rows)
-        if row == len(self._bounds):
-            self._bounds = torch.cat((self._bounds, torch.empty_like(self._bounds)))
-        self._bounds[row] = torch.tensor([span.address, span.address + span.nbytes])
-        self._rows[span] = row
-        self._by_row.append(span)
-        self._outer = None
-
-    def _delete(self, span: MemorySpan) -> None:
-        row, moved = self._rows.pop(span), self._by_row.pop()
-        if moved != span:
-            # The last one takes its place.
-            self._rows[moved], self._by_row[row] = row, moved
-            self._bounds[row] = self._bounds[len(self._by_row)]
-        self._outer = None
 
     def _find_outer(self) -> tuple[list[MemorySpan], list[int]]:
         """Spans inside no other, by address; and where they start."""
         outer: list[MemorySpan] = []
-        for span in sorted(self._rows, key=lambda span: (span.address, -span.nbytes)):
+        for span in sorted(self._users, key=lambda span: (span.address, -span.nbytes)):
             if not outer or span.address >= outer[-1].address + outer[-1].nbytes:
                 outer.append(span)
         return outer, [span.address for span in outer]
