@@ -51,11 +51,18 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+def command() -> str:
+    """How this program was started, as a module and without folders of this machine."""
+    program = Path(sys.argv[0])
+    module = program.parent.name if program.name == "__main__.py" else f"benchmarks.{program.stem}"
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "commit": commit(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),

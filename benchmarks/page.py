@@ -40,11 +40,13 @@ WORDS = {
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """Two or three digits that count."""
     if value is None:
         return "n/a"
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
+    if abs(value) < 0.1:
+        return f"{value:.2g}"
     return f"{value:.{2 if abs(value) < 10 else 1}f}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command, page, plots
+from benchmarks import command, common, page, plots
 from benchmarks.measuring import Samples, contender, figures, point
 from tests.compat.programs import ROOT
 
@@ -99,6 +99,13 @@ def test_engines_of_vllm_have_their_own_results():
     text = page.text_of(None, vllm)
     assert "| 129 | Ours | 20.0 | 12.0 | 8.00 | 60.0 | **4.00** |" in text
     assert "| 129 | Nixl | 44.0 | 12.0 | 32.0 | 90.0 |  |" in text
+
+
+def test_a_command_is_told_without_folders(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", [str(PACKAGE / "__main__.py"), "bench", "copy"])
+    assert common.command() == "python -m llm_datadist_torch bench copy"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "benchmarks" / "bench_links.py"), "--links", "2"])
+    assert common.command() == "python -m benchmarks.bench_links --links 2"
 
 
 def test_a_tiny_run_is_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
