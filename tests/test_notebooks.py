@@ -21,10 +21,13 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def texts(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell has printed and returned, as text; warnings of others' packages left out."""
+def text_of(cell: nbformat.NotebookNode) -> str:
+    """What a cell has printed and returned, joined: a kernel sends what is printed in any pieces.
+
+    Warnings of others' packages are left out.
+    """
     shown = [output for output in cell.outputs if output.get("name") != "stderr"]
-    return [output.get("text") or output.data["text/plain"] for output in shown]
+    return "".join(output.get("text") or output.data["text/plain"] for output in shown)
 
 
 @pytest.mark.thorough
@@ -41,7 +44,7 @@ def test_notebook(path: Path) -> None:
     if stored.metadata.executed_on == "cpu" and not torch.accelerator.is_available():
         for new, old in zip(notebook.cells, stored.cells, strict=True):
             if new.cell_type == "code" and "varies" not in new.metadata.get("tags", []):
-                assert texts(new) == texts(old), new.source
+                assert text_of(new) == text_of(old), new.source
 
 
 @pytest.mark.same_on_every_device
