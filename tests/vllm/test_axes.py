@@ -62,7 +62,6 @@ class Case:
 
 
 CASES = {
-    "mla": Case("deepseek"),
     "short-convolutions": Case("lfm2"),
     "pipeline": Case(producer={"pipeline_parallel_size": 2, "in_process": False}),
     "ngram": Case(
@@ -113,7 +112,7 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
 
 
 def test_tokens(engines: dict[str, Engine]) -> None:
-    # One by one: vLLM's MLA for CPUs computes other tokens for a batch than for each prompt alone.
+    # One by one: some of vLLM's kernels compute other tokens for a batch than for a prompt alone.
     for prompt in random_prompts(*LENGTHS, seed=70):
         right = tokens_of(engines["whole"].generate([prompt], 12))
         (kept,) = engines["p"].generate([prompt], 1, [KEEP])
