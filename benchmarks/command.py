@@ -99,6 +99,8 @@ def choose(against: Sequence[str] | None) -> tuple[list[Peer], dict[str, str]]:
 def show(point: dict[str, Any]) -> None:
     """A point, a line for each contender."""
     print("  " + ", ".join(f"{name} {value}" for name, value in point["at"].items()))
+    for name in point.get("failed", ()):
+        print(f"    {name:26} failed, and is left out here")
     ours = [each for each in point["contenders"] if each["role"] == "ours"]
     for each in point["contenders"]:
         rate = f"{each['gb_per_s']:8.2f} GB/s" if "gb_per_s" in each else ""

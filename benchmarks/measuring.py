@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import Call
+from benchmarks.peers import Call, PeerFailedError
 
 LEAST_ROUNDS = 7
 KIB = 1024
@@ -68,7 +68,11 @@ def measure(
         effort: How long.
         pids: Other processes whose CPU time and memory count.
         warmups: Rounds that don't count.
+
+    Returns:
+        Those of the calls that never failed.
     """
+    calls = dict(calls)
     every = (os.getpid(), *pids)
     found = {name: Samples() for name in calls}
     start = time.perf_counter()
@@ -76,16 +80,24 @@ def measure(
         late = time.perf_counter() - start > effort.seconds
         if late and number >= warmups + effort.least:
             break
-        for name, call in calls.items():
+        for name, call in list(calls.items()):
             samples = found[name] if number >= warmups else Samples()
-            for _ in range(effort.in_a_row):
-                cpu, began = cpu_s(every), time.perf_counter()
-                call()
-                samples.seconds.append(time.perf_counter() - began)
-                samples.cpu_s.append(cpu_s(every) - cpu)
+            try:
+                take(call, samples, effort.in_a_row, every)
+            except PeerFailedError:
+                del calls[name], found[name]
     for name, call in calls.items():
         found[name].peak_bytes = peak_of(call, every)
     return found
+
+
+def take(call: Call, samples: Samples, count: int, pids: Sequence[int]) -> None:
+    """Time a call so many times in a row."""
+    for _ in range(count):
+        cpu, began = cpu_s(pids), time.perf_counter()
+        call()
+        samples.seconds.append(time.perf_counter() - began)
+        samples.cpu_s.append(cpu_s(pids) - cpu)
 
 
 def peak_of(call: Call, pids: Sequence[int]) -> int:

@@ -143,7 +143,7 @@ def row_of(
     for other in others:
         found = contenders.get(other)
         if found is None:
-            row += ["", ""]
+            row += ["failed" if other in point.get("failed", ()) else "", ""]
             continue
         shown = f"{number(found['gb_per_s'])} GB/s" if moves else time_text(found["p50_us"])
         row += [shown, f"**{number(found['p50_us'] / each['p50_us'])}**"]

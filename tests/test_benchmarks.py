@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command, common, page, plots
-from benchmarks.measuring import Samples, contender, figures, point
+from benchmarks.measuring import Effort, Samples, contender, figures, measure, point
+from benchmarks.peers import PeerFailedError
 from tests.compat.programs import ROOT
 
 pytestmark = pytest.mark.same_on_every_device
@@ -124,6 +126,26 @@ def test_a_peer_that_is_missing(monkeypatch: pytest.MonkeyPatch):
     assert "gloo" not in [peer.name for peer in chosen]
     with pytest.raises(SystemExit, match="--against gloo: not here: install it"):
         command.choose(["gloo"])
+
+
+def test_a_peer_that_fails_is_left_out_of_its_point():
+    count = itertools.count()
+
+    def fails_later() -> None:
+        if next(count) == 2:
+            raise PeerFailedError("it has had enough")
+
+    taken = measure({"good": lambda: None, "bad": fails_later}, Effort(5, 0.0, 5))
+    assert {name: len(samples.seconds) for name, samples in taken.items()} == {"good": 5}
+    record = a_record()
+    (copies,) = record["benchmarks"]["copy"]
+    copies["contenders"] = [each for each in copies["contenders"] if each["name"] != "loop"]
+    other = point(
+        {"block_bytes": 64, "tensors": 2, "blocks": 4},
+        a_record()["benchmarks"]["copy"][0]["contenders"],
+    )
+    record["benchmarks"]["copy"] = [other, copies | {"failed": ["loop"]}]
+    assert "| failed |  | 1.00 GB/s | **1.00** |" in page.text_of(record, None)
 
 
 def test_the_command_measures(tmp_path: Path):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import llm_datadist_torch as ld
 from benchmarks.cases import Plan
 from benchmarks.measuring import KIB, TINY, Effort, contender, figures, measure, point
 from benchmarks.owner import TIMEOUT_S, Owner, memory_of
-from benchmarks.peers import Call, Peer, Shape, Task
+from benchmarks.peers import Call, Peer, PeerFailedError, Shape, Task
 
 BYTES = 256 << 20  # of a transfer, at most
 SIZES = tuple(KIB << shift for shift in range(2, 13, 2))  # 4 KiB to 4 MiB
@@ -79,8 +79,10 @@ def transfer(
         calls: dict[str, Call] = {}
         for peer in peers:
             task = Task(memory, offers[peer.name], push, src_ids, dst_ids)
-            calls[peer.name] = stack.enter_context(peer.mover(task))
-            check(peer, calls[peer.name], task, owner)
+            call = stack.enter_context(peer.mover(task))
+            with suppress(PeerFailedError):
+                check(peer, call, task, owner)
+                calls[peer.name] = call
         taken = measure(calls, effort, [owner.pid])
     contenders = [
         contender(
@@ -91,11 +93,13 @@ def transfer(
             peer.ceiling,
         )
         for peer in peers
+        if peer.name in taken
     ]
     place = {"block_bytes": shape.block_bytes, "run": shape.run}
     place |= {"tensors": shape.tensors, "blocks": shape.blocks}
     rounds = len(next(iter(taken.values())).seconds)
-    return point(place, contenders, bytes=shape.nbytes, rounds=rounds)
+    failed = [peer.name for peer in peers if peer.name not in taken]
+    return point(place, contenders, bytes=shape.nbytes, rounds=rounds, failed=failed)
 
 
 def check(peer: Peer, call: Call, task: Task, owner: Owner) -> None:

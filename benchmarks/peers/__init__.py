@@ -20,6 +20,10 @@ import llm_datadist_torch as ld
 Call = Callable[[], object]
 
 
+class PeerFailedError(Exception):
+    """A peer can't do what it was asked for; it is left out of that point."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """One point of a sweep: what one transfer moves.
