@@ -64,16 +64,6 @@ class Case:
 CASES = {
     "short-convolutions": Case("lfm2"),
     "pipeline": Case(producer={"pipeline_parallel_size": 2, "in_process": False}),
-    "ngram": Case(
-        consumer={
-            "speculative_config": {
-                "method": "ngram",
-                "num_speculative_tokens": 3,
-                "prompt_lookup_max": 3,
-                "prompt_lookup_min": 1,
-            }
-        }
-    ),
     "first-of-several": Case(consumer=several(OURS, STORE)),
     "last-of-several": Case(consumer=several(STORE, OURS)),
 }
