@@ -6,10 +6,12 @@ They say `import llm_datadist`, use nothing that the reference hasn't, and compa
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -39,12 +41,19 @@ PORTS = 4
 pytestmark = [pytest.mark.needs_npu]
 
 
-def ports_side_by_side(count: int) -> int:
-    """The first of some ports that are free now, as whoever writes a configuration would choose."""
+def ports_side_by_side(count: int, held: ExitStack) -> int:
+    """The first of some ports that are free now, as whoever writes a configuration would choose.
+
+    No other test on this machine gets them until ``held`` is closed: a program listens some time
+    after it was told to.
+    """
     for first in range(26000, 32000, count):
         with suppress(OSError), ExitStack() as stack:
+            lock = Path(tempfile.gettempdir(), f"llm_datadist_torch-test-ports-{first}")
+            fcntl.flock(stack.enter_context(lock.open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
             for port in range(first, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+                socket.create_server(("127.0.0.1", port)).close()
+            held.push(stack.pop_all())
             return first
     raise AssertionError("no free ports")
 
@@ -77,16 +86,16 @@ def run(
     """Run a program; ``settings`` are further environment variables of a rank."""
     world = PROGRAMS[program]
     command = [sys.executable, "-m", "llm_datadist_torch", "run", str(HERE / f"{program}.py")]
-    first = ports_side_by_side(PORTS + 1)
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(first + PORTS),
-        "WORLD_SIZE": str(world),
-        "FIRST_PORT": str(first),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
     outputs = [tmp_path / f"rank{rank}.txt" for rank in range(world)]
     with ExitStack() as stack:
+        first = ports_side_by_side(PORTS + 1, stack)
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(first + PORTS),
+            "WORLD_SIZE": str(world),
+            "FIRST_PORT": str(first),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
         processes = []
         for rank, output in enumerate(outputs):
             process = subprocess.Popen(
