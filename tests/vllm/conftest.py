@@ -117,11 +117,16 @@ class Engines:
             cwd=ROOT,
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
         )
+        self._directory = directory
         self._made: dict[str, Engine] = {}
         self._numbers = itertools.count()
         self.push_peers: dict[str, tuple[int, str, int]] = {}
         self._right: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
         self.bends = {name: directory / f"bends-{name}" for name in ENGINES}
+
+    def start(self) -> None:
+        """Start all, and wait until they are ready."""
+        model = self._directory / "model"
         for name, given in ENGINES.items():
             arguments = dict(given)
             if name in ("push_d", "push_d2"):
@@ -129,15 +134,17 @@ class Engines:
                 self.push_peers[name] = (given["connector"]["cluster_id"], "127.0.0.1", port)
                 arguments["connector"] = given["connector"] | {"port": port}
             self.bends[name].mkdir()
-            log = directory / f"{name}.log"
+            log = self._directory / f"{name}.log"
             self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
+            if len(self._made) == 1:
+                # It examines the model's class in a process of its own, and keeps what it finds for
+                # the others: all at once they would do so for minutes.
+                self._made[name].wait_until_ready()
+        for engine in list(self._made.values())[1:]:
+            engine.wait_until_ready()
 
     def __getitem__(self, name: str) -> Engine:
         return self._made[name]
-
-    def wait_until_ready(self) -> None:
-        for engine in self._made.values():
-            engine.wait_until_ready()
 
     def right(self, prompts: list[list[int]], max_tokens: int, dtype: int = 32) -> list[list[int]]:
         """The tokens of an engine that does all of it by itself."""
@@ -190,7 +197,7 @@ class Engines:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     made = Engines(tmp_path_factory.mktemp("engines"))
     try:
-        made.wait_until_ready()
+        made.start()
         yield made
     finally:
         made.close()

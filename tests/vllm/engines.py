@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-START_S = 240
+START_S = 600
 ANSWER_S = 120
 
 

@@ -14,7 +14,7 @@ import pytest
 from tests.vllm.conftest import BENT, Engines, random_prompts, tokens_of
 from tests.vllm.engines import ROOT, Engine
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 LENGTHS = (33, 128, 129, 256, 257, 511, 900)
 

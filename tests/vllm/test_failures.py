@@ -13,7 +13,7 @@ import pytest
 from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 CONSUMERS = ("d1", "d2")
 """One that computes what it could not load, and one that fails such requests."""

@@ -10,7 +10,7 @@ import pytest
 from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 CONSUMERS = ("push_d", "push_d2")
 """One that fails requests whose blocks don't come, and one that computes them."""

@@ -8,7 +8,7 @@ import pytest
 from tests.service import eventually
 from tests.vllm.conftest import Engines, random_prompts, tokens_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 LENGTHS = (33, 64, 127, 128, 129, 300, 511, 900)
 
