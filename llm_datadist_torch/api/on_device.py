@@ -30,17 +30,18 @@ def manager_of(instance: Instance) -> CacheManager:
 @functools.cache
 def _on_npu() -> type[CacheManager]:
     methods = {
-        name: _on_device(method)
+        name: _on_device(name, method)
         for name, method in inspect.getmembers(CacheManager, inspect.isfunction)
         if not name.startswith("_")
     }
     return type(CacheManager.__name__, (CacheManager,), methods)
 
 
-def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: CacheManager, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        # Looked up in each call: a program may have put a method of its own in its place.
         with self._instance.device.current():
-            return method(self, *args, **kwargs)
+            return getattr(CacheManager, name)(self, *args, **kwargs)
 
     return call
