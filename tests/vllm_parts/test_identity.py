@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from llm_datadist_torch.vllm.worker.service import TimeLimit
 from tests.service import eventually
 from tests.vllm_parts.workers import FINGERPRINT, Worker, snapshot
 
@@ -44,8 +45,10 @@ def test_a_claim_that_reaches_another_life(worker: Callable[..., Worker]) -> Non
     remote = p.grant([2], 32)
     (peer,) = remote.remote_peers
     other = msgspec.structs.replace(peer, life="other")
-    met = d.half._service._met
-    met[peer.cluster_id] = msgspec.structs.replace(met[peer.cluster_id], life="other")
+    service = d.half._service
+    # The event of the link, which another thread tells, may have made it forget what it knew.
+    told = service.meet(peer, TimeLimit(5.0))
+    service._met[peer.cluster_id] = msgspec.structs.replace(told, life="other")
     assert d.pull(msgspec.structs.replace(remote, remote_peers=(other,)), [4], 0, 32) == {4}
     assert p.half.leases.num_held == 1
 
