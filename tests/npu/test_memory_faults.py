@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,10 @@ DEVICE_FAULT = 507899
 
 @pytest.fixture(autouse=True)
 def no_faults(npu: Any) -> Iterator[None]:
+    # What earlier tests have freed would be handed out again, and the runtime not asked.
+    gc.collect()
     npu.synchronize()
+    npu.empty_cache()
     npu.host_empty_cache()
     yield
     faults.reset()
