@@ -16,7 +16,7 @@ from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.config import LLMConfig
 from llm_datadist_torch.values.enums import LLMRole
 from llm_datadist_torch.values.open_options import ConfigLike, with_sources
-from llm_datadist_torch.values.status import LLMException, error_for
+from llm_datadist_torch.values.status import LLMException, error_for, message_of
 
 RoleName: TypeAlias = Literal["prefill", "decode", "mix"]
 
@@ -148,7 +148,7 @@ def _explained(error: LLMException, place: tuple[str, int] | None) -> LLMExcepti
         if not node.closed and _same_port(node, place):
             return error_for(
                 error.status_code,
-                f"{error.args[0] if error.args else error}: {node!r} of this process has that port",
+                f"{message_of(error)}: {node!r} of this process has that port",
                 op="open",
                 remedy="close() that node, or give replace=True.",
             )

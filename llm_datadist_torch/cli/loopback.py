@@ -9,7 +9,7 @@ from llm_datadist_torch.api.node import Node
 from llm_datadist_torch.api.opening import open as open_node
 from llm_datadist_torch.caches.cache import Cache
 from llm_datadist_torch.cli.report import Finding
-from llm_datadist_torch.observe.html import size
+from llm_datadist_torch.observe.html import size, speed_of
 from llm_datadist_torch.values.status import LLMException
 
 _BLOCKS, _BLOCK_BYTES = 512, 64 * 1024
@@ -41,6 +41,6 @@ def pull() -> Finding:
         return Finding("loopback pull", "wrong", f"failed: {error}")
     if not equal:
         return Finding("loopback pull", "wrong", "the bytes that came are not those that were sent")
-    speed = size(done.nbytes / max(1, done.took_ns) * 1e9)
-    detail = f"{size(done.nbytes)} within this process, bytes compared: {speed}/s"
+    speed = speed_of(done.nbytes, done.took_ns)
+    detail = f"{size(done.nbytes)} within this process, bytes compared: {speed}"
     return Finding("loopback pull", "ok", detail)

@@ -21,7 +21,7 @@ from llm_datadist_torch.cli.remote import connect, look_at
 from llm_datadist_torch.cli.report import Finding
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.questions import ECHO_QUERY, EXAMINE_QUERY
-from llm_datadist_torch.observe.html import quarantine_text, size
+from llm_datadist_torch.observe.html import quarantine_text, size, speed_of
 from llm_datadist_torch.observe.instance_report import (
     InstanceReport,
     Limits,
@@ -29,7 +29,7 @@ from llm_datadist_torch.observe.instance_report import (
     SeenChoice,
 )
 from llm_datadist_torch.observe.stats import CacheStats, LinkStats, Stats
-from llm_datadist_torch.values.status import LLMException
+from llm_datadist_torch.values.status import LLMException, message_of
 from llm_datadist_torch.values.versions import NOT_INSTALLED, installed_versions
 
 _DIAL_S = 5.0
@@ -64,8 +64,7 @@ def examine(address: str, available: Mapping[str, str]) -> tuple[list[Finding], 
         with node:
             findings += _look(node, peer, address, available)
     except LLMException as error:
-        said = str(error.args[0] if error.args else error)
-        findings.append(Finding(address, "wrong", said, error.remedy or ""))
+        findings.append(Finding(address, "wrong", message_of(error), error.remedy or ""))
     except OSError as error:
         remedy = "start the instance, or open the port in the firewall"
         findings.append(Finding(address, "wrong", f"can't be reached: {error}", remedy))
@@ -256,11 +255,11 @@ def _latency(times: list[int]) -> Finding:
 
 def _control_speed(node: Node, peer: int) -> Finding:
     payload = ECHO_QUERY + b"\0" + bytes(_ECHO_BYTES)
-    began = time.perf_counter()
+    began = time.perf_counter_ns()
     for _ in range(_ECHOES):
         node.datadist.request(peer, payload, timeout=_ANSWER_MS)
-    speed = 2 * _ECHOES * _ECHO_BYTES / (time.perf_counter() - began)
-    detail = f"{size(int(speed))}/s, {size(_ECHO_BYTES)} there and back, {_ECHOES} times"
+    speed = speed_of(2 * _ECHOES * _ECHO_BYTES, time.perf_counter_ns() - began)
+    detail = f"{speed}, {size(_ECHO_BYTES)} there and back, {_ECHOES} times"
     return Finding("control connection", "ok", detail)
 
 
@@ -286,13 +285,11 @@ def _pull(node: Node, peer: int, probe: ProbeCache | None) -> Finding:
         for _ in range(2):
             node.peer(peer).pull(key, local, blocks, blocks, timeout_s=_PULL_S)
     except LLMException as error:
-        return Finding(
-            "pull", "wrong", str(error.args[0] if error.args else error), error.remedy or ""
-        )
+        return Finding("pull", "wrong", message_of(error), error.remedy or "")
     done = node.stats().recent[-1]
-    speed = size(int(done.nbytes / max(1, done.took_ns) * 1e9))
+    speed = speed_of(done.nbytes, done.took_ns)
     detail = f"{size(done.nbytes)} of cache {probe.cache_id} on {probe.device} in"
-    return Finding("pull", "ok", f"{detail} {done.took_ns / 1e6:.2f} ms, {speed}/s, by {done.path}")
+    return Finding("pull", "ok", f"{detail} {done.took_ns / 1e6:.2f} ms, {speed}, by {done.path}")
 
 
 def _state(stats: Stats, us: int) -> Iterator[Finding]:

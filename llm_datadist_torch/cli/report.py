@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
-from llm_datadist_torch.values.status import LLMLoadError
+from llm_datadist_torch.values.status import LLMLoadError, message_of
 from llm_datadist_torch.values.versions import installed_versions
 
 State = Literal["ok", "no", "note", "wrong"]
@@ -113,6 +113,5 @@ def as_fixes(report: Report) -> str:
 
 def of_load_error(error: LLMLoadError) -> Report:
     """The report on a machine that can't load the package."""
-    reason = str(error.args[0]) if error.args else str(error)
-    finding = Finding("loading", "wrong", reason, error.remedy or "")
+    finding = Finding("loading", "wrong", message_of(error), error.remedy or "")
     return Report(installed_versions(), [], [], [finding])

@@ -53,6 +53,7 @@ from llm_datadist_torch.values.status import (
     LLMStatusCode,
     code_2_status,
     error_for,
+    message_of,
 )
 
 _ANSWERED_AT_ONCE = (Resolve, Call, Question)
@@ -306,7 +307,7 @@ class Link(ServedPeer):
             try:
                 self.request(ShareRegion(region_id), Deadline.after_ms(_DESCRIPTOR_MS))
             except LLMException as error:
-                raise OSError(errno.EACCES, str(error.args[0] if error.args else error)) from error
+                raise OSError(errno.EACCES, message_of(error)) from error
             finally:
                 descriptor = self.connection.take_descriptor()
         if descriptor < 0:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
-from llm_datadist_torch.serving.messages import Answer, Body, Refused
+from llm_datadist_torch.serving.messages import Answer, Body, refused
 from llm_datadist_torch.values.checks import check_isinstance, param_error
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
@@ -148,12 +148,11 @@ class Questions:
                 )
             return Answer(check_payload("the answer", handler(peer, payload)))
         except LLMException as error:
-            return Refused(int(error.status_code), str(error.args[0]) if error.args else str(error))
+            return refused(error)
         except BaseException as error:
             # Whatever a handler raises, SystemExit too, ends this request alone.
             logger.exception("the handler of requests failed")
-            text = f"{type(error).__name__} at the peer: {error}"
-            return Refused(int(LLMStatusCode.LLM_FAILED), text)
+            return refused(error)
 
     def _own_answer(self, peer: int, payload: bytes) -> bytes | None:
         if not payload.startswith(b"\0"):

@@ -37,6 +37,7 @@ from llm_datadist_torch.serving.messages import (
     Unlink,
     decode,
     encode,
+    refused,
 )
 from llm_datadist_torch.serving.owner import Owner
 from llm_datadist_torch.serving.peer import Grant, LinkState
@@ -311,17 +312,10 @@ class LinkTable:
             asked = envelope.request_id != 0
             answer = self._answer(link, connection, envelope.body, data, asked=asked)
         except LLMException as error:
-            # The remedy is added again on the other side, from the status.
-            text = str(error.args[0]) if error.args else str(error)
-            answer = Refused(int(error.status_code), text), None
+            answer = refused(error), None
         except Exception as error:
             logger.exception("answering %s failed", type(envelope.body).__name__)
-            answer = (
-                Refused(
-                    int(LLMStatusCode.LLM_FAILED), f"{type(error).__name__} at the peer: {error}"
-                ),
-                None,
-            )
+            answer = refused(error), None
         if answer is not None and envelope.request_id:
             connection.send(encode(Envelope(envelope.request_id, True, answer[0])), answer[1])
         if isinstance(envelope.body, Unlink) and not isinstance(answer and answer[0], Refused):

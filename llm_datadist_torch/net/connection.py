@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import array
 import collections
-import contextlib
 import ctypes
 import errno
 import itertools
@@ -185,7 +184,7 @@ class Connection:
     @property
     def remote_address(self) -> str | None:
         """Numeric address of the peer's end; None on a Unix socket, or when it has ended."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock, suppress(OSError):
             if self._sock is not None and self._sock.family != socket.AF_UNIX:
                 return str(self._sock.getpeername()[0])
         return None

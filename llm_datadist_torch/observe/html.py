@@ -29,6 +29,11 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
+def speed_of(nbytes: int, took_ns: int) -> str:
+    """Bytes a second, for people."""
+    return f"{size(nbytes / max(1, took_ns) * 1e9)}/s"
+
+
 def facts_html(title: str, facts: Sequence[tuple[str, str]]) -> str:
     """A title and a table of names and values."""
     return f'<div style="{_STYLE}"><b>{escape(title)}</b>{_table(facts)}</div>'

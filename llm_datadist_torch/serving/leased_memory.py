@@ -20,6 +20,7 @@ from llm_datadist_torch.values.status import (
     LLMParamError,
     LLMStatusCode,
     error_for,
+    message_of,
 )
 
 
@@ -89,7 +90,7 @@ def check_device_memory(entry: CacheEntry) -> None:
     try:
         check_alive(entry.addrs, entry.layout.extent, entry.device)
     except LLMParamError as error:
-        raise _unreachable(entry, str(error.args[0])) from error
+        raise _unreachable(entry, message_of(error)) from error
 
 
 def _unreachable(entry: CacheEntry, reason: str) -> LLMException:

@@ -14,6 +14,7 @@ import msgspec
 from llm_datadist_torch.net.framing import MAX_FRAME_BYTES
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
 from llm_datadist_torch.values.checks import UINT16_MAX
+from llm_datadist_torch.values.status import LLMException, LLMStatusCode, message_of
 
 MAX_MESSAGE_BYTES = MAX_FRAME_BYTES
 """Of a message, and of the data behind it. Relayed bytes come in pieces of 4 MiB."""
@@ -86,6 +87,13 @@ class Refused(Message):
 
     status: int
     text: str
+
+
+def refused(error: BaseException) -> Refused:
+    """What a peer is told of an error; its side adds the remedy again, from the status."""
+    if isinstance(error, LLMException):
+        return Refused(int(error.status_code), message_of(error))
+    return Refused(int(LLMStatusCode.LLM_FAILED), f"{type(error).__name__} at the peer: {error}")
 
 
 class Resolve(Message):

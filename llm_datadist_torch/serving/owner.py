@@ -36,11 +36,11 @@ from llm_datadist_torch.serving.messages import (
     Done,
     Note,
     ReadBytes,
-    Refused,
     RegionFreed,
     Release,
     Resolve,
     WriteBytes,
+    refused,
 )
 from llm_datadist_torch.serving.peer import Grant, LinkState, ServedPeer
 from llm_datadist_torch.transports.base import CacheVersion, RegionView
@@ -349,11 +349,6 @@ def _understood(transport: str) -> Iterator[None]:
         yield
     except msgspec.DecodeError as error:
         raise param_error(f"{transport} does not understand the peer: {error}") from error
-
-
-def refused(error: LLMException) -> Refused:
-    """What a peer is told of an error; its side adds the remedy again, from the status."""
-    return Refused(int(error.status_code), str(error.args[0]) if error.args else str(error))
 
 
 def _version(found: Resolved) -> CacheVersion | None:

@@ -54,6 +54,11 @@ class LLMException(RuntimeError):  # noqa: N818 (the reference's name)
         return type(self), self.args, self.__dict__.copy()
 
 
+def message_of(error: BaseException) -> str:
+    """What an error says, without the remedy that ``str()`` of an :class:`LLMException` adds."""
+    return str(error.args[0]) if error.args else str(error)
+
+
 class LLMParamError(LLMException, ValueError):
     """An argument is invalid, or arguments contradict each other."""
 
