@@ -31,6 +31,19 @@ with ld.open() as node:
 程序也可以读取:`LLMStatusCode.LLM_TIMEOUT.meaning`、`.remedy` 和 `.causes`(英文)。
 """
 
+SECTION = """
+## {code}
+
+{meaning}值为 {value}。
+
+以 {name} 抛出,它同时也是 {builtin}。
+
+常见原因:
+
+{causes}
+解决办法:{remedy}
+"""
+
 NO_REMEDY = "按错误文本的说明处理:它给出错误的值、限制和补救办法。"
 
 REFERENCE_ONLY = """

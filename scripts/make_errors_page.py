@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from llm_datadist_torch.values.status import LLMStatusCode, exception_class
 
@@ -62,6 +63,53 @@ def _chinese(text: str) -> str:
     return errors_zh.TEXTS[text] + "。"
 
 
+class Language(NamedTuple):
+    """How a page says things.
+
+    Attributes:
+        head: What comes before the sections.
+        section: Of one code; a format string.
+        no_remedy: Where a code has no remedy of its own.
+        reference_only: What comes before the codes that are never returned.
+        phrase: Makes a text of the table one of this language.
+        sentence: The same, as a sentence.
+        comma: Between members of a list.
+    """
+
+    head: str
+    section: str
+    no_remedy: str
+    reference_only: str
+    phrase: Callable[[str], str]
+    sentence: Callable[[str], str]
+    comma: str
+
+
+_SECTION = """
+## {code}
+
+{meaning} Value {value}.
+
+Raised as {name}, which is also {builtin}.
+
+Typical causes:
+
+{causes}
+Fix: {remedy}
+"""
+
+ENGLISH = Language(_HEAD, _SECTION, _NO_REMEDY, _REFERENCE_ONLY, str, _sentence, ", ")
+CHINESE = Language(
+    errors_zh.HEAD,
+    errors_zh.SECTION,
+    errors_zh.NO_REMEDY,
+    errors_zh.REFERENCE_ONLY,
+    errors_zh.TEXTS.__getitem__,
+    _chinese,
+    "、",
+)
+
+
 def _classes(code: LLMStatusCode) -> tuple[str, list[str]]:
     """The class of a code, and the classes of Python that it is, too."""
     cls = exception_class(code)
@@ -70,41 +118,33 @@ def _classes(code: LLMStatusCode) -> tuple[str, list[str]]:
     return f"`{cls.__name__}`", [f"`{name}`" for name in others]
 
 
-def _section(code: LLMStatusCode) -> str:
-    causes = "".join(f"- {_sentence(cause)}\n" for cause in code.causes)
+def _section(code: LLMStatusCode, words: Language) -> str:
     name, builtin = _classes(code)
-    return (
-        f"\n## {code.name}\n\n{_sentence(code.meaning)} Value {int(code):#x}.\n\n"
-        f"Raised as {name}, which is also {', '.join(builtin)}.\n\nTypical causes:\n\n{causes}\n"
-        f"Fix: {_sentence(code.remedy) if code.remedy else _NO_REMEDY}\n"
+    return words.section.format(
+        code=code.name,
+        value=f"{int(code):#x}",
+        meaning=words.sentence(code.meaning),
+        name=name,
+        builtin=words.comma.join(builtin),
+        causes="".join(f"- {words.sentence(cause)}\n" for cause in code.causes),
+        remedy=words.sentence(code.remedy) if code.remedy else words.no_remedy,
     )
 
 
-def _chinese_section(code: LLMStatusCode) -> str:
-    causes = "".join(f"- {_chinese(cause)}\n" for cause in code.causes)
-    name, builtin = _classes(code)
-    return (
-        f"\n## {code.name}\n\n{_chinese(code.meaning)}值为 {int(code):#x}。\n\n"
-        f"以 {name} 抛出,它同时也是 {'、'.join(builtin)}。\n\n常见原因:\n\n{causes}\n"
-        f"解决办法:{_chinese(code.remedy) if code.remedy else errors_zh.NO_REMEDY}\n"
+def _page(words: Language) -> str:
+    failures = [code for code in LLMStatusCode if code != LLMStatusCode.LLM_SUCCESS]
+    sections = "".join(_section(code, words) for code in failures if code.causes)
+    rows = "".join(
+        f"| `{code.name}` | {int(code):#x} | {words.phrase(code.meaning)} |\n"
+        for code in failures
+        if not code.causes
     )
+    return words.head + sections + words.reference_only + rows
 
 
 def pages() -> dict[Path, str]:
     """The text of each page."""
-    failures = [code for code in LLMStatusCode if code != LLMStatusCode.LLM_SUCCESS]
-    returned = [code for code in failures if code.causes]
-    others = [code for code in failures if not code.causes]
-
-    def rows(translated: Callable[[str], str]) -> str:
-        return "".join(
-            f"| `{code.name}` | {int(code):#x} | {translated(code.meaning)} |\n" for code in others
-        )
-
-    english = _HEAD + "".join(map(_section, returned)) + _REFERENCE_ONLY + rows(str)
-    chinese = errors_zh.HEAD + "".join(map(_chinese_section, returned))
-    chinese += errors_zh.REFERENCE_ONLY + rows(errors_zh.TEXTS.__getitem__)
-    return {DOCS / "errors.md": english, DOCS / "zh" / "errors.md": chinese}
+    return {DOCS / "errors.md": _page(ENGLISH), DOCS / "zh" / "errors.md": _page(CHINESE)}
 
 
 def main() -> int:
