@@ -15,30 +15,6 @@ pytestmark = [pytest.mark.needs_strace, pytest.mark.host_memory_only]
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import os
-from llm_datadist_torch import BlocksCacheKey
-from tests.peers import Ref, Service, spawn
-
-if __name__ == "__main__":
-    here, peer = Service(), spawn()
-    here.start(1, remote=True, device="cpu")
-    here.link(2, peer.call("start", 2, remote=True, device="cpu"))
-    key = BlocksCacheKey(2)
-    peer.call("make", "allocated", "theirs", 4, 64, 16384, paged=True, keys=key)
-    here.make("allocated", "mine", 4, 64, 16384, paged=True)
-    manager, cache = here.manager, here.held["mine"].cache
-    for _ in range(50):
-        manager.pull_blocks(key, cache, [0], [0])
-    os.write(1, b"begin")
-    for _ in range(100):
-        manager.pull_blocks(key, cache, [0], [0])
-    os.write(1, b"end")
-    peer.close()
-    here.finish()
-"""
-
-RUNS = (1000, 5000, 20_000)
-REGISTERED = f"""
-import os
 import torch
 from llm_datadist_torch import BlocksCacheKey
 from tests.peers import Service, spawn
@@ -47,24 +23,40 @@ if __name__ == "__main__":
     here, peer = Service(), spawn()
     here.start(1, remote=True, device="cpu")
     here.link(2, peer.call("start", 2, remote=True, device="cpu"))
-    key = BlocksCacheKey(2)
+    key, manager = BlocksCacheKey(2), here.manager
+%s
+    peer.close()
+    here.finish()
+"""
+"""Two linked instances; what they do is put in."""
+KNOWN = """
+    peer.call("make", "allocated", "theirs", 4, 64, 16384, paged=True, keys=key)
+    here.make("allocated", "mine", 4, 64, 16384, paged=True)
+    cache = here.held["mine"].cache
+    for _ in range(50):
+        manager.pull_blocks(key, cache, [0], [0])
+    os.write(1, b"begin")
+    for _ in range(100):
+        manager.pull_blocks(key, cache, [0], [0])
+    os.write(1, b"end")
+"""
+RUNS = (1000, 5000, 20_000)
+REGISTERED = f"""
     peer.call("make", "tensors", "theirs", 1, 40_000, 16, paged=True, keys=key)
     here.make("allocated", "mine", 1, 40_000, 16, paged=True)
-    manager, cache = here.manager, here.held["mine"].cache
+    cache = here.held["mine"].cache
     for runs in {RUNS}:
         ids = torch.arange(0, 2 * runs, 2)
         os.write(1, b"begin")
         manager.pull_blocks(key, cache, ids, ids)
         os.write(1, b"end")
-    peer.close()
-    here.finish()
 """
 
 
-def traced(tmp_path: Path, source: str) -> list[list[str]]:
+def traced(tmp_path: Path, what: str) -> list[list[str]]:
     """The main thread's system calls of each stretch between "begin" and "end"."""
     program, trace = tmp_path / "program.py", tmp_path / "trace"
-    program.write_text(source)
+    program.write_text(PROGRAM % what)
     # Of the main thread only, which pulls.
     command = ["strace", "-o", str(trace), sys.executable, str(program)]
     done = subprocess.run(
@@ -88,7 +80,7 @@ def traced(tmp_path: Path, source: str) -> list[list[str]]:
 
 
 def test_a_known_pull(tmp_path: Path) -> None:
-    (calls,) = traced(tmp_path, PROGRAM)
+    (calls,) = traced(tmp_path, KNOWN)
     # The interpreter collects garbage now and then, and may get or give back memory for that.
     assert set(calls) <= {"mmap", "munmap", "brk", "madvise", "futex"}
     assert len(calls) < 10

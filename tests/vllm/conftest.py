@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm.engines import ROOT, Engine
+from tests.vllm.engines import Engine, close_all, make_model
 
 MODULE = "llm_datadist_torch.vllm.connector"
 BENT: dict[str, Any] = {"module": "tests.vllm.bent_connector", "name": "BentConnector"}
@@ -111,12 +107,7 @@ class Engines:
 
     def __init__(self, directory: Path) -> None:
         model = directory / "model"
-        subprocess.run(
-            [sys.executable, "examples/vllm/tiny_model.py", str(model)],
-            check=True,
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+        make_model(model)
         self._directory = directory
         self._made: dict[str, Engine] = {}
         self._numbers = itertools.count()
@@ -189,8 +180,7 @@ class Engines:
         return [each["params"] for each in self[producer].generate(prompts, 1, keep)]
 
     def close(self) -> None:
-        with ThreadPoolExecutor(len(self._made)) as threads:
-            list(threads.map(Engine.close, self._made.values()))
+        close_all(self._made.values())
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -184,3 +185,19 @@ class Engine:
         if not line:
             raise RuntimeError(f"the engine has died:\n{self.text()[-6000:]}")
         return json.loads(line)
+
+
+def make_model(model: Path, *kind: str) -> None:
+    """Write a small model; of the example's first kind, or of another."""
+    subprocess.run(
+        [sys.executable, "examples/vllm/tiny_model.py", str(model), *kind],
+        check=True,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def close_all(engines: Collection[Engine]) -> None:
+    """Close engines, all at once."""
+    with ThreadPoolExecutor(len(engines)) as threads:
+        list(threads.map(Engine.close, engines))

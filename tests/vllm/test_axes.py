@@ -3,11 +3,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.conftest import MODULE, random_prompts, tokens_of
-from tests.vllm.engines import ROOT, Engine
+from tests.vllm.engines import Engine, close_all, make_model
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
 
@@ -82,12 +78,7 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
     """One that does all of it, a producer that computes in chunks, and a consumer."""
     case: Case = request.param
     model = tmp_path / "model"
-    subprocess.run(
-        [sys.executable, "examples/vllm/tiny_model.py", str(model), case.kind],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    make_model(model, case.kind)
     whole = {"enable_prefix_caching": False}
     engines = {"whole": Engine(model, tmp_path / "whole.log", **SIZES, **whole)}
     try:
@@ -97,8 +88,7 @@ def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str
             engine.wait_until_ready()
         yield engines
     finally:
-        with ThreadPoolExecutor(len(engines)) as threads:
-            list(threads.map(Engine.close, engines.values()))
+        close_all(engines.values())
 
 
 def test_tokens(engines: dict[str, Engine]) -> None:

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vllm.conftest import BENT, Engines, random_prompts, tokens_of
-from tests.vllm.engines import ROOT, Engine
+from tests.vllm.engines import Engine, make_model
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -28,8 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide(directory: Path) -> Iterator[Engine]:
     """An engine with blocks of 256 tokens, that serves and pulls."""
     # The model's name is compared, not where it is.
-    command = [sys.executable, "examples/vllm/tiny_model.py", str(directory / "model")]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    make_model(directory / "model")
     log = directory / "wide.log"
     engine = Engine(directory / "model", log, bends=directory, connector={}, block_size=256, **BENT)
     try:

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from tests.vllm.conftest import MODULE, random_prompts, tokens_of
-from tests.vllm.engines import ROOT, Engine
+from tests.vllm.engines import Engine, close_all, make_model
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -28,12 +24,7 @@ def engines(
     """One that does all of it, a producer that computes in chunks, and a consumer."""
     directory = tmp_path_factory.mktemp(request.param)
     model = directory / "model"
-    subprocess.run(
-        [sys.executable, "examples/vllm/tiny_model.py", str(model), request.param],
-        check=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
+    make_model(model, request.param)
     connected: dict[str, Any] = {"module": MODULE, "connector": {"verify": True, "timeout_s": 60.0}}
     arguments: dict[str, dict[str, Any]] = {
         "whole": {"enable_prefix_caching": False},
@@ -49,8 +40,7 @@ def engines(
             engine.wait_until_ready()
         yield made
     finally:
-        with ThreadPoolExecutor(len(made)) as threads:
-            list(threads.map(Engine.close, made.values()))
+        close_all(made.values())
 
 
 def test_tokens(engines: dict[str, Engine]) -> None:
