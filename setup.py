@@ -31,7 +31,16 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 VERSION_FILE = ROOT / "llm_datadist_torch" / "values" / "version.py"
 # What `python -m llm_datadist_torch bench` runs. The other benchmarks are for the source tree.
-BENCHMARKS = ("__init__", "command", "common", "measuring", "owner", "plots", "bench_links")
+BENCHMARKS = (
+    "__init__",
+    "command",
+    "common",
+    "hosts",
+    "measuring",
+    "owner",
+    "plots",
+    "bench_links",
+)
 BENCHMARK_FOLDERS = ("cases", "peers")
 
 
@@ -145,7 +154,7 @@ class ParallelBuild(build_ext):
 def shipped_benchmarks() -> list[Path]:
     """The files of benchmarks/ that are in a wheel, as llm_datadist_torch/shipped/benchmarks/."""
     folder = ROOT / "benchmarks"
-    files = [folder / f"{name}.py" for name in BENCHMARKS]
+    files = [folder / "forwarder.c", *(folder / f"{name}.py" for name in BENCHMARKS)]
     for name in BENCHMARK_FOLDERS:
         files += sorted((folder / name).glob("*.py")) + sorted((folder / name).glob("*.c"))
     return files

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 import llm_datadist_torch as ld
-from benchmarks.peers import Memory, Shape, all_peers
+from benchmarks import hosts
+from benchmarks.peers import LOCALHOST, Memory, Shape, all_peers
 
 TIMEOUT_S = 60.0
 
 
 @contextmanager
-def memory_of(node: ld.Node, shape: Shape, *, owner: bool) -> Iterator[Memory]:
+def memory_of(
+    node: ld.Node, shape: Shape, *, owner: bool, host: str = LOCALHOST
+) -> Iterator[Memory]:
     """The memory of one side; the owner's has two caches, with the same random bytes."""
     allocated = node.allocate(
         layers=shape.tensors,
@@ -39,27 +42,38 @@ def memory_of(node: ld.Node, shape: Shape, *, owner: bool) -> Iterator[Memory]:
     else:
         for tensor in allocated.tensors:
             tensor.zero_()
-    yield Memory(node, shape, allocated, registered)
+    yield Memory(node, shape, allocated, registered, host)
     node.free(allocated)
     if registered is not None:
         node.free(registered)
 
 
-def own(pipe: Connection) -> None:
-    """The process: offers memory of each shape that it is told, until it is told None."""
+def own(pipe: Connection, *, apart: bool) -> None:
+    """The process: offers memory of each shape that it is told, until it is told None.
+
+    Args:
+        pipe: To the other process.
+        apart: Whether it is a host of its own.
+    """
     try:
-        with ld.open(listen="127.0.0.1:0", timeout_s=TIMEOUT_S) as node:
+        host = hosts.FAR if apart else LOCALHOST
+        if apart:
+            hosts.leave()
+            pipe.send(os.getpid())
+            pipe.recv()  # the devices are there
+            hosts.set_up(host)
+        with ld.open(listen=f"{host}:0", timeout_s=TIMEOUT_S) as node:
             pipe.send(os.getpid())
             while (order := pipe.recv()) is not None:
-                serve(node, pipe, *order)
+                serve(node, pipe, host, *order)
                 pipe.send("freed")
     except Exception:  # noqa: BLE001 (the other process shows it)
         pipe.send(traceback.format_exc())
 
 
-def serve(node: ld.Node, pipe: Connection, shape: Shape, names: list[str]) -> None:
+def serve(node: ld.Node, pipe: Connection, host: str, shape: Shape, names: list[str]) -> None:
     """Be the owner of one shape, for the peers of these names."""
-    with memory_of(node, shape, owner=True) as memory, ExitStack() as stack:
+    with memory_of(node, shape, owner=True, host=host) as memory, ExitStack() as stack:
         peers = [peer for peer in all_peers() if peer.name in names]
         pipe.send({peer.name: stack.enter_context(peer.serve(memory)) for peer in peers})
         while (order := pipe.recv()) != "done":
@@ -72,14 +86,22 @@ class Owner:
 
     Attributes:
         pid: Its process id.
+
+    Args:
+        wire: Connects this process's host with that of the owner's process; None where both are on
+            this host.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wire: hosts.Wire | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=own, args=(theirs,), daemon=True)
+        apart = {"apart": wire is not None}
+        self._process = context.Process(target=own, args=(theirs,), kwargs=apart, daemon=True)
         self._process.start()
         theirs.close()
+        if wire is not None:
+            wire.connect(self._get(int))
+            self._pipe.send("connected")
         self.pid: int = self._get(int)
 
     @contextmanager

@@ -131,11 +131,7 @@ def row_of(
     moves: bool,
 ) -> list[str]:
     each = contenders[name]
-    row = [
-        size_text(value) if axis.endswith("_bytes") else str(value)
-        for axis, value in point["at"].items()
-    ]
-    row += [time_text(each["p50_us"]), time_text(each["p99_us"])]
+    row = [*place_of(point), time_text(each["p50_us"]), time_text(each["p99_us"])]
     row += [number(each["gb_per_s"])] if moves else []
     row += [time_text(each["us_per_unit"]) if "us_per_unit" in each else ""]
     row += [number(each["cpu_s_per_gb"])] if moves else []
@@ -150,16 +146,20 @@ def row_of(
     return row
 
 
+def place_of(point: Mapping[str, Any]) -> list[str]:
+    """Where in its sweep a point is."""
+    return [
+        size_text(value) if axis.endswith("_bytes") else str(value)
+        for axis, value in point["at"].items()
+    ]
+
+
 def further(points: Sequence[Mapping[str, Any]]) -> str:
     """What else was found of each point."""
     kept = [point for point in points if point.get("further")]
-    names = list(kept[0]["further"])
-    head = [*kept[0]["at"], *(WORDS.get(name, name) for name in names)]
-    rows = [
-        [*(str(value) for value in point["at"].values())]
-        + [number(point["further"][name]) for name in names]
-        for point in kept
-    ]
+    names = list(dict.fromkeys(name for point in kept for name in point["further"]))
+    head = [WORDS.get(name, name) for name in (*kept[0]["at"], *names)]
+    rows = [[*place_of(point), *(number(point["further"].get(n)) for n in names)] for point in kept]
     return table(head, rows)
 
 

@@ -14,6 +14,7 @@ AXES = {
     "swap": ("block_bytes", "bytes of a block", "gb_per_s", "GB/s"),
     "pull": ("block_bytes", "bytes of a block", "gb_per_s", "GB/s"),
     "push": ("block_bytes", "bytes of a block", "gb_per_s", "GB/s"),
+    "hosts": ("block_bytes", "bytes of a block", "gb_per_s", "GB/s"),
     "runs": ("blocks", "runs in one pull", "us_per_unit", "µs for each run"),
     "link": ("links", "links made at once", "us_per_unit", "µs for each link"),
 }

@@ -6,17 +6,25 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from benchmarks import command, common, page, plots
+import llm_datadist_torch as ld
+from benchmarks import command, common, hosts, page, plots
 from benchmarks.measuring import Effort, Samples, contender, figures, measure, point
-from benchmarks.peers import PeerFailedError
+from benchmarks.owner import memory_of
+from benchmarks.peers import PeerFailedError, Shape, Task
+from benchmarks.peers.ours import Relay
 from tests.compat.programs import ROOT
 
 pytestmark = pytest.mark.same_on_every_device
@@ -197,6 +205,7 @@ def test_it_works_from_a_wheel(built: Path, tmp_path: Path):
     assert "mooncake-transfer-engine-non-cuda" in done.stdout
     shipped = built / "llm_datadist_torch" / "shipped" / "benchmarks"
     assert (shipped / "peers" / "loops.c").exists()
+    assert (shipped / "forwarder.c").exists()
     assert missing_modules(shipped) == set()
 
 
@@ -217,3 +226,98 @@ def missing_modules(shipped: Path) -> set[str]:
         for name in wanted - names - classes
         if (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
     }
+
+
+@pytest.mark.needs_netns
+def test_two_hosts_are_connected_by_the_wire_only(tmp_path: Path):
+    """Their own networks: what one host's device carries is what the contenders have moved."""
+    result = tmp_path / "out.json"
+    arguments = ["hosts", "--tiny", "--against", "gloo", "stream", "--json", str(result)]
+    assert command.main("bench", arguments) == 0
+    points = json.loads(result.read_text())["benchmarks"]["hosts"]
+    assert [each["at"]["run"] for each in points] == [1, 1, 16]
+    for each in points:
+        names = {contender["name"] for contender in each["contenders"]}
+        assert {"relay", "TCP stream", "gloo"} <= names
+        assert not names & {"allocated", "registered", "over nixl", "raw NIXL"}
+        assert "relay: longest gap, ms" in each["further"]
+
+
+def connected(delay_ms: float | None, pipe: Connection) -> None:
+    """A host that is one end of a wire; says how long an answer from the other end takes."""
+    hosts.leave()
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=echo, args=(theirs,), daemon=True)
+    other.start()
+    wire = hosts.Wire(delay_ms)
+    wire.connect(ours.recv())
+    ours.send("connected")
+    with socket.create_connection((hosts.FAR, ours.recv()), timeout=60) as sock:
+        began = time.perf_counter()
+        sock.sendall(b"x")
+        answer = sock.recv(1)
+        pipe.send((answer, time.perf_counter() - began, hosts.carried()))
+    wire.close()
+
+
+def echo(pipe: Connection) -> None:
+    """The other end: answers one byte."""
+    hosts.leave()
+    pipe.send(os.getpid())
+    pipe.recv()
+    hosts.set_up(hosts.FAR)
+    with socket.create_server((hosts.FAR, 0)) as listener:
+        pipe.send(listener.getsockname()[1])
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(sock.recv(1))
+            sock.recv(1)
+
+
+@pytest.mark.needs_netns
+@pytest.mark.parametrize("delay_ms", [None, 0.0, 30.0])
+def test_what_is_sent_comes_over_a_wire_after_its_delay(delay_ms: float | None):
+    if delay_ms is not None and (reason := hosts.why_no_delay()):
+        # A property of this one wire, not of the machine's namespaces.
+        assert "TUN" in reason
+        return
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=connected, args=(delay_ms, theirs))
+    process.start()
+    theirs.close()
+    answer, seconds, nbytes = ours.recv()
+    process.join(60)
+    assert answer == b"x"
+    assert nbytes > 2
+    # No speed: what holds packets back for 30 ms each way can't let an answer come sooner.
+    assert seconds >= 2 * (delay_ms or 0.0) / 1000
+
+
+def test_a_benchmark_that_can_not_be_had_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(hosts, "why_no_hosts", lambda: "no namespaces: be root")
+    result = tmp_path / "out.json"
+    assert command.main("bench", ["hosts", "--tiny", "--json", str(result)]) == 0
+    record = json.loads(result.read_text())
+    assert record["left_out"]["hosts"] == "no namespaces: be root"
+    assert "hosts" not in record["benchmarks"]
+    text = page.text_of(a_record() | {"left_out": record["left_out"]}, None)
+    assert "- hosts: no namespaces: be root" in text
+
+
+def test_a_way_other_than_the_named_one_does_not_count():
+    """On one host the transport local maps the memory, and the relay has carried nothing."""
+    with (
+        ld.open(listen="127.0.0.1:0") as node,
+        memory_of(node, Shape(4096, 1, 1, 4), owner=True) as memory,
+        Relay().serve(memory) as offer,
+        ExitStack() as stack,
+    ):
+        ids = memory.shape.ids(1)
+        pull = stack.enter_context(Relay().mover(Task(memory, offer, False, ids, ids)))
+        pull()
+        with pytest.raises(SystemExit, match="should all go by 'relay', and the counters say"):
+            stack.close()

@@ -35,9 +35,13 @@ class Plan:
 Benchmark = Callable[[Plan], list[dict[str, Any]]]
 
 
+class NotHereError(Exception):
+    """A benchmark can't be measured on this machine; the text says why, and what to do."""
+
+
 def benchmarks() -> dict[str, Benchmark]:
     """All of them by name, in the order in which they run."""
-    from benchmarks.cases import allocation, copies, layers, linking, transfers
+    from benchmarks.cases import allocation, apart, copies, layers, linking, transfers
 
     return {
         "copy": copies.copy,
@@ -45,6 +49,8 @@ def benchmarks() -> dict[str, Benchmark]:
         "pull": transfers.pull,
         "push": transfers.push,
         "runs": transfers.runs,
+        "hosts": apart.hosts,
+        "latency": apart.latency,
         "link": linking.link,
         "alloc": allocation.alloc,
         "layerwise": layers.layerwise,

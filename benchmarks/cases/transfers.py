@@ -3,29 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 
 import llm_datadist_torch as ld
 from benchmarks.cases import Plan
-from benchmarks.measuring import KIB, TINY, Effort, contender, figures, measure, point
+from benchmarks.measuring import KIB, Effort, contender, figures, measure, point
 from benchmarks.owner import TIMEOUT_S, Owner, memory_of
 from benchmarks.peers import Call, Peer, PeerFailedError, Shape, Task
 
 BYTES = 256 << 20  # of a transfer, at most
 SIZES = tuple(KIB << shift for shift in range(2, 13, 2))  # 4 KiB to 4 MiB
 RUNS = (1_000, 10_000, 100_000, 1_000_000)
+Examine = Callable[[Mapping[str, Call], Shape], dict[str, float]]
 LATENCY = Effort(rounds=30, seconds=3.0, in_a_row=20)
 
 
-def shape_of(block_bytes: int, run: int, *, tiny: bool) -> Shape:
-    """64 tensors x 128 blocks, or fewer where they are more than BYTES."""
+def shape_of(block_bytes: int, run: int, *, tiny: bool, most: int = BYTES) -> Shape:
+    """64 tensors x 128 blocks, or fewer where they are more than so many bytes."""
     if tiny:
         return Shape(block_bytes, run, tensors=2, blocks=max(4, run))
-    blocks = min(128, BYTES // block_bytes)
-    return Shape(block_bytes, run, min(64, max(1, BYTES // (blocks * block_bytes))), blocks)
+    blocks = min(128, most // block_bytes)
+    return Shape(block_bytes, run, min(64, max(1, most // (blocks * block_bytes))), blocks)
 
 
 def pull(plan: Plan) -> list[dict[str, Any]]:
@@ -54,19 +55,42 @@ def runs(plan: Plan) -> list[dict[str, Any]]:
 def sweep(plan: Plan, shapes: Sequence[Shape], *, push: bool) -> list[dict[str, Any]]:
     """All shapes, with one owner."""
     points = []
+    peers = [peer for peer in plan.peers if 1 in peer.hosts]
     with closing(Owner()) as owner, ld.open(timeout_s=TIMEOUT_S) as node:
         for shape in shapes:
-            single = shape.tensors * shape.blocks == 1 and plan.effort is not TINY
-            effort = LATENCY if single else plan.effort
-            points.append(transfer(plan.peers, owner, node, shape, effort, push=push))
+            effort = effort_of(plan, shape)
+            points.append(transfer(peers, owner, node, shape, effort, push=push))
             plan.show(points[-1])
     return points
 
 
+def effort_of(plan: Plan, shape: Shape) -> Effort:
+    """One block alone is the latency, for which each contender has more calls in a row."""
+    single = shape.tensors * shape.blocks == 1 and not plan.tiny
+    return LATENCY if single else plan.effort
+
+
 def transfer(
-    peers: Sequence[Peer], owner: Owner, node: ld.Node, shape: Shape, effort: Effort, *, push: bool
+    peers: Sequence[Peer],
+    owner: Owner,
+    node: ld.Node,
+    shape: Shape,
+    effort: Effort,
+    *,
+    push: bool,
+    examine: Examine | None = None,
 ) -> dict[str, Any]:
-    """One point: all contenders in turn, after the bytes of each were compared."""
+    """One point: all contenders in turn, after the bytes of each were compared.
+
+    Args:
+        peers: Who moves them.
+        owner: The other side.
+        node: Whose memory this side's is.
+        shape: What is moved.
+        effort: How long to measure.
+        push: Whether bytes go to the owner.
+        examine: Looks at the calls when all have been measured; what it finds is shown, too.
+    """
     src_ids, dst_ids = shape.ids(1), shape.ids(2)
     with (
         owner.serving(shape, [peer.name for peer in peers]) as offers,
@@ -84,6 +108,8 @@ def transfer(
                 check(peer, call, task, owner)
                 calls[peer.name] = call
         taken = measure(calls, effort, [owner.pid])
+        good = {name: calls[name] for name in taken}
+        found = {} if examine is None else {"further": examine(good, shape)}
     contenders = [
         contender(
             peer.name,
@@ -99,11 +125,14 @@ def transfer(
     place |= {"tensors": shape.tensors, "blocks": shape.blocks}
     rounds = len(next(iter(taken.values())).seconds)
     failed = [peer.name for peer in peers if peer.name not in taken]
-    return point(place, contenders, bytes=shape.nbytes, rounds=rounds, failed=failed)
+    return point(place, contenders, bytes=shape.nbytes, rounds=rounds, failed=failed, **found)
 
 
 def check(peer: Peer, call: Call, task: Task, owner: Owner) -> None:
     """Compare a sample of the bytes that a call has moved with those that it should have moved."""
+    if not peer.moves_blocks:
+        call()
+        return
     if task.push:
         owner.zero(peer.memory)
         call()

@@ -18,6 +18,7 @@ import torch
 import llm_datadist_torch as ld
 
 Call = Callable[[], object]
+LOCALHOST = "127.0.0.1"
 
 
 class PeerFailedError(Exception):
@@ -67,12 +68,14 @@ class Memory:
         shape: What is moved.
         allocated: A cache that the library allocated.
         registered: One of torch's own tensors; the same bytes. Of the owner only.
+        host: The address of this side's host, where its peers listen.
     """
 
     node: ld.Node
     shape: Shape
     allocated: ld.Cache
     registered: ld.Cache | None = None
+    host: str = LOCALHOST
 
     def cache(self, kind: str) -> ld.Cache:
         """The cache of a kind, "allocated" or "registered"."""
@@ -136,7 +139,8 @@ class Peer(ABC):
         option: How ``--against`` names it; "" for the library itself.
         role: "ours", "peer" or "ceiling".
         memory: Which of the owner's caches it moves, "allocated" or "registered".
-        pushes: Whether it can push as well as pull.
+        hosts: Between processes of how many hosts it is measured, 1 and 2.
+        moves_blocks: False for a ceiling that moves as many bytes, but not into blocks.
         baselines: Names of the peers that it is compared with.
         ceiling: Name of its ceiling, "" for none.
     """
@@ -145,7 +149,8 @@ class Peer(ABC):
     option: ClassVar[str] = ""
     role: ClassVar[str] = "peer"
     memory: ClassVar[str] = "allocated"
-    pushes: ClassVar[bool] = True
+    hosts: ClassVar[tuple[int, ...]] = (1,)
+    moves_blocks: ClassVar[bool] = True
     baselines: ClassVar[tuple[str, ...]] = ()
     ceiling: ClassVar[str] = ""
 
@@ -167,15 +172,19 @@ class Peer(ABC):
 
 def all_peers() -> list[Peer]:
     """One of each, the library itself first. Nothing foreign is imported yet."""
-    from benchmarks.peers import gloo, loops, mooncake, nixl, ours
+    from benchmarks.peers import gloo, loops, mooncake, nixl, ours, stream
 
     return [
         ours.Allocated(),
         ours.Registered(),
         ours.OverNixl(),
+        ours.OverNixlTcp(),
+        ours.Relay(),
         loops.MappingLoop(),
         loops.ProcessMemoryLoop(),
+        stream.Stream(),
         nixl.RawNixl(),
+        nixl.MergedNixl(),
         gloo.Gloo(),
         mooncake.Mooncake(),
     ]

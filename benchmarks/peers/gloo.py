@@ -39,7 +39,7 @@ class End:
         import torch.distributed as dist
 
         options = dist.ProcessGroupGloo._Options()  # noqa: SLF001
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=memory.host)]  # noqa: SLF001
         options._timeout = TIMEOUT  # noqa: SLF001
         self.group = dist.ProcessGroupGloo(store, rank, 2, options)
         self.other = 1 - rank
@@ -88,6 +88,7 @@ class Gloo(Peer):
 
     name = "gloo"
     option = "gloo"
+    hosts = (1, 2)
 
     def why_not(self) -> str:
         return why_no_gloo()
@@ -97,7 +98,7 @@ class Gloo(Peer):
         import torch.distributed as dist
 
         # The store of the movers is made by the owner, whose thread waits for them.
-        store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(memory.host, 0, 2, is_master=True, wait_for_workers=False)
         ids = memory.shape.ids(1), memory.shape.ids(2)
 
         def work() -> None:
@@ -111,15 +112,15 @@ class Gloo(Peer):
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
-        yield store.port, str(os.getpid())
+        yield memory.host, store.port, str(os.getpid())
         thread.join(10)
 
     @contextmanager
     def mover(self, task: Task) -> Iterator[Call]:
         import torch.distributed as dist
 
-        port, prefix = task.offer
-        store = dist.TCPStore("127.0.0.1", port, 2, is_master=False)
+        host, port, prefix = task.offer
+        store = dist.TCPStore(host, port, 2, is_master=False)
         end = End(1, dist.PrefixStore(prefix, store), task.memory)
 
         def pull() -> None:

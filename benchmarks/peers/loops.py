@@ -32,13 +32,13 @@ def why_no_compiler() -> str:
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The C loops, compiled as a release build would be."""
+def library(source: str = "peers/loops.c") -> ctypes.CDLL:
+    """A C file of the benchmarks, compiled as a release build would be."""
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder) / "loops.so"
-        source = Path(__file__).with_name("loops.c")
+        built = Path(folder) / "built.so"
+        path = Path(__file__).parent.parent / source
         flags = ["-O3", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([str(compiler()), *flags, str(source), "-o", str(built)], check=True)
+        subprocess.run([str(compiler()), *flags, str(path), "-o", str(built)], check=True)
         return ctypes.CDLL(str(built), use_errno=True)
 
 

@@ -30,7 +30,7 @@ def engines() -> Any:  # noqa: ANN401
 def engine_of(memory: Memory) -> Any:  # noqa: ANN401
     """A started engine that has registered the memory."""
     engine = engines().TransferEngine()
-    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", ""):
+    if engine.initialize(memory.host, "P2PHANDSHAKE", "tcp", ""):
         raise SystemExit("bench: Mooncake's engine does not start")
     for tensor in memory.allocated.tensors:
         if engine.register_memory(tensor.data_ptr(), tensor.nbytes):
@@ -49,6 +49,7 @@ class Mooncake(Peer):
 
     name = "Mooncake TCP"
     option = "mooncake"
+    hosts = (1, 2)
 
     def why_not(self) -> str:
         try:
@@ -56,14 +57,14 @@ class Mooncake(Peer):
         except ImportError as error:
             return (
                 f"{error}: pip install mooncake-transfer-engine-non-cuda;"
-                " apt-get install libibverbs1 libnuma1"
+                " apt-get install --no-install-recommends libibverbs1 libnuma1"
             )
         return ""
 
     @contextmanager
     def serve(self, memory: Memory) -> Iterator[Any]:
         engine = engine_of(memory)
-        yield f"127.0.0.1:{engine.get_rpc_port()}", list(memory.allocated.tensor_addrs)
+        yield f"{memory.host}:{engine.get_rpc_port()}", list(memory.allocated.tensor_addrs)
         release(engine, memory)
 
     @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Call, Memory, Peer, Shape, Task
+from benchmarks.peers.mooncake import merged
 from benchmarks.peers.ours import why_no_nixl
 
 WAKE_US = 20_000
@@ -47,16 +48,22 @@ class Agent:
     def prepare(self, shape: Shape, addresses: list[int], name: str | None = None) -> int:
         """Prepare a list of all blocks of tensors, of ours or of a peer's."""
         starts = torch.tensor(addresses)[:, None] + torch.arange(shape.pool) * shape.block_bytes
-        flat = starts.flatten()
-        columns = (flat, torch.full_like(flat, shape.block_bytes), torch.zeros_like(flat))
-        table = torch.stack(columns, dim=1).numpy().view("uint64")
-        blocks = self.nixl.nixlXferDList(self.nixl.DRAM_SEG, table)
-        args = (blocks, self.ucx)
+        args = (self.descriptors(starts, torch.tensor(shape.block_bytes)), self.ucx)
         return int(self.agent.prepXferDlist(*args if name is None else (name, *args)))
+
+    def descriptors(self, starts: torch.Tensor, nbytes: torch.Tensor) -> Any:  # noqa: ANN401
+        """A list of what is at those addresses, int64 [tensors, n], of so many bytes each."""
+        flat = starts.flatten()
+        columns = (flat, nbytes.expand_as(starts).flatten(), torch.zeros_like(flat))
+        table = torch.stack(columns, dim=1).numpy().view("uint64")
+        return self.nixl.nixlXferDList(self.nixl.DRAM_SEG, table)
 
     def move(self, way: Any, mine: int, my_ids: Any, theirs: int, their_ids: Any) -> None:  # noqa: ANN401
         """Move blocks by index; polls until they are there."""
-        handle = self.agent.makeXferReq(way, mine, my_ids, theirs, their_ids, "", self.ucx)
+        self.finish(self.agent.makeXferReq(way, mine, my_ids, theirs, their_ids, "", self.ucx))
+
+    def finish(self, handle: int) -> None:
+        """Post a request; polls until its bytes are there."""
         status = self.agent.postXferReq(handle, "")
         while status == self.nixl.NIXL_IN_PROG:
             status = self.agent.getXferStatus(handle)
@@ -68,6 +75,7 @@ class RawNixl(Peer):
 
     name = "raw NIXL"
     option = "nixl"
+    hosts = (1, 2)
 
     def why_not(self) -> str:
         return why_no_nixl()
@@ -88,6 +96,34 @@ class RawNixl(Peer):
         way = agent.nixl.NIXL_WRITE if task.push else agent.nixl.NIXL_READ
         indices = (_indices(shape, task.my_ids), _indices(shape, task.owner_ids))
         yield lambda: agent.move(way, mine, indices[0], theirs, indices[1])
+        agent.close()
+
+
+class MergedNixl(RawNixl):
+    """The same with a descriptor for each run of neighbours, as its users merge them.
+
+    The lists are made beforehand for the blocks that move, and taken whole.
+    """
+
+    name = "raw NIXL, merged"
+    hosts = (2,)
+
+    @contextmanager
+    def mover(self, task: Task) -> Iterator[Call]:
+        name, metadata, theirs = task.offer
+        agent, nbytes = Agent(task.memory), task.shape.block_bytes
+        agent.agent.loadRemoteMD(metadata)
+        runs = torch.tensor(merged(task.my_ids, task.owner_ids)) * nbytes
+        lists = [
+            agent.descriptors(torch.tensor(bases)[:, None] + runs[:, column], runs[:, 2])
+            for bases, column in ((list(task.memory.allocated.tensor_addrs), 0), (theirs, 1))
+        ]
+        way = agent.nixl.NIXL_WRITE if task.push else agent.nixl.NIXL_READ
+
+        def call() -> None:
+            agent.finish(agent.agent.createXferReq(way, *lists, name, "", agent.ucx))
+
+        yield call
         agent.close()
 
 

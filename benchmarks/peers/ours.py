@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import llm_datadist_torch as ld
 from benchmarks.peers import Call, Memory, Peer, Task
@@ -41,33 +41,76 @@ class Registered(Allocated):
     ceiling = "process_vm loop"
 
 
-class OverNixl(Peer):
-    """The transport `nixl` alone, as between hosts."""
+class OneTransport(Peer):
+    """One transport alone. A point counts only if every byte of it went this way.
+
+    Attributes:
+        transport: The transport.
+        path: How the library's counters call the way that the bytes must go.
+    """
+
+    role = "ours"
+    transport: ClassVar[str]
+    path: ClassVar[str]
+
+    @contextmanager
+    def serve(self, memory: Memory) -> Iterator[Any]:
+        listen = f"{memory.host}:0"
+        with ld.open(listen=listen, transport=self.transport, timeout_s=TIMEOUT_S) as node:
+            node.register(memory.allocated.tensors, tensors_per_layer=1, name=self.name)
+            yield node.address
+
+    @contextmanager
+    def mover(self, task: Task) -> Iterator[Call]:
+        with ld.open(transport=self.transport, timeout_s=TIMEOUT_S) as node:
+            cache = node.register(task.memory.allocated.tensors, tensors_per_layer=1)
+            move, calls = call_of(node.connect(task.offer), self.name, cache, task), 0
+
+            def call() -> None:
+                nonlocal calls
+                move()
+                calls += 1
+
+            yield call
+            moved: dict[str, int] = {}
+            for each in node.stats().transfers:
+                moved[each.path] = moved.get(each.path, 0) + each.nbytes
+            if moved != {self.path: calls * task.shape.nbytes}:
+                raise SystemExit(
+                    f"bench: {self.name}: {calls} calls for {task.shape.nbytes} bytes each should"
+                    f" all go by {self.path!r}, and the counters say {moved}"
+                )
+
+
+class OverNixl(OneTransport):
+    """The transport `nixl` alone; UCX chooses the way, on one host shared memory."""
 
     name = "over nixl"
-    role = "ours"
+    transport = path = "nixl"
     baselines = ("raw NIXL",)
     ceiling = "process_vm loop"
 
     def why_not(self) -> str:
         return why_no_nixl()
 
-    @contextmanager
-    def serve(self, memory: Memory) -> Iterator[Any]:
-        with ld.open(listen="127.0.0.1:0", transport="nixl", timeout_s=TIMEOUT_S) as node:
-            node.register(memory.allocated.tensors, tensors_per_layer=1, name="nixl")
-            yield node.address
 
-    @contextmanager
-    def mover(self, task: Task) -> Iterator[Call]:
-        with ld.open(transport="nixl", timeout_s=TIMEOUT_S) as node:
-            cache = node.register(task.memory.allocated.tensors, tensors_per_layer=1)
-            call = call_of(node.connect(task.offer), "nixl", cache, task)
-            call()
-            (link,) = node.stats().links
-            if set(link.transports.values()) - {""} != {"nixl"}:
-                raise SystemExit(f"bench: not all bytes go over NIXL: {link.transports}")
-            yield call
+class OverNixlTcp(OverNixl):
+    """The same between hosts, where UCX takes TCP."""
+
+    name = "over nixl, TCP"
+    hosts = (2,)
+    baselines = ("raw NIXL", "raw NIXL, merged", "Mooncake TCP", "gloo")
+    ceiling = "TCP stream"
+
+
+class Relay(OneTransport):
+    """The control connection, which is there without any engine."""
+
+    name = "relay"
+    hosts = (2,)
+    transport, path = "local", "relay"
+    baselines = ("raw NIXL", "gloo", "Mooncake TCP")
+    ceiling = "TCP stream"
 
 
 def call_of(peer: ld.Peer, key: str, cache: ld.Cache, task: Task) -> Call:
