@@ -17,13 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plots
+from benchmarks import goals, plots
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMAGES = ROOT / "docs" / "images"
 
+FILES = ("bench.json", "hosts.json")
+"""Of the command: `make bench` writes the first, and further benchmarks may be in the other."""
 TEMPLATE = Path(__file__).with_name("page_template.md")
 NOTHING = "**No run is committed.** `make bench` measures, on a machine that does nothing else."
 WORDS = {
@@ -148,10 +150,12 @@ def row_of(
 
 def place_of(point: Mapping[str, Any]) -> list[str]:
     """Where in its sweep a point is."""
-    return [
-        size_text(value) if axis.endswith("_bytes") else str(value)
-        for axis, value in point["at"].items()
-    ]
+    return [shown_at(axis, value) for axis, value in point["at"].items()]
+
+
+def shown_at(axis: str, value: float | str) -> str:
+    """One number of a place in a sweep."""
+    return size_text(float(value)) if axis.endswith("_bytes") else str(value)
 
 
 def further(points: Sequence[Mapping[str, Any]]) -> str:
@@ -184,6 +188,35 @@ def vllm_part(record: Mapping[str, Any] | None) -> str:
     return f"{machine(record['environment'])}\n{table((*head, 'ratio'), shown)}"
 
 
+def goals_part(results: goals.Results) -> str:
+    """Each goal beside what was measured, and whether it is met."""
+    head = (
+        "operation",
+        "against",
+        "goal",
+        "measured, worst first",
+        "worst at",
+        "met",
+        "why it is missed",
+    )
+    return table(head, [goal_row(goal, goal.measured(results)) for goal in goals.all_goals()])
+
+
+def goal_row(goal: goals.Goal, found: goals.Found) -> list[str]:
+    """A row of the table of goals."""
+    asked = [goal.operation, goal.against, goal.text]
+    if not found:
+        return [*asked, "", "", "not measured", ""]
+    figures = sorted(found, key=lambda each: each[1], reverse=goal.least is None)
+    (place, worst), (_, best) = figures[0], figures[-1]
+    shown = [number(worst), number(best)]
+    text = " to ".join(dict.fromkeys(shown)) + (f" {goal.unit}" if goal.unit else "")
+    count = sum(goal.met(figure) for _, figure in found)
+    met = "**met**" if count == len(found) else f"missed at {len(found) - count} of {len(found)}"
+    where = ", ".join(f"{WORDS.get(axis, axis)} {shown_at(axis, place[axis])}" for axis in place)
+    return [*asked, text, where, met, "" if count == len(found) else goal.reason]
+
+
 def load(name: str) -> dict[str, Any] | None:
     """A file of results; None if there is none.
 
@@ -199,14 +232,52 @@ def load(name: str) -> dict[str, Any] | None:
     return record
 
 
+def load_all() -> dict[str, Any] | None:
+    """All results of the command: of each benchmark the newest that is in one of FILES.
+
+    Returns:
+        A record as the command writes one, of the newest of its benchmarks' environments; "apart"
+        has the environments of benchmarks that are not of that run. None if there is no file.
+    """
+    records = [record for name in FILES if (record := load(name)) is not None]
+    records.sort(key=lambda record: str(record["environment"]["time"]))
+    if not records:
+        return None
+    # The largest run is the page's.
+    main = max(records, key=lambda record: len(record["benchmarks"]))
+    found = main | {"benchmarks": {}, "left_out": {}, "apart": {}}
+    for record in records:
+        found["left_out"] |= record["left_out"]
+        for name, points in record["benchmarks"].items():
+            found["benchmarks"][name] = points
+            found["apart"][name] = record["environment"]
+            found["left_out"].pop(name, None)
+    apart = found["apart"].items()
+    found["apart"] = {name: where for name, where in apart if where is not main["environment"]}
+    measured = {
+        each["name"] for points in found["benchmarks"].values() for each in names_in(points)
+    }
+    found["left_out"] = {n: why for n, why in found["left_out"].items() if n not in measured}
+    return found
+
+
+def names_in(points: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The contenders of all points."""
+    for point in points:
+        yield from point["contenders"]
+
+
 def text_of(record: Mapping[str, Any] | None, vllm: Mapping[str, Any] | None) -> str:
     """The page: the template, with what the results give in the place of each {{name}}."""
     given = record or {"benchmarks": {}, "left_out": {}}
+    results = given["benchmarks"] | {"vllm": (vllm or {"results": []})["results"]}
 
     def part(found: re.Match[str]) -> str:
         name = found[1]
         if name == "machine":
             return machine(record["environment"]).strip() if record else NOTHING
+        if name == "goals":
+            return goals_part(results).strip()
         if name == "vllm":
             return vllm_part(vllm).strip()
         if name == "left_out":
@@ -215,7 +286,9 @@ def text_of(record: Mapping[str, Any] | None, vllm: Mapping[str, Any] | None) ->
             return "Not in the committed run."
         points = given["benchmarks"][name]
         picture = f"![{name}](images/bench_{name}.svg)\n" if name in plots.AXES else ""
-        return (picture + "".join(parts(points))).strip()
+        where = given.get("apart", {}).get(name)
+        run = "" if where is None else f"Measured apart from the others:\n\n{machine(where)}\n"
+        return (run + picture + "".join(parts(points))).strip()
 
     text = re.sub(r"\{\{(\w+)\}\}", part, TEMPLATE.read_text(encoding="utf-8"))
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -241,7 +314,7 @@ def main(arguments: Sequence[str]) -> int:
         record = json.loads(options.results.read_text(encoding="utf-8"))
         (options.out / PAGE.name).write_text(text_of(record, None), encoding="utf-8")
         return 0
-    record, vllm = load("bench.json"), load("vllm.json")
+    record, vllm = load_all(), load("vllm.json")
     text = text_of(record, vllm)
     if options.check:
         wrong = list(wrong_pictures(record))

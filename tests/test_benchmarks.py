@@ -85,6 +85,39 @@ def test_each_figure_stands_beside_its_baseline_and_ceiling():
     assert "{{" not in text
 
 
+def test_each_goal_stands_beside_what_was_measured():
+    """a_record(): torch's index ops aren't in it, and the C loop takes as long as ours."""
+    text = page.text_of(a_record(), None)
+    rows = [line for line in text.splitlines() if line.startswith("| copy_blocks, scattered")]
+    assert [row.split(" | ")[5] for row in rows] == ["not measured", "**met**"]
+    record = a_record()
+    record["benchmarks"]["copy"][0]["contenders"][2] |= {"p50_us": 100.0}
+    text = page.text_of(record, None)
+    (missed,) = [line for line in text.splitlines() if "missed at 1 of 1" in line]
+    assert missed.startswith("| copy_blocks, scattered | a C loop of memcpy | 0.8 at 4 KiB")
+    assert "| 0.12 of the goal | block 4 KiB, tensors 2, blocks 4 | missed" in missed
+
+
+def test_results_of_several_runs_are_on_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    first, second = a_record(), a_record()
+    second["benchmarks"] = {"hosts": second["benchmarks"]["copy"]}
+    second["environment"] |= {"time": "tomorrow", "commit": "later"}
+    second["left_out"] = {}
+    first["benchmarks"]["push"] = first["benchmarks"]["copy"]
+    first["left_out"] |= {"hosts": "not there", "loop": "it was measured later"}
+    (tmp_path / "bench.json").write_text(json.dumps(first))
+    (tmp_path / "hosts.json").write_text(json.dumps(second))
+    found = page.load_all()
+    assert set(found["benchmarks"]) == {"copy", "push", "hosts"}
+    assert found["left_out"] == {"Mooncake TCP": "not installed"}
+    assert set(found["apart"]) == {"hosts"}
+    text = page.text_of(found, None)
+    assert "| commit | c |" in text
+    assert "Measured apart from the others:" in text
+    assert "| commit | later |" in text
+
+
 def test_engines_of_vllm_have_their_own_results():
     rows = [
         {
