@@ -3,6 +3,10 @@
 
 Run it with the environment of `make test-vllm`: .venv-vllm/bin/python -m benchmarks.bench_vllm
 
+    python -m benchmarks.bench_vllm --json benchmarks/results/vllm.json    # all of it
+    python -m benchmarks.bench_vllm --piece 0 --out 0.json                 # or start by start
+    python -m benchmarks.bench_vllm --merge 0.json 1.json --json benchmarks/results/vllm.json
+
 *Added* is what the hand-over adds to the time of the first token: the time at the consumer with the
 KV fetched, less that of the same prompt asked again, when the KV is in the consumer's prefix cache.
 Engines are asked through a pipe, alike for both.
@@ -26,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +38,9 @@ from benchmarks import common
 from benchmarks.vllm_probe import VARIABLE
 from tests.vllm.engines import Engine
 
-LENGTHS = (129, 300, 900)
-GOAL_RATIO, GOAL_STALL_MS = 0.5, 2.0
+LENGTHS = (129, 300, 900, 4000)
+MAX_TOKENS = 4096
+GOAL_RATIO, GOAL_STALL_MS = 0.25, 2.0
 CONNECTORS = ("ProbedOurs", "ProbedNixl")
 FIRST_PORT = 21_600
 FIRST = "first"
@@ -58,6 +64,7 @@ class Pair:
                 directory / "model",
                 directory / f"{name}-{role}.log",
                 in_process=False,
+                max_model_len=MAX_TOKENS,
                 kv_transfer_config={
                     "kv_connector": name,
                     "kv_connector_module_path": "benchmarks.vllm_probe",
@@ -193,28 +200,71 @@ def report_stalls(noted: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     return rows
 
 
+def run_piece(start: int, rounds: int) -> dict[str, Any]:
+    """One start of each connector's engines; which comes first changes from start to start."""
+    piece: dict[str, Any] = {"environment": common.environment(), "rounds": rounds}
+    piece |= {"results": {}, "noted": {}}
+    with tempfile.TemporaryDirectory() as name:
+        for connector in CONNECTORS[:: 1 if start % 2 == 0 else -1]:
+            found = measure(connector, Path(name) / connector, start, rounds)
+            piece["results"][connector], piece["noted"][connector] = found
+    mine, theirs = (piece["results"][connector] for connector in CONNECTORS)
+    if [each["tokens"] for each in mine] != [each["tokens"] for each in theirs]:
+        raise SystemExit("tokens differ")
+    return piece
+
+
+def merged(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all pieces found, reported, as a file of results.
+
+    Raises:
+        SystemExit: They are of different machines, commits or lengths of a run.
+    """
+    for name in ("cpu", "cores", "commit", "torch", "versions"):
+        found = {json.dumps(piece["environment"][name]) for piece in pieces}
+        if len(found) > 1:
+            raise SystemExit(f"pieces with different {name} can't be merged: {sorted(found)}")
+    results = [each for piece in pieces for name in CONNECTORS for each in piece["results"][name]]
+    noted = {
+        name: [line for piece in pieces for line in piece["noted"][name]] for name in CONNECTORS
+    }
+    first = dict(pieces[0]["environment"])
+    command = f"python -m benchmarks.bench_vllm --starts {len(pieces)} --rounds "
+    first["command"] = command + str(pieces[0]["rounds"])
+    first["load_before"] = max(piece["environment"]["load_before"] for piece in pieces)
+    return {"environment": first, "results": report_latency(results) + report_stalls(noted)}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A piece that was written before."""
+    piece: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return piece
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="prompts per length and start")
     parser.add_argument("--starts", type=int, default=3, help="times that the engines are started")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the figures of all")
+    parser.add_argument("--piece", type=int, help="only this start, from 0 on")
+    parser.add_argument("--out", type=Path, help="with --piece: file for what it has found")
+    parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: of these pieces")
     args = parser.parse_args()
+    if (args.piece is None) != (args.out is None):
+        parser.error("--piece and --out belong together")
     common.print_environment()
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
-    noted: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
-    with tempfile.TemporaryDirectory() as name:
-        for start in range(args.starts):
-            for connector in CONNECTORS[:: 1 if start % 2 == 0 else -1]:
-                directory = Path(name) / f"{connector}{start}"
-                found, lines = measure(connector, directory, start, args.rounds)
-                results[connector] += found
-                noted[connector] += lines
-    mine, theirs = results.values()
-    if [each["tokens"] for each in mine] != [each["tokens"] for each in theirs]:
-        raise SystemExit("tokens differ")
-    rows = report_latency(mine + theirs) + report_stalls(noted)
+    if args.piece is not None:
+        piece = run_piece(args.piece, args.rounds)
+        args.out.write_text(json.dumps(piece) + "\n", encoding="utf-8")
+        pieces = [piece]
+    elif args.merge:
+        pieces = [read(path) for path in args.merge]
+    else:
+        pieces = [run_piece(start, args.rounds) for start in range(args.starts)]
+    record = merged(pieces)
     print(f"load now {os.getloadavg()[0]:.1f}")
-    common.save(args.json, rows)
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
