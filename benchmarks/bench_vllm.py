@@ -4,7 +4,8 @@
 Run it with the environment of `make test-vllm`: .venv-vllm/bin/python -m benchmarks.bench_vllm
 
     python -m benchmarks.bench_vllm --json benchmarks/results/vllm.json    # all of it
-    python -m benchmarks.bench_vllm --piece 0 --out 0.json                 # or start by start
+    python -m benchmarks.bench_vllm --piece 0 --out 0.json                 # or pair by pair
+    python -m benchmarks.bench_vllm --piece 1 --out 1.json                 # the other connector's
     python -m benchmarks.bench_vllm --merge 0.json 1.json --json benchmarks/results/vllm.json
 
 *Added* is what the hand-over adds to the time of the first token: the time at the consumer with the
@@ -154,6 +155,14 @@ def measure(
         pair.close()
 
 
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Of one value: that one."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
 def report_latency(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print("| tokens | connector | n | first token, ms | KV there | added | (quartiles) | CPU, ms |")
@@ -166,7 +175,7 @@ def report_latency(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 for key in ("fetched", "cached", "cpu")
             }
             added = [1000 * (each["fetched"] - each["cached"]) for each in these]
-            low, middle, high = statistics.quantiles(added, n=4, method="inclusive")
+            low, middle, high = quartiles(added)
             rows.append({"row": name, "connector": connector, "added": middle, **medians})
             print(
                 f"| {name} | {connector.removeprefix('Probed')} | {len(these)} |"
@@ -200,39 +209,47 @@ def report_stalls(noted: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     return rows
 
 
-def run_piece(start: int, rounds: int) -> dict[str, Any]:
-    """One start of each connector's engines; which comes first changes from start to start."""
-    piece: dict[str, Any] = {"environment": common.environment(), "rounds": rounds}
-    piece |= {"results": {}, "noted": {}}
+def run_piece(number: int, rounds: int) -> dict[str, Any]:
+    """One start of one connector's engines; which comes first changes from start to start."""
+    start, turn = divmod(number, len(CONNECTORS))
+    connector = CONNECTORS[:: 1 if start % 2 == 0 else -1][turn]
+    environment = common.environment()
     with tempfile.TemporaryDirectory() as name:
-        for connector in CONNECTORS[:: 1 if start % 2 == 0 else -1]:
-            found = measure(connector, Path(name) / connector, start, rounds)
-            piece["results"][connector], piece["noted"][connector] = found
-    mine, theirs = (piece["results"][connector] for connector in CONNECTORS)
-    if [each["tokens"] for each in mine] != [each["tokens"] for each in theirs]:
-        raise SystemExit("tokens differ")
-    return piece
+        results, noted = measure(connector, Path(name) / connector, start, rounds)
+    return {
+        "environment": environment,
+        "start": start,
+        "connector": connector,
+        "rounds": rounds,
+        "results": results,
+        "noted": noted,
+    }
 
 
 def merged(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all pieces found, reported, as a file of results.
 
     Raises:
-        SystemExit: They are of different machines, commits or lengths of a run.
+        SystemExit: They are of different machines, commits or lengths of a run, the connectors have
+            not been started equally often, or have answered differently.
     """
     for name in ("cpu", "cores", "commit", "torch", "versions"):
         found = {json.dumps(piece["environment"][name]) for piece in pieces}
         if len(found) > 1:
             raise SystemExit(f"pieces with different {name} can't be merged: {sorted(found)}")
-    results = [each for piece in pieces for name in CONNECTORS for each in piece["results"][name]]
-    noted = {
-        name: [line for piece in pieces for line in piece["noted"][name]] for name in CONNECTORS
-    }
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
+    noted: dict[str, list[dict[str, Any]]] = {name: [] for name in CONNECTORS}
+    for piece in sorted(pieces, key=lambda piece: int(piece["start"])):
+        results[piece["connector"]] += piece["results"]
+        noted[piece["connector"]] += piece["noted"]
+    mine, theirs = results.values()
+    if [each["tokens"] for each in mine] != [each["tokens"] for each in theirs]:
+        raise SystemExit("tokens differ, or the connectors have other starts or rounds")
     first = dict(pieces[0]["environment"])
-    command = f"python -m benchmarks.bench_vllm --starts {len(pieces)} --rounds "
-    first["command"] = command + str(pieces[0]["rounds"])
+    starts, rounds = len(pieces) // len(CONNECTORS), pieces[0]["rounds"]
+    first["command"] = f"python -m benchmarks.bench_vllm --starts {starts} --rounds {rounds}"
     first["load_before"] = max(piece["environment"]["load_before"] for piece in pieces)
-    return {"environment": first, "results": report_latency(results) + report_stalls(noted)}
+    return {"environment": first, "results": report_latency(mine + theirs) + report_stalls(noted)}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -246,7 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="prompts per length and start")
     parser.add_argument("--starts", type=int, default=3, help="times that the engines are started")
     parser.add_argument("--json", type=Path, help="file for the figures of all")
-    parser.add_argument("--piece", type=int, help="only this start, from 0 on")
+    parser.add_argument("--piece", type=int, help="only this pair of engines, from 0 on")
     parser.add_argument("--out", type=Path, help="with --piece: file for what it has found")
     parser.add_argument("--merge", type=Path, nargs="+", help="measure nothing: of these pieces")
     args = parser.parse_args()
@@ -256,11 +273,12 @@ def main() -> None:
     if args.piece is not None:
         piece = run_piece(args.piece, args.rounds)
         args.out.write_text(json.dumps(piece) + "\n", encoding="utf-8")
-        pieces = [piece]
-    elif args.merge:
+        return
+    if args.merge:
         pieces = [read(path) for path in args.merge]
     else:
-        pieces = [run_piece(start, args.rounds) for start in range(args.starts)]
+        count = args.starts * len(CONNECTORS)
+        pieces = [run_piece(number, args.rounds) for number in range(count)]
     record = merged(pieces)
     print(f"load now {os.getloadavg()[0]:.1f}")
     if args.json:
