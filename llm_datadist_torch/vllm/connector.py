@@ -26,14 +26,21 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.request import RequestStatus
 
 from llm_datadist_torch.vllm import facts
-from llm_datadist_torch.vllm.compat.failed_loads import BY_REQUEST, GroupSupport, transfer_results
+from llm_datadist_torch.vllm.compat.failed_loads import (
+    BY_REQUEST,
+    GroupSupport,
+    failed_requests,
+    transfer_results,
+)
 from llm_datadist_torch.vllm.compat.hit_sources import FROM_PEERS
 from llm_datadist_torch.vllm.compat.sleep import TOLD_OF_SLEEP
 from llm_datadist_torch.vllm.compat.transfer_groups import transfer_group_ids
 from llm_datadist_torch.vllm.foreign import VllmObject
 from llm_datadist_torch.vllm.layouts import Kind, describe
 from llm_datadist_torch.vllm.metrics import ConnectorMetrics, ConnectorStats
+from llm_datadist_torch.vllm.observing import Record
 from llm_datadist_torch.vllm.params import BlockIds, Peer
+from llm_datadist_torch.vllm.scheduler.external_hits import ExternalHits
 from llm_datadist_torch.vllm.scheduler.prompts import Prompts
 from llm_datadist_torch.vllm.scheduler.pull import PullScheduler
 from llm_datadist_torch.vllm.scheduler.push import PushScheduler
@@ -114,6 +121,8 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         self._worker: WorkerHalf | None = None
         # The handshake says where workers are; where MultiConnector does not pass it on, they do.
         self._moved = True
+        self._record = Record()
+        self._hits = ExternalHits(self._record)
         self._failed: dict[str, set[int]] = {}
         self._left = Done()
         # The state after a token can't be taken back, and the last token is computed at both ends.
@@ -174,16 +183,16 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         request: Request,  # noqa: ARG002
         num_external_tokens: int,
     ) -> dict[Any, int]:
-        """Whatever is loaded comes from peers."""
+        """Whatever is loaded comes from peers. Asked before it is, like vLLM's other counts."""
         return {FROM_PEERS: num_external_tokens} if num_external_tokens else {}
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """The request has its blocks."""
-        self._scheduler_half().allocated(
-            request, self._transferred(blocks.get_block_ids()), num_external_tokens
-        )
+        transferred = self._transferred(blocks.get_block_ids())
+        self._scheduler_half().allocated(request, transferred, num_external_tokens)
+        self._hits.allocated(request.request_id, transferred, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """What the workers are told in this step."""
@@ -191,8 +200,10 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """What the workers have said in this step."""
-        scheduler = self._scheduler_half()
-        scheduler.loaded(connector_output.finished_recving or ())
+        scheduler, received = self._scheduler_half(), connector_output.finished_recving or ()
+        self._hits.failed(failed_requests(connector_output), connector_output.invalid_block_ids)
+        self._hits.ended(received)
+        scheduler.loaded(received)
         news = connector_output.kv_connector_worker_meta
         if isinstance(news, WorkerNews):
             scheduler.lost(news.lost)
@@ -209,6 +220,7 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """The same with several groups."""
+        self._hits.ended([request.request_id])
         return self._scheduler_half().finished(
             request, self._transferred(block_ids), completed=request.status in _COMPLETED
         )
@@ -347,9 +359,8 @@ class LLMDataDistConnector(KVConnectorBase_V1, GroupSupport):
 
     def get_kv_connector_stats(self) -> ConnectorStats | None:
         """What was counted since the last call."""
-        if self._worker is None:
-            return None
-        stats = ConnectorStats(data=self._worker.take_counts())
+        worker = self._worker
+        stats = ConnectorStats(data=worker.take_counts() if worker else self._record.take())
         return None if stats.is_empty() else stats
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:

@@ -12,7 +12,8 @@ from llm_datadist_torch.values.status import LLMException
 SECONDS, BYTES = "load_seconds", "load_bytes"
 LISTS = (SECONDS, BYTES)
 FAILED, EXPIRED, LOST, SENT = "failed_loads", "expired_leases", "lost_leases", "sent_prompts"
-COUNTS = (FAILED, EXPIRED, LOST, SENT)
+FAILED_TOKENS = "failed_load_tokens"
+COUNTS = (FAILED, EXPIRED, LOST, SENT, FAILED_TOKENS)
 HELP = {
     SECONDS: "Seconds from the start of a load to its end.",
     BYTES: "Bytes of a load.",
@@ -20,6 +21,7 @@ HELP = {
     EXPIRED: "Prompts whose blocks were given up because no consumer came, or none in time.",
     LOST: "Queued requests whose producer had given up their blocks.",
     SENT: "Prompts whose blocks consumers have read, or have been given.",
+    FAILED_TOKENS: "Tokens that vLLM counted as external hits, and that could not be loaded.",
 }
 
 

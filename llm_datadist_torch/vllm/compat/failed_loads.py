@@ -24,6 +24,11 @@ GroupSupport: VllmObject = SupportsHMA if BY_REQUEST else SingleGroup
 """The base class that says how many KV cache groups the connector takes."""
 
 
+def failed_requests(output: VllmObject) -> set[str]:
+    """Requests whose loads failed, of what vLLM calls ``KVConnectorOutput``."""
+    return getattr(output, "failed_recving", None) or set()
+
+
 def transfer_results(sent: set[str], received: set[str], failed: set[str]) -> VllmObject:
     """What vLLM calls ``KVConnectorTransferResults``."""
     return base.KVConnectorTransferResults(
