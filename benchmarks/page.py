@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes docs/benchmarks.md and its pictures of the JSON in benchmarks/results, and of nothing else.
+"""Makes docs/benchmarks.md and docs/scaling.md of the JSON in benchmarks/results alone.
 
     python -m benchmarks.page           # write them
     python -m benchmarks.page --check   # fail if they are not those of the JSON
 
-No figure on the page is typed by hand.
+No figure on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, plots
+from benchmarks import goals, plots, scaling
+from benchmarks.text import machine, number, size_text, table, time_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+SCALING = ROOT / "docs" / "scaling.md"
 IMAGES = ROOT / "docs" / "images"
 
 FILES = ("bench.json", "hosts.json")
@@ -39,55 +41,6 @@ WORDS = {
     "dialed_fds": "descriptors of a link",
     "accepted_fds": "descriptors of a link at the other side",
 }
-
-
-def number(value: float | None) -> str:
-    """Two or three digits that count."""
-    if value is None:
-        return "n/a"
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) < 0.1:
-        return f"{value:.2g}"
-    return f"{value:.{2 if abs(value) < 10 else 1}f}"
-
-
-def time_text(microseconds: float) -> str:
-    """A time in µs or ms."""
-    if microseconds < 1000:
-        return f"{number(microseconds)} µs"
-    return f"{number(microseconds / 1000)} ms"
-
-
-def size_text(nbytes: float) -> str:
-    """A size in its unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if nbytes < 1024:
-            return f"{number(nbytes)} {unit}".replace(".00", "").replace(".0 ", " ")
-        nbytes /= 1024
-    return f"{number(nbytes)} GiB".replace(".00", "").replace(".0 ", " ")
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of Markdown."""
-    every = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in every) + "\n"
-
-
-def machine(environment: Mapping[str, Any]) -> str:
-    """Where the figures are from, and with what."""
-    packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    rows = [
-        ("processor", f"{environment['cpu']}, {environment['cores']} cores"),
-        ("memory", size_text(environment["memory_bytes"])),
-        ("kernel", environment["kernel"]),
-        ("Python, torch", f"{environment['python']}, {environment['torch']}"),
-        ("packages", packages),
-        ("commit", environment["commit"]),
-        ("when", f"{environment['time']}, load before {number(environment['load_before'])}"),
-        ("command", f"`{environment['command']}`"),
-    ]
-    return table(("", "machine"), rows)
 
 
 def parts(points: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -294,17 +247,24 @@ def text_of(record: Mapping[str, Any] | None, vllm: Mapping[str, Any] | None) ->
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def wrong_pictures(record: Mapping[str, Any] | None) -> Iterator[str]:
-    """Pictures that are not of these results."""
+def pictures(record: Mapping[str, Any] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names of the pictures of benchmarks, and what is drawn in each."""
     for name, points in (record or {"benchmarks": {}})["benchmarks"].items():
         if name in plots.AXES:
-            path = IMAGES / f"bench_{name}.svg"
-            if not path.exists() or plots.digest(points) not in path.read_text(encoding="utf-8"):
-                yield str(path.relative_to(ROOT))
+            yield f"bench_{name}.svg", {name: points}
+
+
+def wrong_pictures(record: Mapping[str, Any] | None) -> Iterator[str]:
+    """Pictures that are not of these results."""
+    for name, results in pictures(record):
+        path = IMAGES / name
+        told = [plots.digest(points) for points in results.values()]
+        if not path.exists() or any(each not in path.read_text(encoding="utf-8") for each in told):
+            yield str(path.relative_to(ROOT))
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write the page, or check it; returns the exit status."""
+    """Write the pages, or check them; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument("--results", type=Path, help="another file, with --out")
@@ -315,18 +275,21 @@ def main(arguments: Sequence[str]) -> int:
         (options.out / PAGE.name).write_text(text_of(record, None), encoding="utf-8")
         return 0
     record, vllm = load_all(), load("vllm.json")
-    text = text_of(record, vllm)
+    growth = {name: load(f"{name}.json") for name in scaling.FILES}
+    texts = {PAGE: text_of(record, vllm), SCALING: scaling.text_of(growth)}
     if options.check:
-        wrong = list(wrong_pictures(record))
-        if PAGE.read_text(encoding="utf-8") != text:
-            wrong.append(str(PAGE.relative_to(ROOT)))
-        for path in wrong:
-            print(f"{path} is not what the results give: python -m benchmarks.page")
+        wrong = [*wrong_pictures(record), *scaling.wrong_picture(growth, IMAGES)]
+        for path, text in texts.items():
+            if path.read_text(encoding="utf-8") != text:
+                wrong.append(str(path.relative_to(ROOT)))
+        for name in wrong:
+            print(f"{name} is not what the results give: python -m benchmarks.page")
         return bool(wrong)
-    for name, points in (record or {"benchmarks": {}})["benchmarks"].items():
-        if name in plots.AXES:
-            plots.draw({name: points}, IMAGES / f"bench_{name}.svg")
-    PAGE.write_text(text, encoding="utf-8")
+    for name, results in pictures(record):
+        plots.draw(results, IMAGES / name)
+    scaling.draw(growth, IMAGES)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -3,9 +3,10 @@
 
 Every decode instance is linked with every prefill instance and pulls from them at random. Each
 instance has one endpoint thread, which serves messages one after the other; what a message costs it
-is taken from the JSON of ``bench_links``. Bytes are not simulated: they do not pass that thread.
+is taken from the JSON of ``bench_links`` or ``growth``. Bytes are not simulated: they do not pass
+that thread.
 
-``python -m benchmarks.simulate_cluster --costs build/bench/links.json``
+``python -m benchmarks.simulate_cluster --costs benchmarks/results/growth.json``
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ class Costs:
 
     @classmethod
     def measured(cls, path: Path, wire_us: float) -> Costs:
-        """From the JSON of ``bench_links``: its case with the most links.
+        """From the JSON of ``bench_links`` or ``growth``: the case with the most links.
 
         What it timed for both sides together counts for each of them, so this errs upwards.
         """
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        results = results["peers"] if isinstance(results, dict) else results
         case = max(results, key=lambda result: result["links"])
         setup_us = case["warm_ms"] * 1e3 / case["links"]
         return cls(
@@ -201,7 +203,7 @@ def study(costs: Costs, deployment: Deployment, seconds: float, seed: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--costs", type=Path, required=True, help="JSON of bench_links")
+    parser.add_argument("--costs", type=Path, required=True, help="JSON of bench_links or growth")
     parser.add_argument("--sizes", type=int, nargs="+", default=[16, 128, 1000])
     parser.add_argument("--pulls", type=float, default=10.0, help="per decode instance and second")
     parser.add_argument("--seconds", type=float, default=5.0, help="of simulated service")
