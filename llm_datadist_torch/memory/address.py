@@ -202,6 +202,8 @@ def _row_stride(name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> int:
             f"{name} has shape {list(tensor.shape)}, the cache has {list(shape)}",
             remedy="give tensors of the cache's shape, or contiguous ones with as many elements.",
         )
+    if tensor.is_contiguous():  # the ordinary case, which needs no view of a row
+        return row
     if not tensor[0].is_contiguous():
         raise _param_error(
             f"{name} has strides {list(tensor.stride())}: its rows are not contiguous",

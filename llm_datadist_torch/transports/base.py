@@ -331,10 +331,11 @@ def spans_in_storages(
     starts = [start for start, _ in order]
 
     def placed(span: MemorySpan) -> MemorySpan:
-        at = bisect_right(starts, span.address) - 1
-        if at < 0 or span.address + span.nbytes > sum(order[at]):
+        address, nbytes, device, _ = span
+        at = bisect_right(starts, address) - 1
+        if at < 0 or address + nbytes > sum(order[at]):
             return span
-        return span._replace(storage=order[at])
+        return MemorySpan(address, nbytes, device, order[at])
 
     return [placed(span) for span in spans]
 

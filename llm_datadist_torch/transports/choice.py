@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -243,6 +242,8 @@ class TransportSet:
 
     def __init__(self, transports: Iterable[Transport], unavailable: Mapping[str, str]) -> None:
         self._transports = {transport.name: transport for transport in transports}
+        # A cache has tens of spans, and each asks.
+        self._registering = {kind: self._that_register(kind) for kind in MemoryKind}
         self.unavailable = dict(unavailable)
 
     @property
@@ -289,18 +290,22 @@ class TransportSet:
         Raises:
             LLMException: One of them refused, and without it nothing could move this memory.
         """
-        with contextlib.ExitStack() as undo:
+        done: list[tuple[Transport, MemorySpan]] = []
+        try:
             for span in spans:
-                for transport in self._registering(span):
+                for transport in self._registering[span.kind]:
                     try:
                         transport.register(span)
                     except LLMException as error:
                         if not self._movable_unregistered(span):
                             raise
                         logger.warning("peers can't reach it by %s: %s", transport.name, error)
-                        continue
-                    undo.callback(transport.unregister, span)
-            undo.pop_all()
+                    else:
+                        done.append((transport, span))
+        except BaseException:
+            for transport, span in reversed(done):
+                transport.unregister(span)
+            raise
 
     def unregister(self, spans: Iterable[MemorySpan], keep: object = None) -> None:
         """Take back what :meth:`register` did for these spans.
@@ -311,7 +316,7 @@ class TransportSet:
                 once; None if somebody else may free it as soon as this returns.
         """
         for span in spans:
-            for transport in self._registering(span):
+            for transport in self._registering[span.kind]:
                 if keep is None:
                     transport.unregister(span)
                 else:
@@ -330,14 +335,14 @@ class TransportSet:
             if span.kind is MemoryKind.HOST
         )
 
-    def _registering(self, span: MemorySpan) -> list[Transport]:
-        return [
+    def _that_register(self, kind: MemoryKind) -> tuple[Transport, ...]:
+        return tuple(
             transport
             for transport in self._transports.values()
             if transport.capabilities.needs_registration
             and (
                 transport.capabilities.host_memory
-                if span.kind is MemoryKind.HOST
+                if kind is MemoryKind.HOST
                 else transport.capabilities.device_memory
             )
-        ]
+        )

@@ -79,7 +79,7 @@ class NixlTransport(Transport):
 
     def unregister(self, span: MemorySpan) -> None:
         """See :meth:`Transport.unregister`."""
-        if self._memory.remove(span):
+        if self._memory.remove(span) and self._channels:
             for channel in self._all():
                 channel.drop(span)
 
