@@ -8,11 +8,13 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_datadist_torch.memory import streams
 from llm_datadist_torch.movement import ops
@@ -281,6 +283,30 @@ def test_non_blocking_is_done_on_return_in_host_memory():
     assert tensor[3].tolist() == [0, 1]
     assert other.tolist() == [[0, 0], [0, 1], [2, 0], [0, 0]]
     assert len(streams.in_flight) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("step", [1, 2])
+def test_as_ids_wakes_no_threads_of_torch(dtype: torch.dtype, step: int):
+    """From 32768 elements on torch's operations are split over threads, which spin."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, _types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.ops.aten.copy_.default or func is torch.ops.aten._to_copy.default:
+                sizes.append(args[0].numel())
+            return func(*args, **(kwargs or {}))
+
+    given = torch.arange(200_001, dtype=dtype)[::step]
+    with Sizes():
+        copied = ops.as_ids(given)
+    assert copied.dtype is torch.int64
+    assert copied.data_ptr() != given.data_ptr()
+    assert torch.equal(copied, given.long())
+    assert sum(sizes) == len(given)
+    assert max(sizes) < 32768
 
 
 def test_as_ids_is_a_copy_that_nobody_else_can_change():

@@ -28,6 +28,9 @@ _Classes = type | tuple[type, ...]
 Ids: TypeAlias = "Sequence[int] | torch.Tensor"
 _ONLY_INT = {int}
 _NO_IDS = torch.empty(0, dtype=torch.int64)
+_IDS_AT_ONCE = 1 << 14
+"""torch copies 32768 elements and more by OpenMP, whose threads wait for each other by spinning:
+tens of milliseconds where another process has the second core, for a copy of 0.1."""
 
 
 def param_error(message: str, *, remedy: str | None = None) -> LLMException:
@@ -345,7 +348,12 @@ def as_ids(ids: Ids, name: str = "ids") -> torch.Tensor:
         if ids.dim() != 1:
             raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(ids.shape)}")
         # A copy, so that nobody can change ids between their check and their use.
-        return ids.to(device="cpu", dtype=torch.int64, copy=True)
+        if len(ids) <= _IDS_AT_ONCE or ids.device.type != "cpu":
+            return ids.to(device="cpu", dtype=torch.int64, copy=True)
+        copied = torch.empty(len(ids), dtype=torch.int64)
+        for to, of in zip(copied.split(_IDS_AT_ONCE), ids.split(_IDS_AT_ONCE), strict=True):
+            to.copy_(of)
+        return copied
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name} must be a sequence of ints or a tensor, got {type(ids).__name__}")
     # torch.tensor would round floats and take bools; a set of types costs little and catches both.
