@@ -98,7 +98,7 @@ def peers(counts: Sequence[int], effort: Effort) -> list[Point]:
     found = []
     for count in counts:
         quick = effort is TINY
-        rounds, idle_s = (1, 0.1) if quick else (5, 2.0)
+        rounds, idle_s = (1, 0.1) if quick else (3, 1.0)
         made = bench_links.measure(count, hosts, {}, rounds, max(2 * CALLS, 2 * count), idle_s)
         found.append(made | weight)
         print(f"  {count}: {made}", flush=True)

@@ -348,11 +348,11 @@ def as_ids(ids: Ids, name: str = "ids") -> torch.Tensor:
         if ids.dim() != 1:
             raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(ids.shape)}")
         # A copy, so that nobody can change ids between their check and their use.
-        if len(ids) <= _IDS_AT_ONCE or ids.device.type != "cpu":
+        if ids.numel() <= _IDS_AT_ONCE or ids.device.type != "cpu":
             return ids.to(device="cpu", dtype=torch.int64, copy=True)
-        copied = torch.empty(len(ids), dtype=torch.int64)
-        for to, of in zip(copied.split(_IDS_AT_ONCE), ids.split(_IDS_AT_ONCE), strict=True):
-            to.copy_(of)
+        copied = torch.empty(ids.numel(), dtype=torch.int64)
+        for at in range(0, ids.numel(), _IDS_AT_ONCE):
+            copied[at : at + _IDS_AT_ONCE].copy_(ids[at : at + _IDS_AT_ONCE])
         return copied
     if not isinstance(ids, Sequence) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name} must be a sequence of ints or a tensor, got {type(ids).__name__}")
