@@ -111,12 +111,12 @@ bench-tiny: $(BENCH_VENV)/.built
 	$(BENCH_BIN)/python -m llm_datadist_torch bench --tiny --json build/bench/tiny.json --plot build/bench/tiny.png $(BENCH_ARGS)
 	$(BENCH_BIN)/python -m benchmarks.page --results build/bench/tiny.json --out build/bench
 
-# Further ones, which the page does not have: catalogs, links, and a simulation of 1000 x 1000 instances (docs/scaling.md).
+# What docs/scaling.md has: cost as work grows, and a simulation of 1000 x 1000 instances with these costs.
 bench-scale: $(VENV)/.dev
-	mkdir -p build/bench
-	for name in catalog links; do \
-	  $(BIN)/python -m benchmarks.bench_$$name --json build/bench/$$name.json || exit 1; done
-	$(BIN)/python -m benchmarks.simulate_cluster --costs build/bench/links.json --json build/bench/cluster.json
+	$(BIN)/python -m benchmarks.growth --json benchmarks/results/growth.json
+	$(BIN)/python -m benchmarks.simulate_cluster --costs benchmarks/results/growth.json --json benchmarks/results/cluster.json
+	$(BIN)/python -m benchmarks.bench_vllm_scheduler --json benchmarks/results/vllm_scheduler.json
+	$(BIN)/python -m benchmarks.page
 
 # In an environment of its own, so that nothing of it is in .venv. For one architecture: make wheel ARCHS=x86_64
 ARCHS ?= x86_64 aarch64

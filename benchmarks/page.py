@@ -26,8 +26,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 SCALING = ROOT / "docs" / "scaling.md"
 IMAGES = ROOT / "docs" / "images"
 
-FILES = ("bench.json", "hosts.json")
-"""Of the command: `make bench` writes the first, and further benchmarks may be in the other."""
+FILES = ("bench.json", "hosts.json", "latency.json")
+"""Of the command: `make bench` writes the first, and further benchmarks may be in the others."""
 TEMPLATE = Path(__file__).with_name("page_template.md")
 NOTHING = "**No run is committed.** `make bench` measures, on a machine that does nothing else."
 WORDS = {

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import llm_datadist_torch as ld
-from benchmarks import command, common, hosts, page, plots
+from benchmarks import command, common, growth, hosts, page, plots, scaling
 from benchmarks.measuring import Effort, Samples, contender, figures, measure, point
 from benchmarks.owner import memory_of
 from benchmarks.peers import PeerFailedError, Shape, Task
@@ -63,6 +63,8 @@ def test_another_page_or_picture_is_found(
     for name in ("RESULTS", "IMAGES", "ROOT"):
         monkeypatch.setattr(page, name, tmp_path)
     monkeypatch.setattr(page, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(page, "SCALING", tmp_path / "scaling.md")
+    (tmp_path / "scaling.md").write_text(scaling.text_of(dict.fromkeys(scaling.FILES)))
     (tmp_path / "bench.json").write_text(json.dumps(record))
     (tmp_path / "benchmarks.md").write_text(page.text_of(record, None))
     picture = tmp_path / "bench_copy.svg"
@@ -116,6 +118,34 @@ def test_results_of_several_runs_are_on_one_page(tmp_path: Path, monkeypatch: py
     assert "| commit | c |" in text
     assert "Measured apart from the others:" in text
     assert "| commit | later |" in text
+
+
+def test_the_page_of_growth_is_of_its_results_alone(tmp_path: Path):
+    empty = scaling.text_of(dict.fromkeys(scaling.FILES))
+    assert "**Not measured.**" in empty
+    assert "{{" not in empty
+    records = {
+        name: json.loads((page.RESULTS / f"{name}.json").read_text()) for name in scaling.FILES
+    }
+    text = scaling.text_of(records)
+    assert "{{" not in text
+    links = records["growth"]["results"]["peers"][-1]["links"]
+    assert any(line.startswith(f"| {links} | ") for line in text.splitlines())
+    assert list(scaling.wrong_picture(records, page.IMAGES)) == []
+    records["growth"]["results"]["peers"][-1]["links"] = 7
+    assert "| 7 | " in scaling.text_of(records)
+    assert list(scaling.wrong_picture(records, page.IMAGES)) == [scaling.PICTURE]
+
+
+def test_cost_is_measured_as_work_grows(tmp_path: Path):
+    path = tmp_path / "growth.json"
+    assert growth.main(["--tiny", "--only", "blocks", "caches", "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["tiny"]
+    assert [each["at"]["blocks"] for each in record["results"]["blocks"]] == [10, 100]
+    (caches,) = record["results"]["caches"]
+    assert caches["added"] == caches["caches"] == 10
+    assert {"p50_us", "p99_us"} == set(caches["known"]) == set(caches["first"])
 
 
 def test_engines_of_vllm_have_their_own_results():
