@@ -269,13 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     common.print_environment()
     effort = TINY if options.tiny else Effort()
-    record: dict[str, Any] = {"tiny": options.tiny, "environment": {}, "results": {}}
+    record: dict[str, Any] = {"tiny": options.tiny, "environment": common.environment()}
+    record |= {"axes": {}, "results": {}}
     if options.json.exists() and not options.tiny:
         record = json.loads(options.json.read_text(encoding="utf-8"))
-    record["environment"] = common.environment()
     for name in options.only:
         measure, points, few = AXES[name]
         print(name, flush=True)
+        where = common.environment()
+        record["axes"][name] = {each: where[each] for each in ("commit", "time", "load_before")}
         record["results"][name] = measure(points[:few] if options.tiny else points, effort)
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -28,7 +28,7 @@ def text_of(records: Records) -> str:
         name = found[1]
         growth = records.get("growth")
         if name == "machine":
-            return machine(growth["environment"]).strip() if growth else NOTHING
+            return measured(growth).strip() if growth else NOTHING
         if name in ("arithmetic", "simulated", "costs"):
             cluster = records.get("cluster")
             return CLUSTER[name](cluster).strip() if cluster else NOTHING
@@ -40,6 +40,16 @@ def text_of(records: Records) -> str:
 
     text = re.sub(r"\{\{(\w+)\}\}", part, TEMPLATE.read_text(encoding="utf-8"))
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def measured(growth: Mapping[str, Any]) -> str:
+    """Where, and each axis when; what is beside it on the machine differs between runs."""
+    rows = [
+        [axis, each["commit"], each["time"], number(each["load_before"])]
+        for axis, each in growth["axes"].items()
+    ]
+    axes = table(("axis", "commit", "when", "load before"), rows)
+    return f"{machine(growth['environment'])}\n{axes}"
 
 
 # -- tables ----------------------------------------------------------------------------------------
