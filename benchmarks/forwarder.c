@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { kSlots = 4096, kPacketBytes = 65536 };
+enum { kSlots = 1024, kPacketBytes = 65536 };
 
 typedef struct {
   int from, to;

@@ -36,8 +36,9 @@ def why_no_hosts() -> str:
     for program, package in (("ip", "iproute2"), ("unshare", "util-linux")):
         if shutil.which(program) is None:
             return f"no {program}: apt-get install {package}"
-    pair = ["ip", "link", "add", "one", "type", "veth", "peer", "name", "other"]
-    done = subprocess.run(["unshare", "--net", *pair], capture_output=True, text=True, check=False)
+    tried = "mount -t sysfs sysfs /sys && ip link add one type veth peer name other"
+    command = ["unshare", "--net", "--mount", "sh", "-c", tried]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or "it failed").splitlines()[-1]
         return f"no network namespaces with veth ({reason}): run as root, on a kernel that has them"
