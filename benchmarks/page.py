@@ -189,8 +189,8 @@ def load_all() -> dict[str, Any] | None:
     """All results of the command: of each benchmark the newest that is in one of FILES.
 
     Returns:
-        A record as the command writes one, of the newest of its benchmarks' environments; "apart"
-        has the environments of benchmarks that are not of that run. None if there is no file.
+        A record as the command writes one, of the run with the most benchmarks; "apart" has the
+        environments of benchmarks that are of other runs. None if there is no file.
     """
     records = [record for name in FILES if (record := load(name)) is not None]
     records.sort(key=lambda record: str(record["environment"]["time"]))
@@ -207,17 +207,15 @@ def load_all() -> dict[str, Any] | None:
             found["left_out"].pop(name, None)
     apart = found["apart"].items()
     found["apart"] = {name: where for name, where in apart if where is not main["environment"]}
-    measured = {
-        each["name"] for points in found["benchmarks"].values() for each in names_in(points)
-    }
-    found["left_out"] = {n: why for n, why in found["left_out"].items() if n not in measured}
+    for name, why in found["left_out"].items():
+        there = [each for each, points in found["benchmarks"].items() if name in names_in(points)]
+        found["left_out"][name] = why + (f" (it is in {', '.join(there)})" if there else "")
     return found
 
 
-def names_in(points: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def names_in(points: Sequence[Mapping[str, Any]]) -> set[str]:
     """The contenders of all points."""
-    for point in points:
-        yield from point["contenders"]
+    return {each["name"] for point in points for each in point["contenders"]}
 
 
 def text_of(record: Mapping[str, Any] | None, vllm: Mapping[str, Any] | None) -> str:
