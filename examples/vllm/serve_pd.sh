@@ -4,7 +4,8 @@
 #
 #   examples/vllm/serve_pd.sh                       a small random model that is made in place, on the CPU
 #   MODEL=... PREFILL=2 DECODE=2 examples/vllm/serve_pd.sh --max-model-len 8192
-#   MODE=push examples/vllm/serve_pd.sh             prefill servers write while they compute; one worker per server
+#   MODE=push examples/vllm/serve_pd.sh             prefill servers write while they compute; one worker per server and rank
+#   RANKS=2 examples/vllm/serve_pd.sh               decode servers of two data-parallel ranks
 #
 # PYTHON: that of an environment with vLLM and this package (default: .venv-vllm's, which `make test-vllm` makes).
 # PORT: the proxy's. BASE_PORT: the first of the servers'; 0 for free ones. WHOLE=1: also a server without a connector, to compare with.
@@ -13,7 +14,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 : "${PYTHON:=$root/.venv-vllm/bin/python}" "${PREFILL:=1}" "${DECODE:=1}" "${PORT:=8000}" "${BASE_PORT:=8100}" "${WHOLE:=}"
-: "${PREFILL_ARGS:=}" "${DECODE_ARGS:=}" "${WAIT_S:=600}" "${MODE:=pull}"
+: "${PREFILL_ARGS:=}" "${DECODE_ARGS:=}" "${WAIT_S:=600}" "${MODE:=pull}" "${RANKS:=1}"
 logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs"
 started=()
@@ -38,12 +39,25 @@ fi
 # Both variables are needed on a machine without network and without accelerator; they do no harm elsewhere.
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} VLLM_NO_USAGE_STATS=${VLLM_NO_USAGE_STATS:-1}
 next_port=$BASE_PORT
-take_port() {  # sets port
+take_port() {  # take_port [COUNT]: sets port, the first of so many in a row
+  local count=${1:-1}
   if [ "$next_port" = 0 ]; then
-    port=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    port=$(
+      "$PYTHON" - "$count" <<'END'
+import contextlib, socket, sys
+
+while True:
+    with contextlib.ExitStack() as taken, contextlib.suppress(OSError, OverflowError):
+        first = taken.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        for port in range(first + 1, first + int(sys.argv[1])):
+            taken.enter_context(socket.create_server(("127.0.0.1", port)))
+        print(first)
+        break
+END
+    )
   else
     port=$next_port
-    next_port=$((next_port + 1))
+    next_port=$((next_port + count))
   fi
 }
 serve() {  # serve NAME [ARGUMENT...]: sets url
@@ -61,10 +75,12 @@ transfer() {  # transfer ROLE [SETTINGS]: the JSON of --kv-transfer-config
   printf ' "kv_role": "%s", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"mode": "%s"%s}}' "$1" "$MODE" "${2:-}"
 }
 
-prefill=() decode=() all=() peers=()
+prefill=() decode=() all=() peers=() ranks=()
+if [ "$RANKS" -gt 1 ]; then ranks=(--data-parallel-size "$RANKS"); fi
 # shellcheck disable=SC2086  # several arguments in one variable
 for ((i = 0; i < PREFILL; i++)); do
   serve "prefill$i" --kv-transfer-config "$(transfer kv_producer)" $PREFILL_ARGS
+  echo "prefill$i: $url"
   prefill+=("$url")
 done
 # shellcheck disable=SC2086
@@ -73,11 +89,15 @@ for ((i = 0; i < DECODE; i++)); do
   if [ "$MODE" = push ]; then
     # Prefill servers are told where to write, so this must be known beforehand.
     id=$((1 + RANDOM * 32768 + RANDOM))
-    take_port
+    take_port "$RANKS"
     settings=", \"cluster_id\": $id, \"port\": $port"
-    peers+=("$id@127.0.0.1:$port")
+    # The worker of each rank has the next id and port.
+    peer=$id@127.0.0.1:$port
+    for ((rank = 1; rank < RANKS; rank++)); do peer+=/$((id + rank))@127.0.0.1:$((port + rank)); done
+    peers+=("$peer")
   fi
-  serve "decode$i" --kv-transfer-config "$(transfer kv_consumer "$settings")" $DECODE_ARGS
+  serve "decode$i" --kv-transfer-config "$(transfer kv_consumer "$settings")" ${ranks[@]+"${ranks[@]}"} $DECODE_ARGS
+  echo "decode$i: $url"
   decode+=("$url")
 done
 all=("${prefill[@]}" "${decode[@]}")
