@@ -56,6 +56,8 @@ def abort_at_once(llm: Any, request: dict[str, Any]) -> None:
 def answer(llm: Any, seen: dict[str, Any], told: Any) -> Any:
     if told == "state":
         return shown(seen)
+    if told == "reset_prefix_cache":
+        return llm.reset_prefix_cache()
     if "abort" in told:
         return abort_at_once(llm, told["abort"])
     return run_requests(llm, told)

@@ -148,6 +148,11 @@ class Engine:
         self._say("state")
         return self._answer(ANSWER_S)
 
+    def reset_prefix_cache(self) -> bool:
+        """Forget what was computed, if no request has blocks; whether it was possible."""
+        self._say("reset_prefix_cache")
+        return self._answer(ANSWER_S)
+
     def signal(self, number: int) -> None:
         """Send a signal to all processes of the engine."""
         os.killpg(self._process.pid, number)
