@@ -3,11 +3,15 @@
 #include "binding.h"
 
 #include <new>
+#include <string>
+#include <tuple>
 
 #include "acl_runtime.h"
+#include "binding_class.h"
 #include "os_error.h"
 
-namespace llmdd::detail {
+namespace llmdd {
+namespace detail {
 namespace {
 
 // Raises what `maker` of values/device_errors.py makes of the arguments.
@@ -52,42 +56,79 @@ void rethrow_as_python_error() {
   }
 }
 
-// The place of a named argument; TypeError for a name that no parameter has, or that is given
-// already.
-size_t place_of(const Signature& signature, size_t first, PyObject* keyword, PyObject** sorted) {
+// The index of the parameter that a named argument is for; TypeError for a name that none has, or
+// that is given already.
+size_t index_of(const Signature& signature, size_t first, PyObject* keyword,
+                PyObject* const* sorted) {
   for (size_t i = first; i < signature.parameters.size(); ++i) {
     if (PyUnicode_CompareWithASCIIString(keyword, signature.parameters[i].name) == 0) {
-      if (sorted[i - first] == nullptr) return i - first;
-      PyErr_Format(PyExc_TypeError, "%s() got %R twice", signature.name, keyword);
+      if (sorted[i] == nullptr) return i;
+      PyErr_Format(PyExc_TypeError, "%s() got %R twice", signature.definition.ml_name, keyword);
       throw PythonError();
     }
   }
-  PyErr_Format(PyExc_TypeError, "%s() has no parameter %R", signature.name, keyword);
+  PyErr_Format(PyExc_TypeError, "%s() has no parameter %R", signature.definition.ml_name, keyword);
   throw PythonError();
+}
+
+// `sorted` has a place for each parameter, null where an argument is left out that may be.
+void sort_arguments(const Signature& signature, const Call& call, PyObject** sorted) {
+  const std::vector<Parameter>& parameters = signature.parameters;
+  const char* name = signature.definition.ml_name;
+  const size_t first = signature.form == Form::kMethod ? 1 : 0;
+  const size_t count = parameters.size() - first;
+  const size_t positional = static_cast<size_t>(call.positional);
+  if (signature.form == Form::kMethod) sorted[0] = call.self;
+  check<TypeMismatch>(positional <= count, name, "() takes ", count, " arguments, got ",
+                      positional);
+  for (size_t i = 0; i < positional; ++i) {
+    sorted[first + i] = call.given[i];
+  }
+  const Py_ssize_t named = call.keywords == nullptr ? 0 : PyTuple_Size(call.keywords);
+  for (Py_ssize_t i = 0; i < named; ++i) {
+    PyObject* keyword = PyTuple_GetItem(call.keywords, i);
+    sorted[index_of(signature, first, keyword, sorted)] = call.given[call.positional + i];
+  }
+  for (size_t i = first; i < parameters.size(); ++i) {
+    check<TypeMismatch>(sorted[i] != nullptr || parameters[i].otherwise.has_value(), name,
+                        "() lacks the argument ", parameters[i].name);
+  }
+}
+
+PyRef function_of(Signature* signature) {
+  return PyRef::take(PyCFunction_NewEx(&signature->definition, nullptr, nullptr));
+}
+
+void release_object(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  delete reinterpret_cast<PyObjectOf*>(object)->held;
+  PyObject_Free(object);
+  Py_DECREF(reinterpret_cast<PyObject*>(type));
 }
 
 }  // namespace
 
-void sort_arguments(const Signature& signature, PyObject* const* given, Py_ssize_t positional,
-                    PyObject* keywords, PyObject** sorted) {
-  const std::vector<Parameter>& parameters = signature.parameters;
-  // The object of a method is no argument.
-  const size_t first = !parameters.empty() && std::strcmp(parameters[0].name, "self") == 0 ? 1 : 0;
-  const size_t count = parameters.size() - first;
-  const size_t places = static_cast<size_t>(positional);
-  check<TypeMismatch>(places <= count, signature.name, "() takes ", count, " arguments, got ",
-                      places);
-  for (size_t i = 0; i < places; ++i) {
-    sorted[i] = given[i];
+void define(Signature* signature, Form form, const char* name, Parameters listed, const char* doc,
+            size_t count, EntryPoint entry) {
+  signature->parameters.assign(listed.begin(), listed.end());
+  signature->form = form;
+  if (form == Form::kMethod) {
+    signature->parameters.insert(signature->parameters.begin(), Parameter{"self"});
   }
-  const Py_ssize_t named = keywords == nullptr ? 0 : PyTuple_Size(keywords);
-  for (Py_ssize_t i = 0; i < named; ++i) {
-    sorted[place_of(signature, first, PyTuple_GetItem(keywords, i), sorted)] =
-        given[positional + i];
-  }
-  for (size_t i = 0; i < count; ++i) {
-    check<TypeMismatch>(sorted[i] != nullptr || parameters[first + i].otherwise.has_value(),
-                        signature.name, "() lacks the argument ", parameters[first + i].name);
+  if (signature->parameters.size() != count) Py_FatalError(name);
+  signature->definition = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry)),
+                           METH_FASTCALL | METH_KEYWORDS, doc};
+}
+
+PyObject* run_call(const Signature& signature, PyObject* (*run)(PyObject**),
+                   const Call& call) noexcept {
+  try {
+    PyObject* sorted[kMaxParameters] = {};
+    sort_arguments(signature, call, sorted);
+    return run(sorted);
+  } catch (...) {
+    set_python_error();
+    return nullptr;
   }
 }
 
@@ -100,4 +141,75 @@ void set_python_error() noexcept {
   }
 }
 
-}  // namespace llmdd::detail
+void ClassBuilder::add_method(Signature* signature, Gil gil, int flags) {
+  signature->gil = gil;
+  signature->definition.ml_flags |= flags;
+  methods_.push_back(signature->definition);
+}
+
+void ClassBuilder::add_property(const char* name, getter get, const char* doc) {
+  properties_.push_back({name, get, nullptr, doc, nullptr});
+}
+
+PyTypeObject* ClassBuilder::finish(Module& module) {
+  methods_.push_back({});
+  properties_.push_back({});
+  // Python keeps pointers to both tables for as long as the class lives, which is for ever, and
+  // does not promise to copy the name.
+  auto* methods = new std::vector<PyMethodDef>(std::move(methods_));
+  auto* properties = new std::vector<PyGetSetDef>(std::move(properties_));
+  const auto* full = new std::string(std::string("llm_datadist_torch._C.") + name_);
+  PyType_Slot slots[] = {
+      {Py_tp_doc, const_cast<char*>(doc_)},
+      {Py_tp_dealloc, reinterpret_cast<void*>(&release_object)},
+      {Py_tp_methods, methods->data()},
+      {Py_tp_getset, properties->data()},
+      {Py_tp_new, reinterpret_cast<void*>(make_)},
+      {0, nullptr},
+  };
+  PyType_Spec spec{full->c_str(), sizeof(PyObjectOf), 0, Py_TPFLAGS_DEFAULT, slots};
+  PyRef type = PyRef::take(PyType_FromSpec(&spec));
+  module.add(name_, type);
+  return reinterpret_cast<PyTypeObject*>(type.release());
+}
+
+PyObject* ClassBuilder::refuse(PyTypeObject*, PyObject*, PyObject*) {
+  PyErr_SetString(PyExc_TypeError, "objects of this class are made by its static methods");
+  return nullptr;
+}
+
+PyObject* construct(Signature* signature, PyObject* positional, PyObject* keywords) {
+  PyObject* function = PyCFunction_NewEx(&signature->definition, nullptr, nullptr);
+  if (function == nullptr) return nullptr;
+  PyObject* made = PyObject_Call(function, positional, keywords);
+  Py_DECREF(function);
+  return made;
+}
+
+const std::shared_ptr<void>& held_by(PyObject* object, PyTypeObject* type, const char* name) {
+  if (PyObject_TypeCheck(object, type) == 0) {
+    PyErr_Format(PyExc_TypeError, "%s must be a %R, got %R", name, type, object);
+    throw PythonError();
+  }
+  return *reinterpret_cast<PyObjectOf*>(object)->held;
+}
+
+PyRef make_object(PyTypeObject* type, std::shared_ptr<void> held) {
+  auto kept = std::make_unique<std::shared_ptr<void>>(std::move(held));
+  PyRef object = PyRef::take(PyType_GenericAlloc(type, 0));
+  reinterpret_cast<PyObjectOf*>(object.get())->held = kept.release();
+  return object;
+}
+
+}  // namespace detail
+
+void Module::add(const char* name, const PyRef& object) {
+  if (PyModule_AddObjectRef(module_, name, object.get()) != 0) throw PythonError();
+}
+
+void Module::add_function(detail::Signature* signature, Gil gil) {
+  signature->gil = gil;
+  add(signature->definition.ml_name, detail::function_of(signature));
+}
+
+}  // namespace llmdd

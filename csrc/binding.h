@@ -8,14 +8,14 @@
 // The call takes positional and named arguments, converts them, releases the GIL for as long as the
 // C++ function runs (Gil::kKeep for those that take less than a microsecond), converts the result,
 // and turns exceptions into Python's (errors.h).
+//
+// A template is compiled for every function, so what does not depend on the function's types is in
+// binding.cpp.
 
 #pragma once
 
-#include <array>
-#include <cstring>
-#include <memory>
+#include <initializer_list>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -33,19 +33,58 @@ struct Parameter {
   std::optional<int64_t> otherwise = std::nullopt;
 };
 
-// What one function is called, and what it takes.
-struct Signature {
-  const char* name = "";
-  std::vector<Parameter> parameters;
-  Gil gil = Gil::kRelease;
+// Those of one function, as long as the expression lasts that lists them.
+class Parameters {
+ public:
+  Parameters() = default;
+  Parameters(std::initializer_list<Parameter> listed) { set(listed.begin(), listed.size()); }
+  Parameters(const std::vector<Parameter>& listed) { set(listed.data(), listed.size()); }
+  const Parameter* begin() const { return begin_; }
+  const Parameter* end() const { return end_; }
+
+ private:
+  void set(const Parameter* first, size_t count) {
+    begin_ = first;
+    end_ = first + count;
+  }
+
+  const Parameter* begin_ = nullptr;
+  const Parameter* end_ = nullptr;
 };
 
 namespace detail {
 
-// Sorts the arguments of a call by parameter; null where one is left out that may be. TypeError for
-// those that don't fit the signature.
-void sort_arguments(const Signature& signature, PyObject* const* given, Py_ssize_t positional,
-                    PyObject* keywords, PyObject** sorted);
+// A method's first parameter is the object.
+enum class Form { kFunction, kMethod };
+
+// What Python knows of one function, and what it takes.
+struct Signature {
+  PyMethodDef definition{};
+  std::vector<Parameter> parameters;  // as the C++ function has them
+  Form form = Form::kFunction;
+  Gil gil = Gil::kRelease;
+};
+
+// Python's call of a function.
+struct Call {
+  PyObject* self;
+  PyObject* const* given;
+  Py_ssize_t positional;
+  PyObject* keywords;
+};
+
+// No function has more parameters.
+constexpr size_t kMaxParameters = 16;
+
+// Fills in the signature of a C++ function of `count` parameters, of which `listed` are those that
+// Python sees. `entry` is what Python calls.
+using EntryPoint = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t, PyObject*);
+void define(Signature* signature, Form form, const char* name, Parameters listed, const char* doc,
+            size_t count, EntryPoint entry);
+// Sorts the arguments by parameter, and has `run` convert them, call the function and convert its
+// result. TypeError for those that don't fit the signature.
+PyObject* run_call(const Signature& signature, PyObject* (*run)(PyObject**),
+                   const Call& call) noexcept;
 // Sets the Python error that the exception being handled means.
 void set_python_error() noexcept;
 
@@ -63,16 +102,6 @@ class WithoutGil {
   PyThreadState* state_;
 };
 
-template <class F>
-struct Shape;
-template <class R, class... A>
-struct Shape<R (*)(A...)> {
-  using Result = R;
-  using Values = std::tuple<std::decay_t<A>...>;
-};
-template <class R, class... A>
-struct Shape<R (*)(A...) noexcept> : Shape<R (*)(A...)> {};
-
 template <class T>
 T argument(PyObject* object, const Parameter& parameter) {
   if (object == nullptr) {  // only where there is a default
@@ -81,63 +110,68 @@ T argument(PyObject* object, const Parameter& parameter) {
   return From<T>::get(object, parameter.name);
 }
 
-// The C function that Python calls for `function`. Of a method the first parameter is the object.
-template <auto function, bool method>
-struct Entry {
-  using Values = typename Shape<decltype(function)>::Values;
-  using Result = typename Shape<decltype(function)>::Result;
-  static constexpr size_t kCount = std::tuple_size_v<Values>;
+// The arguments of one call. Much less to compile than std::tuple is.
+template <size_t index, class T>
+struct Value {
+  T value;
+};
+template <class Indices, class... T>
+struct Values;
+template <size_t... I, class... T>
+struct Values<std::index_sequence<I...>, T...> : Value<I, T>... {
+  template <class F>
+  decltype(auto) call(F* function) {
+    return function(static_cast<T&&>(Value<I, T>::value)...);
+  }
+};
 
+template <auto function>
+struct Entry;
+
+// The C function that Python calls for `function`.
+template <class R, class... A, R (*function)(A...)>
+struct Entry<function> {
   static inline Signature signature;
-  static inline PyMethodDef definition;
 
-  template <size_t... I>
-  static Values values_of(PyObject** sorted, std::index_sequence<I...>) {
-    // In braces, so that they are converted, and refused, from left to right.
-    return Values{argument<std::tuple_element_t<I, Values>>(sorted[I], signature.parameters[I])...};
+  // The signature is filled in when Python is told of the function.
+  static Signature* define(Form form, const char* name, Parameters parameters, const char* doc) {
+    detail::define(&signature, form, name, parameters, doc, sizeof...(A), &call);
+    return &signature;
   }
 
+  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t positional,
+                        PyObject* keywords) noexcept {
+    static_assert(sizeof...(A) <= kMaxParameters);
+    return run_call(signature, &run, {self, given, positional, keywords});
+  }
+
+ private:
   static PyObject* run(PyObject** sorted) {
-    Values values = values_of(sorted, std::make_index_sequence<kCount>());
-    if constexpr (std::is_void_v<Result>) {
+    return run_with(sorted, std::index_sequence_for<A...>());
+  }
+
+  template <size_t... I>
+  static PyObject* run_with(PyObject** sorted, std::index_sequence<I...>) {
+    // In braces, so that they are converted, and refused, from left to right.
+    Values<std::index_sequence<I...>, std::decay_t<A>...> values{
+        {argument<std::decay_t<A>>(sorted[I], signature.parameters[I])}...};
+    if constexpr (std::is_void_v<R>) {
       {
         const WithoutGil free(signature.gil);
-        std::apply(function, std::move(values));
+        values.call(function);
       }
       return PyRef::share(Py_None).release();
     } else {
       auto result = [&] {
         const WithoutGil free(signature.gil);
-        return std::apply(function, std::move(values));
+        return values.call(function);
       }();
-      return To<std::decay_t<Result>>::make(std::move(result)).release();
+      return To<std::decay_t<R>>::make(std::move(result)).release();
     }
-  }
-
-  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t positional,
-                        PyObject* keywords) noexcept {
-    try {
-      std::array<PyObject*, kCount + 1> sorted{};
-      sort_arguments(signature, given, positional, keywords, sorted.data() + method);
-      if constexpr (method) sorted[0] = self;
-      return run(sorted.data());
-    } catch (...) {
-      set_python_error();
-      return nullptr;
-    }
-  }
-
-  // `parameters` are those that Python sees.
-  static PyMethodDef define(const char* name, std::vector<Parameter> parameters, const char* doc,
-                            Gil gil, int flags) {
-    if (method) parameters.insert(parameters.begin(), Parameter{"self"});
-    signature = {name, std::move(parameters), gil};
-    if (signature.parameters.size() != kCount) Py_FatalError(name);
-    definition = {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)),
-                  METH_FASTCALL | METH_KEYWORDS | flags, doc};
-    return definition;
   }
 };
+template <class R, class... A, R (*function)(A...) noexcept>
+struct Entry<function> : Entry<static_cast<R (*)(A...)>(function)> {};
 
 }  // namespace detail
 
@@ -146,18 +180,16 @@ class Module {
   explicit Module(PyObject* module) : module_(module) {}
 
   template <auto called>
-  void function(const char* name, std::vector<Parameter> parameters, const char* doc,
-                Gil gil = Gil::kRelease) {
-    using Entry = detail::Entry<called, false>;
-    Entry::define(name, std::move(parameters), doc, gil, 0);
-    add(name, PyRef::take(PyCFunction_NewEx(&Entry::definition, nullptr, nullptr)));
+  void function(const char* name, Parameters parameters, const char* doc, Gil gil = Gil::kRelease) {
+    using detail::Form;
+    add_function(detail::Entry<called>::define(Form::kFunction, name, parameters, doc), gil);
   }
 
-  void add(const char* name, const PyRef& object) {
-    if (PyModule_AddObjectRef(module_, name, object.get()) != 0) throw PythonError();
-  }
+  void add(const char* name, const PyRef& object);
 
  private:
+  void add_function(detail::Signature* signature, Gil gil);
+
   PyObject* module_;
 };
 

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -14,14 +13,42 @@ namespace llmdd {
 namespace detail {
 
 // A Python object that holds a C++ one.
-template <class T>
 struct PyObjectOf {
-  PyObject_HEAD std::shared_ptr<T>* held;
+  PyObject_HEAD std::shared_ptr<void>* held;
 };
 
 // The Python class of T, made by Class<T>; lives as long as the process.
 template <class T>
 inline PyTypeObject* type_of = nullptr;
+
+// What of a class does not depend on T.
+class ClassBuilder {
+ public:
+  ClassBuilder(const char* name, const char* doc) : name_(name), doc_(doc) {}
+
+  void set_constructor(newfunc make) { make_ = make; }
+  void add_method(Signature* signature, Gil gil, int flags);
+  void add_property(const char* name, getter get, const char* doc);
+  PyTypeObject* finish(Module& module);
+
+  const char* name() const { return name_; }
+  const char* doc() const { return doc_; }
+
+ private:
+  static PyObject* refuse(PyTypeObject*, PyObject*, PyObject*);
+
+  const char* name_;
+  const char* doc_;
+  newfunc make_ = &refuse;
+  std::vector<PyMethodDef> methods_;
+  std::vector<PyGetSetDef> properties_;
+};
+
+// Has a function make the object that Python's call of a class asks for.
+PyObject* construct(Signature* signature, PyObject* positional, PyObject* keywords);
+// What `object`, of a class that is made here, holds; TypeError for any other.
+const std::shared_ptr<void>& held_by(PyObject* object, PyTypeObject* type, const char* name);
+PyRef make_object(PyTypeObject* type, std::shared_ptr<void> held);
 
 }  // namespace detail
 
@@ -35,91 +62,50 @@ inline PyTypeObject* type_of = nullptr;
 template <class T>
 class Class {
  public:
-  Class(const char* name, const char* doc) : name_(name), doc_(doc) {}
+  Class(const char* name, const char* doc) : builder_(name, doc) {}
 
   // What Class(...) calls: a function that returns std::shared_ptr<T>.
   template <auto function>
-  Class& constructor(std::vector<Parameter> parameters) {
-    using Entry = detail::Entry<function, false>;
-    Entry::define(name_, std::move(parameters), doc_, Gil::kRelease, 0);
-    make_ = [](PyTypeObject*, PyObject* positional, PyObject* keywords) -> PyObject* {
-      PyObject* called = nullptr;
-      PyObject* plain = PyCFunction_NewEx(&Entry::definition, nullptr, nullptr);
-      if (plain != nullptr) called = PyObject_Call(plain, positional, keywords);
-      Py_XDECREF(plain);
-      return called;
-    };
+  Class& constructor(Parameters parameters) {
+    using Entry = detail::Entry<function>;
+    Entry::define(Form::kFunction, builder_.name(), parameters, builder_.doc());
+    builder_.set_constructor([](PyTypeObject*, PyObject* positional, PyObject* keywords) {
+      return detail::construct(&Entry::signature, positional, keywords);
+    });
     return *this;
   }
 
   template <auto function>
-  Class& method(const char* name, std::vector<Parameter> parameters, const char* doc,
-                Gil gil = Gil::kRelease) {
-    methods_.push_back(
-        detail::Entry<function, true>::define(name, std::move(parameters), doc, gil, 0));
+  Class& method(const char* name, Parameters parameters, const char* doc, Gil gil = Gil::kRelease) {
+    using Entry = detail::Entry<function>;
+    builder_.add_method(Entry::define(Form::kMethod, name, parameters, doc), gil, 0);
     return *this;
   }
 
   template <auto function>
-  Class& static_method(const char* name, std::vector<Parameter> parameters, const char* doc) {
-    methods_.push_back(detail::Entry<function, false>::define(name, std::move(parameters), doc,
-                                                              Gil::kRelease, METH_STATIC));
+  Class& static_method(const char* name, Parameters parameters, const char* doc) {
+    using Entry = detail::Entry<function>;
+    builder_.add_method(Entry::define(Form::kFunction, name, parameters, doc), Gil::kRelease,
+                        METH_STATIC);
     return *this;
   }
 
   // An attribute to read: a function of the object alone, called with the GIL.
   template <auto function>
   Class& property(const char* name, const char* doc) {
-    using Entry = detail::Entry<function, true>;
-    Entry::define(name, {}, doc, Gil::kKeep, 0);
-    properties_.push_back(
-        {name,
-         [](PyObject* self, void*) -> PyObject* { return Entry::call(self, nullptr, 0, nullptr); },
-         nullptr, doc, nullptr});
+    using Entry = detail::Entry<function>;
+    Entry::define(Form::kMethod, name, {}, doc)->gil = Gil::kKeep;
+    builder_.add_property(
+        name, [](PyObject* self, void*) { return Entry::call(self, nullptr, 0, nullptr); }, doc);
     return *this;
   }
 
-  void finish(Module& module) {
-    methods_.push_back({});
-    properties_.push_back({});
-    // Python keeps pointers to both tables for as long as the class lives, which is for ever.
-    auto* methods = new std::vector<PyMethodDef>(methods_);
-    auto* properties = new std::vector<PyGetSetDef>(properties_);
-    const std::string full = std::string("llm_datadist_torch._C.") + name_;
-    std::vector<PyType_Slot> slots = {
-        {Py_tp_doc, const_cast<char*>(doc_)},
-        {Py_tp_dealloc, reinterpret_cast<void*>(&dealloc)},
-        {Py_tp_methods, methods->data()},
-        {Py_tp_getset, properties->data()},
-        {Py_tp_new, reinterpret_cast<void*>(make_)},
-        {0, nullptr},
-    };
-    PyType_Spec spec{full.c_str(), sizeof(detail::PyObjectOf<T>), 0, Py_TPFLAGS_DEFAULT,
-                     slots.data()};
-    const PyRef type = PyRef::take(PyType_FromSpec(&spec));
-    module.add(name_, type);
-    Py_INCREF(type.get());
-    detail::type_of<T> = reinterpret_cast<PyTypeObject*>(type.get());
-  }
+  void finish(Module& module) { detail::type_of<T> = builder_.finish(module); }
 
  private:
-  static void dealloc(PyObject* self) {
-    PyTypeObject* type = Py_TYPE(self);
-    delete reinterpret_cast<detail::PyObjectOf<T>*>(self)->held;
-    PyObject_Free(self);
-    Py_DECREF(reinterpret_cast<PyObject*>(type));
-  }
+  using Form = detail::Form;
 
-  static PyObject* refuse(PyTypeObject*, PyObject*, PyObject*) {
-    PyErr_SetString(PyExc_TypeError, "objects of this class are made by its static methods");
-    return nullptr;
-  }
-
-  const char* name_;
-  const char* doc_;
-  newfunc make_ = &refuse;
-  std::vector<PyMethodDef> methods_;
-  std::vector<PyGetSetDef> properties_;
+  detail::ClassBuilder builder_;
 };
 
 // The first parameter of methods and properties.
@@ -129,21 +115,14 @@ using Held = std::shared_ptr<T>;
 template <class T>
 struct From<std::shared_ptr<T>> {
   static std::shared_ptr<T> get(PyObject* object, const char* name) {
-    if (PyObject_TypeCheck(object, detail::type_of<T>) == 0) {
-      PyErr_Format(PyExc_TypeError, "%s must be a %R, got %R", name, detail::type_of<T>, object);
-      throw PythonError();
-    }
-    return *reinterpret_cast<detail::PyObjectOf<T>*>(object)->held;
+    return std::static_pointer_cast<T>(detail::held_by(object, detail::type_of<T>, name));
   }
 };
 
 template <class T>
 struct To<std::shared_ptr<T>> {
   static PyRef make(std::shared_ptr<T> value) {
-    auto held = std::make_unique<std::shared_ptr<T>>(std::move(value));
-    PyRef object = PyRef::take(PyType_GenericAlloc(detail::type_of<T>, 0));
-    reinterpret_cast<detail::PyObjectOf<T>*>(object.get())->held = held.release();
-    return object;
+    return detail::make_object(detail::type_of<T>, std::move(value));
   }
 };
 

@@ -4,9 +4,10 @@
 
 #pragma once
 
-#include <sstream>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace llmdd {
 
@@ -15,12 +16,40 @@ class TypeMismatch : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A part of a message; a text must outlive it. Streams would take longer to compile than all else
+// here.
+class Part {
+ public:
+  Part(const char* text) : text_(text) {}
+  Part(const std::string& text) : text_(text.c_str()) {}
+  template <class N, class = std::enable_if_t<std::is_integral_v<N>>>
+  Part(N number)
+      : is_signed_(std::is_signed_v<N>), number_(static_cast<unsigned long long>(number)) {}
+  void append_to(std::string* text) const {
+    if (text_ != nullptr) {
+      *text += text_;
+    } else {
+      *text +=
+          is_signed_ ? std::to_string(static_cast<long long>(number_)) : std::to_string(number_);
+    }
+  }
+
+ private:
+  const char* text_ = nullptr;
+  bool is_signed_ = false;
+  unsigned long long number_ = 0;
+};
+
+inline std::string joined(std::initializer_list<Part> parts) {
+  std::string text;
+  for (const Part& part : parts) part.append_to(&text);
+  return text;
+}
+
 // All parts, one after the other.
 template <class... Parts>
-std::string text_of(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
+inline std::string text_of(const Parts&... parts) {
+  return joined({parts...});
 }
 
 // Throws Error with the text of all parts unless `condition`.
