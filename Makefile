@@ -142,7 +142,7 @@ docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
 	@echo "ready: build/site/index.html"
 
 # ROWS chooses some of scripts/versions.toml. Needs what `make wheel ARCHS=x86_64` makes, and gcc.
-VERSION_TEST = scripts/test_versions.py --wheel dist/llm_datadist_torch-*_x86_64.whl
+VERSION_TEST = scripts/test_versions.py --jobs $(TEST_JOBS) --wheel dist/llm_datadist_torch-*_x86_64.whl
 test-versions: $(VENV)/.dev  ## Test the wheel of dist/ under the versions that people run, and write the table of docs/support.md
 	$(BIN)/python $(VERSION_TEST) --out benchmarks/results/versions $(ROWS)
 	$(BIN)/python scripts/make_support_table.py

@@ -2,9 +2,10 @@
 """Runs the core suite from one installed wheel under the versions that people run.
 
 Each row of scripts/versions.toml becomes an environment of its own; the tests come from the sdist
-beside the wheel, so that what is installed is what is tested. A row with torch_npu runs the suite a
-second time on simulated NPUs. A row's result is one JSON file, which scripts/make_support_table.py
-makes docs/support.md of.
+beside the wheel, so that what is installed is what is tested. A row with torch_npu also runs the
+suite of simulated NPUs. A row's result is one JSON file, also where its versions can't be
+installed, and scripts/make_support_table.py makes docs/support.md of those. An environment, which
+takes 1 to 2 GB, is removed when its row is done.
 
     python scripts/test_versions.py --wheel dist/*_x86_64.whl --out FOLDER [ROW ...]
 
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -37,6 +38,11 @@ TABLE = ROOT / "scripts" / "versions.toml"
 ROW_TIMEOUT_S = 3600
 PACKAGE = "llm_datadist_torch"
 COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?|deselected)")
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+
+
+class InstallError(Exception):
+    """The versions of a row could not be installed; the text is what pip says."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every row has in common."""
+    """What every row has in common. The tests are files, each with what it covers."""
 
-    tests: list[str]
+    cpu_tests: dict[str, str]
+    npu_tests: dict[str, str]
     requirements: list[str]
     torch_requirements: list[str]
     npu_requirements: list[str]
@@ -82,8 +89,6 @@ class Environment:
         """Install everything; an environment that is there already only gets the wheel anew."""
         if not self.python.exists():
             subprocess.run([python_of(self.row.python), "-m", "venv", str(self.folder)], check=True)
-        numpy = [f"numpy=={self.row.numpy}"] if self.row.numpy else []
-        self._pip(*common.requirements, *common.torch_requirements, *numpy)
         alone = [f"torch=={self.row.torch}"]
         if self.row.torch_npu:
             self._pip(*common.npu_requirements)
@@ -91,7 +96,10 @@ class Environment:
             alone += [f"torch_npu=={self.row.torch_npu}", str(simulator)]
         if self.row.nixl:
             alone.append(f"nixl-cu12=={self.row.nixl}")
+        # First, for these are what may not be there.
         self._pip("--no-deps", *alone)
+        numpy = [f"numpy=={self.row.numpy}"] if self.row.numpy else []
+        self._pip(*common.requirements, *common.torch_requirements, *numpy)
         self._pip("--no-deps", "--force-reinstall", str(wheel))
         if not self._stubs.exists():
             make = str(ROOT / "scripts" / "make_cuda_stubs.py")
@@ -126,7 +134,8 @@ class Environment:
             [*command, "--no-compile", *arguments], capture_output=True, text=True, check=False
         )
         if done.returncode:
-            raise SystemExit(f"{self.row.name}: pip install {' '.join(arguments)}\n{done.stderr}")
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+            raise InstallError(errors[0].removeprefix("ERROR: ") if errors else done.stderr.strip())
 
 
 def python_of(version: str) -> str:
@@ -159,9 +168,9 @@ def unpack_tests(sdist: Path, folder: Path) -> Path:
 PROBE = """
 import importlib.metadata as m, json, llm_datadist_torch as ld
 from llm_datadist_torch import _C
-names = ("torch", "torch_npu", "numpy", "nixl-cu12", "msgspec")
-found = {}
-for name in names:
+import torch
+found = {"torch": torch.__version__}
+for name in ("torch_npu", "numpy", "nixl-cu12", "msgspec"):
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: pass
 print(json.dumps({"file": ld.__file__, "version": ld.__version__, "build": dict(_C.build_facts()),
@@ -169,24 +178,29 @@ print(json.dumps({"file": ld.__file__, "version": ld.__version__, "build": dict(
 """
 
 
-def test_row(common: Plan, row: Row, wheel: Path, folder: Path) -> dict[str, object]:
+def test_row(common: Plan, row: Row, wheel: Path, folder: Path, jobs: int) -> dict[str, object]:
     """Make the row's environment, run the suite in it, and say what came of it."""
     environment = Environment(row, folder / row.name)
-    environment.make(common, wheel)
+    try:
+        environment.make(common, wheel)
+    except InstallError as error:
+        return {"row": row.name, "wanted": asdict(row), "error": str(error)}
     (sdist,) = wheel.parent.glob(f"{PACKAGE}-*.tar.gz")
     tests = unpack_tests(sdist, folder / f"{row.name}-tests")
     probe = environment.run(
         "-c", f"import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'\n{PROBE}", cwd=tests
     )
     if probe.returncode:
-        return {"row": row.name, "error": probe.stdout.strip().splitlines()[-1]}
+        last = probe.stdout.strip().splitlines()[-1]
+        return {"row": row.name, "wanted": asdict(row), "error": last}
     facts = json.loads(probe.stdout.splitlines()[-1])
     if not Path(facts["file"]).is_relative_to(environment.folder):
         raise SystemExit(f"{row.name}: {facts['file']} is not what was installed")
-    runs = {"cpu": run_suite(environment, common.tests, tests)}
+    options = ["-n", str(jobs), "--dist", "worksteal"]
+    runs = {"cpu": run_suite(environment, [*options, *common.cpu_tests], tests)}
     if row.torch_npu:
-        simulated = ["-p", "ascend_sim.pytest_plugin", "--ascend-sim=lazy"]
-        runs["simulated npu"] = run_suite(environment, [*simulated, *common.tests], tests)
+        simulated = ["-p", "ascend_sim.pytest_plugin", "--ascend-sim=lazy", *options]
+        runs["simulated npu"] = run_suite(environment, [*simulated, *common.npu_tests], tests)
     return {
         "row": row.name,
         "python": row.python,
@@ -203,7 +217,7 @@ def test_row(common: Plan, row: Row, wheel: Path, folder: Path) -> dict[str, obj
 def run_suite(environment: Environment, arguments: list[str], tests: Path) -> dict[str, object]:
     """Run pytest, and count."""
     began = time.monotonic()
-    options = ("-q", "-p", "no:cacheprovider", "--no-header", "--tb=short")
+    options = ("-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", "-rfE")
     done = environment.run("-m", "pytest", *options, *arguments, cwd=tests)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     counts = {
@@ -213,7 +227,8 @@ def run_suite(environment: Environment, arguments: list[str], tests: Path) -> di
     if done.returncode:
         print(done.stdout[-6000:])
     seconds = round(time.monotonic() - began)
-    return {"status": done.returncode, **counts, "seconds": seconds}
+    failures = FAILED.findall(done.stdout)
+    return {"status": done.returncode, **counts, "failures": failures, "seconds": seconds}
 
 
 def main() -> int:
@@ -223,6 +238,8 @@ def main() -> int:
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for a JSON file per row")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "versions")
+    parser.add_argument("--keep", action="store_true", help="don't remove the environments")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that run tests (here: 0)")
     parser.add_argument(
         "rows", nargs="*", metavar="ROW", help=", ".join(row.name for row in common.rows)
     )
@@ -235,9 +252,13 @@ def main() -> int:
     failed = 0
     for name in wanted:
         print(f"{name}: making its environment, then testing", flush=True)
+        environments = arguments.environments.resolve()
         result = test_row(
-            common, known[name], arguments.wheel.resolve(), arguments.environments.resolve()
+            common, known[name], arguments.wheel.resolve(), environments, arguments.jobs
         )
+        if not arguments.keep:
+            shutil.rmtree(environments / name, ignore_errors=True)
+            shutil.rmtree(environments / f"{name}-tests", ignore_errors=True)
         runs = result.get("runs", {})
         (arguments.out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
         print(f"{name}: {json.dumps(runs or result)}", flush=True)
