@@ -208,7 +208,7 @@ class Link(ServedPeer):
         self,
         body: Body,
         deadline: Deadline,
-        data: bytes | None = None,
+        data: bytes | memoryview | None = None,
         ticket: LeaseTicket | None = None,
     ) -> tuple[Body, Data | None]:
         """Send a request and wait for its answer.
@@ -457,7 +457,7 @@ class LinkRelay:
         return data or b""
 
     def write(
-        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+        self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
     ) -> None:
         """Have the owner write ``data`` over ``spans``."""
         wanted = WriteBytes(movement.lease_id, spans.numpy().tobytes())

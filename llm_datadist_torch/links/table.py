@@ -364,7 +364,7 @@ class LinkTable:
         data: Data | None,
         *,
         asked: bool,
-    ) -> tuple[Body, bytes | None] | None:
+    ) -> tuple[Body, memoryview | None] | None:
         if isinstance(body, JoinMeeting):
             self._check_is_stranger(link, connection)
             return self.meetings.on_join(connection, body), None

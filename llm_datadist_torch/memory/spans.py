@@ -15,8 +15,10 @@ _HOST = torch.device(streams.HOST)
 _BASE = torch.zeros(1, dtype=torch.int64)
 
 
-def gather(addrs: torch.Tensor, sizes: torch.Tensor, device: torch.device = _HOST) -> bytes:
+def gather(addrs: torch.Tensor, sizes: torch.Tensor, device: torch.device = _HOST) -> memoryview:
     """The bytes of all spans, one after the other. Blocks until they have come from a device.
+
+    They are copied once, into memory that is the caller's.
 
     Args:
         addrs: Start of each span in this process, int64 [n].
@@ -25,7 +27,7 @@ def gather(addrs: torch.Tensor, sizes: torch.Tensor, device: torch.device = _HOS
     """
     staging = torch.empty(int(sizes.sum()), dtype=torch.uint8)
     _copy(staging.data_ptr() + sizes.cumsum(0) - sizes, _HOST, addrs, device, sizes)
-    return staging.numpy().tobytes()
+    return staging.numpy().data
 
 
 def scatter(

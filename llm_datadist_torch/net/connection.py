@@ -169,7 +169,9 @@ class Connection:
         self._mask = 0
         self._paused = False
         # Of bytes to send: where each part ends in the stream, the part, and its descriptors.
-        self._queue: collections.deque[tuple[int, bytes, tuple[int, ...]]] = collections.deque()
+        self._queue: collections.deque[tuple[int, bytes | memoryview, tuple[int, ...]]] = (
+            collections.deque()
+        )
         self._sent: list[int] = []
         self._rest = bytearray()
         self._large: memoryview | None = None
@@ -190,7 +192,10 @@ class Connection:
         return None
 
     def send(
-        self, message: bytes, data: bytes | None = None, descriptors: tuple[int, ...] = ()
+        self,
+        message: bytes,
+        data: bytes | memoryview | None = None,
+        descriptors: tuple[int, ...] = (),
     ) -> None:
         """Send a message, or queue it where the socket is full. Does not block.
 
@@ -227,7 +232,7 @@ class Connection:
                 raise
         return True
 
-    def _put(self, parts: Sequence[bytes], descriptors: tuple[int, ...] = ()) -> None:
+    def _put(self, parts: Sequence[bytes | memoryview], descriptors: tuple[int, ...] = ()) -> None:
         try:
             with self._lock:
                 if self._sock is None:

@@ -24,7 +24,7 @@ class Unreadable(Exception):  # noqa: N818  (it is no error of ours)
     """What the peer sent can't be read; the connection has to end."""
 
 
-def header(message: bytes, data: bytes | None) -> bytes:
+def header(message: bytes, data: bytes | memoryview | None) -> bytes:
     """The header of a message, which may be followed by data."""
     return _HEADER.pack(len(message), _NO_DATA if data is None else len(data))
 

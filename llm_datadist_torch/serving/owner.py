@@ -75,7 +75,7 @@ class Owner:
 
     def answer(
         self, link: ServedPeer, body: Body, data: bytes | Data | None
-    ) -> tuple[Body, bytes | None] | None:
+    ) -> tuple[Body, memoryview | None] | None:
         """Carry out one request.
 
         Returns:
@@ -284,7 +284,7 @@ class Owner:
 
     # -- relayed bytes ----------------------------------------------------------------------------
 
-    def _read(self, link: ServedPeer, body: ReadBytes) -> bytes:
+    def _read(self, link: ServedPeer, body: ReadBytes) -> memoryview:
         lease_id = self._claimed(link, body.lease_id, body.claim)
         try:
             return self._read_leased(link, lease_id, body.spans)
@@ -292,13 +292,13 @@ class Owner:
             if body.claim is not None:
                 self.release(link, Release(lease_id, None))
 
-    def _read_leased(self, link: ServedPeer, lease_id: int, raw: bytes) -> bytes:
+    def _read_leased(self, link: ServedPeer, lease_id: int, raw: bytes) -> memoryview:
         spans, entry = self._leased_spans(link, lease_id, raw, write=False)
         if not entry.unowned or entry.device != HOST:
             return gather(spans[:, 0], spans[:, 1], entry.device)
         staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
         copy_unowned(_C.read_process, staging, spans, entry)
-        return staging.numpy().tobytes()
+        return staging.numpy().data
 
     def _write(self, link: ServedPeer, body: WriteBytes, data: bytes | Data) -> None:
         spans, entry = self._leased_spans(link, body.lease_id, body.spans, write=True)

@@ -108,7 +108,7 @@ class Relay(Protocol):
         """
 
     def write(
-        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+        self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
     ) -> None:
         """Write ``data`` over ``spans`` of the peer's cache."""
 
