@@ -21,6 +21,11 @@ from llm_datadist_torch.values.environment import npu_is_simulated
 if not npu_is_simulated():
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
+# Tests with network namespaces make and remove interfaces while others run beside them. UCX takes
+# every interface that is there when it starts, and a transfer over one that is removed waits for
+# ever, or ends its process.
+os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
 import torch
 
 from llm_datadist_torch import LLMConfig, LLMDataDist, LLMRole
