@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 import llm_datadist_torch as ld
-from benchmarks import command, common, growth, hosts, page, plots, scaling
+from benchmarks import command, common, compare_builds, growth, hosts, page, plots, scaling
 from benchmarks.measuring import Effort, Samples, contender, figures, measure, point
 from benchmarks.owner import memory_of
 from benchmarks.peers import PeerFailedError, Shape, Task
@@ -389,3 +389,10 @@ def test_a_way_other_than_the_named_one_does_not_count():
         pull()
         with pytest.raises(SystemExit, match="should all go by 'relay', and the counters say"):
             stack.close()
+
+
+def test_the_table_of_two_builds_is_that_of_its_results():
+    found = json.loads(compare_builds.RESULTS.read_text(encoding="utf-8"))
+    page_text = compare_builds.PAGE.read_text(encoding="utf-8")
+    assert compare_builds.with_table(page_text, found) == page_text
+    assert compare_builds.table(found) in page_text
