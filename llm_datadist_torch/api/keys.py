@@ -148,16 +148,16 @@ class RowKey:
 
 
 Key: TypeAlias = BlocksKey | RequestKey | PrefixKey | RowKey
-KeyLike: TypeAlias = Key | str
+KeyLike: TypeAlias = Key | str | int
 
 
 def as_key(key: KeyLike) -> Key:
-    """Return a key; a text is the name of a blocks cache.
+    """Return a key; a text or a number is the name of a blocks cache.
 
     Raises:
         TypeError: Something else.
     """
-    if isinstance(key, str):
+    if isinstance(key, (str, int)):
         return BlocksKey(key)
     check_isinstance("key", key, (BlocksKey, RequestKey, PrefixKey, RowKey), allow_none=False)
     return key

@@ -210,7 +210,7 @@ def test_push(far, processes, open_node: OpenNode):
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda p, b, r: p.pull(7, b), TypeError, "key"),
+        (lambda p, b, r: p.pull(7.5, b), TypeError, "key"),
         (lambda p, b, r: p.pull("kv", None), TypeError, "into"),
         (lambda p, b, r: p.pull("kv", b, row=1), LLMParamError, "blocks cache"),
         (lambda p, b, r: p.pull(RowKey(1), r, [0]), LLMParamError, "contiguous"),
@@ -290,3 +290,12 @@ def test_a_peer_keeps_its_node(far):
     peer = ld.open(cluster_id=2).connect(far.address)
     assert peer.link.state == "linked"
     peer._node.close()
+
+
+def test_a_number_names_a_cache_as_a_text_does(far, open_node: OpenNode):
+    far.call("allocate", name=7, **BLOCKS)
+    node = open_node(cluster_id=2)
+    target = node.allocate(**BLOCKS)
+    node.connect(far.address).pull(7, into=target)
+    there = far.call("data")
+    assert [tensor.cpu().numpy().tobytes() for tensor in target.tensors] == there
