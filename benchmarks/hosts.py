@@ -60,6 +60,8 @@ def leave() -> None:
     # UCX finds devices in /sys, which shows the network of the process that has mounted it.
     _run("mount", "--make-rslave", "/")
     _run("mount", "-t", "sysfs", "sysfs", "/sys")
+    # Which of the machine's devices it is to use means nothing here.
+    os.environ["UCX_NET_DEVICES"] = DEVICE
     # It says that nobody is authenticated here.
     logging.getLogger("llm_datadist_torch").setLevel(logging.ERROR)
 
