@@ -72,17 +72,27 @@ def test_two_hundred_caches_leave_nothing(here: Service, peers: Peers, mover: st
     shared = 2 if on_npu() else 3
     assert eventually(lambda: work("resources")["shared"] - at_first == shared)
     assert eventually(lambda: own("counters")["caches"] == 0)
-    before = at_rest()
-    rounds(200)
 
-    def no_growth() -> bool:
-        return all(
-            now[name] <= then[name] + (8 if name == "maps" else 0)
-            for now, then in zip(at_rest(), before, strict=True)
-            for name in then
-        )
+    def grown() -> Any:
+        """What 200 rounds leave; None if nothing."""
+        before = at_rest()
+        rounds(200)
 
-    assert eventually(no_growth), (before, at_rest())
+        def no_growth() -> bool:
+            return all(
+                now[name] <= then[name] + (8 if name == "maps" else 0)
+                for now, then in zip(at_rest(), before, strict=True)
+                for name in then
+            )
+
+        return None if eventually(no_growth) else (before, at_rest())
+
+    # An allocator takes one more segment when two buffers first meet, whenever that is. A leak is
+    # there each time.
+    seen = [grown()]
+    while seen[-1] is not None and len(seen) < 3:
+        seen.append(grown())
+    assert seen[-1] is None, seen
 
 
 def test_a_hundred_links_leave_nothing(here: Service, peers: Peers) -> None:
