@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
@@ -41,9 +41,9 @@ def cpu_model() -> str:
     return platform.machine()
 
 
-def commit() -> str:
+def commit(tree: Path = ROOT) -> str:
     """The commit that is checked out, marked where files differ from it; "unknown" outside git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    command = ["git", "-C", str(tree), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -120,8 +120,13 @@ def print_environment() -> None:
     print(f"commit {env['commit']}, load {env['load_before']:.1f}, {env['time']}")
 
 
+def quantile(values: Iterable[float], part: float) -> float:
+    """The value that so large a part of all lies below; of an empty list there is none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
 def quantiles_ms(seconds: list[float]) -> tuple[float, float, float]:
     """p50, p99 and the largest, in milliseconds."""
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    return 1000 * statistics.median(ordered), 1000 * p99, 1000 * ordered[-1]
+    p50, p99 = statistics.median(seconds), quantile(seconds, 0.99)
+    return 1000 * p50, 1000 * p99, 1000 * max(seconds)

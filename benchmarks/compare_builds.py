@@ -20,7 +20,9 @@ from typing import Any
 
 from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import common
+from benchmarks.common import ROOT, quantile
+
 SIDE = Path(__file__).with_name("build_side.py")
 IMPORTED = """
 import json, sys, time
@@ -97,13 +99,12 @@ class Side:
         return micros, modules
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-def quantile(values: list[float], part: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+        """Let it end its processes; it reads no further case."""
+        try:
+            self._process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def compare(case: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
@@ -187,16 +188,6 @@ def measured(case: str, sides: dict[str, Side], rounds: int) -> dict[str, Any]:
     return one
 
 
-def commit_of(tree: Path) -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=tree,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare_builds", description=__doc__
@@ -221,8 +212,9 @@ def main() -> None:
         for side in sides.values():
             side.close()
     if args.json is not None:
-        commits = {"before": commit_of(args.before), "after": commit_of(ROOT)}
-        args.json.write_text(json.dumps({"commits": commits, "rows": rows}, indent=1) + "\n")
+        commits = {"before": common.commit(args.before), "after": common.commit()}
+        record = {"environment": common.environment(), "commits": commits, "rows": rows}
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import llm_datadist_torch as ld
 from benchmarks import bench_catalog, bench_links, common
 from benchmarks.cases.transfers import transfer
 from benchmarks.measuring import KIB, TINY, Effort
-from benchmarks.owner import TIMEOUT_S, Owner
+from benchmarks.owner import TIMEOUT_S, Owner, memory_of
 from benchmarks.peers import Shape
 from benchmarks.peers.loops import MappingLoop, why_no_compiler
 from benchmarks.peers.ours import Allocated, Registered
@@ -210,15 +210,11 @@ def together(
 def pull_often(pipe: Connection, address: str, num_blocks: int, effort: Effort) -> None:
     """A process that pulls the same blocks again and again."""
     try:
-        with ld.open(timeout_s=TIMEOUT_S) as node:
-            room = node.allocate(
-                layers=BIG.tensors,
-                tensors_per_layer=1,
-                blocks=BIG.pool,
-                shape=(BIG.block_bytes,),
-                dtype=torch.uint8,
-            )
-            peer, ids = node.connect(address), torch.arange(num_blocks)
+        with (
+            ld.open(timeout_s=TIMEOUT_S) as node,
+            memory_of(node, BIG, owner=False) as memory,
+        ):
+            room, peer, ids = memory.allocated, node.connect(address), torch.arange(num_blocks)
             timed(lambda: peer.pull("allocated", room, ids, ids), 3)
             calls = effort.rounds if effort.seconds == 0 else (50 if num_blocks > 1 else 2000)
             pipe.send("ready")

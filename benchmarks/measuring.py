@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import quantile
 from benchmarks.peers import Call, PeerFailedError
 
 LEAST_ROUNDS = 7
@@ -126,11 +127,10 @@ def figures(samples: Samples, nbytes: int = 0, units: int = 0) -> dict[str, floa
         nbytes: Bytes that it moves; 0 for none.
         units: Blocks, links or runs that it is about; 0 for none.
     """
-    ordered = sorted(samples.seconds)
-    middle = statistics.median(ordered)
+    middle = statistics.median(samples.seconds)
     found: dict[str, float] = {
         "p50_us": middle * 1e6,
-        "p99_us": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))] * 1e6,
+        "p99_us": quantile(samples.seconds, 0.99) * 1e6,
         "peak_bytes": samples.peak_bytes,
     }
     if nbytes:
