@@ -37,6 +37,8 @@ def start() -> tuple[int, int]:
 
 
 def finish(*datadists: LLMDataDist) -> None:
+    # A peer that asks to unlink must still find who it asks.
+    dist.barrier()
     for datadist in datadists:
         datadist.finalize()
     dist.barrier()
