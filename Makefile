@@ -44,7 +44,10 @@ test-all: test-cpu test-sim test-npu-sim  ## Run all tests: those, long ones, an
 
 # How many processes run the tests; 0 runs all of them in make's own, one after the other.
 TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
-PARALLEL := -n $(TEST_JOBS) --dist worksteal
+# How often a failed test is run again; CI does so once, and prints the first failure (CONTRIBUTING.md).
+TEST_RERUNS ?= 0
+RERUNS := $(if $(filter-out 0,$(TEST_RERUNS)),--reruns $(TEST_RERUNS) -raR)
+PARALLEL := -n $(TEST_JOBS) --dist worksteal $(RERUNS)
 
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.dev  ## Run the tests on the CPU
@@ -74,7 +77,7 @@ test-npu:  ## Run the tests of devices on a machine with NPUs, nothing simulated
 	$(PYTHON) -m pytest $(DEVICE_TESTS) $(TEST_ARGS)
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run the tests of the connector with real vLLM engines, on the CPU
-	$(VLLM_BIN)/python -m pytest tests/vllm -m "not thorough" $(TEST_ARGS)
+	$(VLLM_BIN)/python -m pytest tests/vllm -m "not thorough" $(RERUNS) $(TEST_ARGS)
 
 # Also those that take minutes each: kinds of models and of parallelism that CI leaves out.
 test-vllm-all: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run all of them
