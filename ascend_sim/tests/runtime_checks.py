@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 from ctypes import byref, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MIB = 2**20
 H2H, H2D, D2H, D2D, DEFAULT = range(5)
 PARAM_INVALID, NOT_SUPPORTED, OUT_OF_MEMORY = 107000, 207000, 207001
-INVALID_HANDLE, NO_PERMISSION = 107017, 207006
+INVALID_HANDLE, NO_PERMISSION, CONTEXT_NULL = 107017, 207006, 107002
+IPC_ERROR = 507022
 
 acl = ctypes.CDLL("libascendcl.so")
 acl.aclGetRecentErrMsg.restype = c_char_p
@@ -43,9 +49,9 @@ def ok(code: int) -> None:
     assert code == 0, acl.aclGetRecentErrMsg()
 
 
-def allocate(nbytes: int) -> int:
+def allocate(nbytes: int, device: int = 0) -> int:
     address = c_void_p()
-    ok(acl.aclrtSetDevice(0))
+    ok(acl.aclrtSetDevice(device))
     ok(acl.aclrtMalloc(byref(address), c_size_t(nbytes), 0))
     assert address.value
     return address.value
@@ -217,63 +223,191 @@ def check_pointer_attributes():
 IMPORT = """
 import ctypes, sys
 from tests.runtime_checks import *
+key, flags, peer = sys.argv[1].encode(), c_uint64(int(sys.argv[2])), int(sys.argv[3])
 ok(acl.aclrtSetDevice(1))
+if peer >= 0:
+    ok(acl.aclrtDeviceEnablePeerAccess(c_int32(peer), c_uint32(0)))
+print(bare_tgid(), flush=True)
+sys.stdin.readline()
 address = c_void_p()
-code = acl.aclrtIpcMemImportByKey(byref(address), sys.argv[1].encode(), c_uint64(0))
+code = acl.aclrtIpcMemImportByKey(byref(address), key, flags)
+print("imported", code, flush=True)
 if code == 0:
-    before = read(address.value, 5)
-    write(address.value, b"reply")
-    print(before.decode(), flush=True)
+    again = c_void_p()
+    assert acl.aclrtIpcMemImportByKey(byref(again), key, flags) == PARAM_INVALID
+    assert acl.aclrtFree(address) == PARAM_INVALID
+    mine = allocate(5, device=1)
+    print(copy(mine, address.value + 100, 5, D2D), flush=True)
+    if flags.value or peer >= 0:
+        print(read(mine, 5).decode(), flush=True)
+        write(address.value + 100, b"reply")
+    print("open", flush=True)
     sys.stdin.readline()
-    print(read(address.value, 5), flush=True)
-    ok(acl.aclrtIpcMemClose(sys.argv[1].encode()))
-    print(acl.aclrtMemset(address, c_size_t(5), 0, c_size_t(5)))
-else:
-    print("code", code)
+    ok(acl.aclrtIpcMemClose(key))
+    assert acl.aclrtIpcMemClose(key) == INVALID_HANDLE
+    print(acl.aclrtMemset(address, c_size_t(5), 0, c_size_t(5)), flush=True)
+    sys.stdin.readline()
 """
 
 
-def start_import(key: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", IMPORT, key],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+class Importer:
+    """A process on device 1 that opens a key: says its number, waits, and tells what it got."""
+
+    def __init__(self, key: bytes, flags: int = 1, peer: int = -1) -> None:
+        self.child = subprocess.Popen(
+            [sys.executable, "-c", IMPORT, key.decode(), str(flags), str(peer)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.tgid = int(self.line())
+
+    def line(self) -> str:
+        assert self.child.stdout
+        return self.child.stdout.readline().strip()
+
+    def go_on(self) -> None:
+        assert self.child.stdin
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.child.communicate(timeout=60)
 
 
-def export(address: int, flags: int) -> bytes:
-    key = ctypes.create_string_buffer(65)
-    arguments = (c_void_p(address), c_size_t(5000), key, c_size_t(65), c_uint64(flags))
-    ok(acl.aclrtIpcMemGetExportKey(*arguments))
-    return key.value
+def bare_tgid() -> int:
+    found = c_int32()
+    ok(acl.aclrtDeviceGetBareTgid(byref(found)))
+    return found.value
+
+
+def try_export(address: int, size: int, flags: int = 0, length: int = 65) -> tuple[int, bytes]:
+    key = ctypes.create_string_buffer(80)
+    arguments = (c_void_p(address), c_size_t(size), key, c_size_t(length), c_uint64(flags))
+    return acl.aclrtIpcMemGetExportKey(*arguments), key.value
+
+
+def export(address: int, size: int, flags: int = 0) -> bytes:
+    code, key = try_export(address, size, flags)
+    ok(code)
+    assert 0 < len(key) < 65
+    return key
+
+
+def allow(key: bytes, *numbers: int) -> int:
+    pids = (c_int32 * len(numbers))(*numbers)
+    return acl.aclrtIpcMemSetImportPid(key, pids, c_size_t(len(numbers)))
 
 
 def check_keys_of_other_processes():
     address = allocate(3 * MIB)
     write(address + 100, b"hello")
-    key = export(address + 100, 1)
-    with start_import(key.decode()) as child:
-        assert child.stdout
-        assert child.stdout.readline() == "hello\n"
+    key = export(address, 3 * MIB)
+    with Importer(key) as other:
+        ok(allow(key, other.tgid))
+        other.go_on()
+        assert [other.line() for _ in range(4)] == ["imported 0", "0", "hello", "open"]
         assert read(address + 100, 5) == b"reply"
+        # Who imported it closes it first.
+        assert acl.aclrtIpcMemClose(key) == IPC_ERROR
+        assert acl.aclrtFree(c_void_p(address)) == IPC_ERROR
+        other.go_on()
+        assert other.line() == str(PARAM_INVALID)
         ok(acl.aclrtIpcMemClose(key))
+        assert acl.aclrtIpcMemClose(key) == INVALID_HANDLE
         ok(acl.aclrtFree(c_void_p(address)))
-        out, _ = child.communicate("\n", timeout=60)
-        # What was freed is poison for the other process too, and what it closed is gone.
-        assert out.splitlines() == [str(b"\xa5" * 5), str(PARAM_INVALID)]
+
+
+def check_an_importer_that_ends_lets_go():
+    address = allocate(200)
+    write(address + 100, b"hello")
+    key = export(address, 200, flags=1)
+    with Importer(key) as other:
+        other.go_on()
+        assert [other.line() for _ in range(4)][-1] == "open"
+        assert acl.aclrtFree(c_void_p(address)) == IPC_ERROR
+        other.child.kill()
+    # Memory takes its keys with it.
+    ok(acl.aclrtFree(c_void_p(address)))
+    assert acl.aclrtIpcMemClose(key) == INVALID_HANDLE
 
 
 def check_keys_are_for_whom_they_were_made():
     address = allocate(5000)
-    key = export(address, 0)
-    with start_import(key.decode()) as child:
-        assert child.communicate("\n", timeout=60)[0] == f"code {NO_PERMISSION}\n"
+    key = export(address, 5000)
+    assert allow(key) == PARAM_INVALID
+    assert allow(b"nonsense", 1) == INVALID_HANDLE
+    assert bare_tgid() != os.getpid()
+    for allowed in (None, "getpid"):
+        with Importer(key) as other:
+            if allowed:
+                ok(allow(key, other.child.pid))
+            other.go_on()
+            assert other.line() == f"imported {NO_PERMISSION}"
     ok(acl.aclrtIpcMemClose(key))
-    with start_import(key.decode()) as child:
-        assert child.communicate("\n", timeout=60)[0] == f"code {INVALID_HANDLE}\n"
+    with Importer(key) as other:
+        other.go_on()
+        assert other.line() == f"imported {INVALID_HANDLE}"
     out = c_void_p()
     assert acl.aclrtIpcMemImportByKey(byref(out), b"nonsense", c_uint64(0)) == PARAM_INVALID
+    key = export(address, 5000)
+    assert acl.aclrtIpcMemImportByKey(byref(out), key, c_uint64(0)) == PARAM_INVALID
+    ok(acl.aclrtFree(c_void_p(address)))
+
+
+def check_only_whole_allocations_can_be_exported():
+    address = allocate(4 * MIB)
+    for start, size, flags, length in (
+        (address, 2 * MIB, 0, 65),
+        (address, 4 * MIB + 1, 0, 65),
+        (address + 512, 4 * MIB - 512, 0, 65),
+        (address, 4 * MIB, 2, 65),
+        (address, 4 * MIB, 0, 64),
+        (address, 4 * MIB, 0, 66),
+        (pinned(bytes(100)), 100, 0, 65),
+    ):
+        assert try_export(start, size, flags, length)[0] == PARAM_INVALID
+    ok(acl.aclrtSetDevice(1))
+    assert try_export(address, 4 * MIB)[0] == CONTEXT_NULL
+    ok(acl.aclrtSetDevice(0))
+    ok(acl.aclrtFree(c_void_p(address)))
+    assert try_export(address, 4 * MIB)[0] == PARAM_INVALID
+    base, handle = c_void_p(), c_void_p()
+    wanted = PhysicalProperties(location=Location(0, 1))
+    size = c_size_t(2 * MIB)
+    ok(acl.aclrtReserveMemAddress(byref(base), size, c_size_t(0), None, c_uint64(0)))
+    ok(acl.aclrtMallocPhysical(byref(handle), size, byref(wanted), c_uint64(0)))
+    ok(acl.aclrtMapMem(base, size, c_size_t(0), handle, c_uint64(0)))
+    assert base.value
+    assert try_export(base.value, 2 * MIB)[0] == NOT_SUPPORTED
+    ok(acl.aclrtUnmapMem(base))
+    ok(acl.aclrtFreePhysical(handle))
+    ok(acl.aclrtReleaseMemAddress(base))
+
+
+def check_imported_memory_of_another_device_needs_peer_access():
+    address = allocate(200)
+    write(address + 100, b"hello")
+    for peer, seen in ((-1, [str(NOT_SUPPORTED), "open"]), (0, ["0", "hello", "open"])):
+        key = export(address, 200, flags=1)
+        with Importer(key, flags=0, peer=peer) as other:
+            other.go_on()
+            assert other.line() == "imported 0"
+            assert [other.line() for _ in seen] == seen
+    here, there = allocate(8), allocate(8, device=1)
+    for dst, src in ((here, there), (there, here)):
+        assert copy(dst, src, 8, D2D) == NOT_SUPPORTED
+    ok(acl.aclrtSetDevice(0))
+    assert acl.aclrtDeviceEnablePeerAccess(c_int32(0), c_uint32(0)) == PARAM_INVALID
+    ok(acl.aclrtDeviceEnablePeerAccess(c_int32(1), c_uint32(0)))
+    ok(copy(here, there, 8, D2D))
+    ok(acl.aclrtDeviceDisablePeerAccess(c_int32(1)))
+    assert copy(here, there, 8, D2D) == NOT_SUPPORTED
+    for each in (address, here, there):
+        ok(acl.aclrtFree(c_void_p(each)))
 
 
 def check_addresses_apart_from_memory():

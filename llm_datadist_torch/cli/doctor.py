@@ -52,6 +52,7 @@ def _paths() -> list[Finding]:
     paths = [Finding("same-process", "ok", "plain copies between instances of one process")]
     paths.append(_path("shared-mapping", "memfd regions that peers map", child.mapping))
     paths.append(_path("process-memory", "process_vm_readv of a process's memory", child.reading))
+    paths.append(_device_ipc())
     paths.append(Finding("relay", "ok", "through the control connection: slow, works everywhere"))
     return paths
 
@@ -60,6 +61,17 @@ def _path(name: str, what: str, why_not: str) -> Finding:
     if not why_not:
         return Finding(name, "ok", f"{what}; tried from another process")
     return Finding(name, "no", f"{what}: not available, {why_not}", "a slower way serves instead")
+
+
+def _device_ipc() -> Finding:
+    what = "device memory of other processes, opened by AscendCL's keys"
+    view = probes.device_ipc()
+    if view.problem:
+        remedy = "HIXL or the relay serves instead" if probes.npu_runtime().installed else ""
+        return Finding("device-ipc", "no", f"{what}: not available, {view.problem}", remedy)
+    apart = ", ".join(f"npu:{one} and npu:{other}" for one, other in view.apart)
+    reach = f"; {apart} can't reach each other" if apart else ""
+    return Finding("device-ipc", "ok", f"{what}; a key is {view.guard}{reach}")
 
 
 def _system() -> list[Finding]:

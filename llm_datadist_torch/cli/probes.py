@@ -189,6 +189,35 @@ def hixl() -> str:
     return str(used)
 
 
+@dataclass(frozen=True)
+class IpcView:
+    """Whether device memory can be shared between processes.
+
+    Attributes:
+        problem: Why not; "" if it can.
+        guard: Who may import by a key.
+        apart: Pairs of NPUs that can't reach each other's memory.
+    """
+
+    problem: str
+    guard: str = ""
+    apart: tuple[tuple[int, int], ...] = ()
+
+
+def device_ipc() -> IpcView:
+    """Look for AscendCL's functions, in a process of its own where that needs torch_npu."""
+    if not npu_runtime().installed:
+        return IpcView("Placement.DEVICE means host memory here")
+    try:
+        problem, guard, apart = _in_a_child(
+            "from llm_datadist_torch.transports.local.ipc import probe",
+            "print(json.dumps(probe.look(choose_device('auto', 0).device)))",
+        )
+    except _ChildError as error:
+        return IpcView(str(error))
+    return IpcView(problem, guard, tuple((one, other) for one, other in apart))
+
+
 class _ChildError(Exception):
     """Why a program in a process of its own came to nothing."""
 

@@ -146,6 +146,8 @@ class Instance:
                 workers.close(deadline)
             self.links.close(deadline)
             self._transports.close()
+            # Peers may have pools of device memory open a moment longer.
+            self._transports.unregister(self._pool_spans(), list(self._memories.values()))
         with self._caches_lock:
             caches = list(self._caches.values())
         for cache in caches:

@@ -28,19 +28,12 @@ class GrantedCache:
     """What transports may know of a cache that a peer has a lease on; a ``LeasedCache``.
 
     Raises:
-        LLMFeatureNotEnabledError: Its memory may be gone, for all that we know.
         LLMCacheNotFoundError: One of its tensors has moved.
     """
 
     def __init__(self, catalog: Catalog, grant: Grant) -> None:
         self._catalog, self._entry = catalog, grant.entry
-        if grant.entry.unowned:
-            raise error_for(
-                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
-                f"cache {grant.entry.cache_id} was registered by addresses, which nothing keeps in"
-                " place",
-                remedy="register tensors.",
-            )
+        self.unowned = grant.entry.unowned
         self.addrs = grant.entry.addrs
         self.extent = grant.entry.layout.extent
         self.writable = grant.write

@@ -18,7 +18,7 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.caches.catalog import Catalog
 from llm_datadist_torch.caches.entry import CacheEntry, KeyKind, KeyName, Resolved
 from llm_datadist_torch.memory.address import HOST
-from llm_datadist_torch.memory.region import Region, RegionDescriptor
+from llm_datadist_torch.memory.region import RegionDescriptor
 from llm_datadist_torch.memory.spans import gather, scatter
 from llm_datadist_torch.net.connection import Data
 from llm_datadist_torch.serving.leased_memory import (
@@ -196,7 +196,7 @@ class Owner:
             paged=layout.paged,
             row=found.row,
             addrs=entry.addrs.numpy().tobytes(),
-            region=None if entry.region is None else view_of(entry.region),
+            region=None if entry.region is None else RegionView.of(entry.region),
             unowned=entry.unowned,
             device=str(entry.device),
             version=_version(found),
@@ -357,18 +357,5 @@ def _version(found: Resolved) -> CacheVersion | None:
         return None
     # The binding is the one that the key was looked up under. The memory counter can't change
     # before the lease on the cache ends.
-    region = view_of(generation.region)
+    region = RegionView.of(generation.region)
     return CacheVersion(region, generation.offset, found.binding, generation.memory)
-
-
-def view_of(region: Region) -> RegionView:
-    """What a peer is told of a region."""
-    return RegionView(
-        region.region_id,
-        region.address,
-        region.nbytes,
-        region.fd,
-        region.inode,
-        region.device,
-        region.offset,
-    )

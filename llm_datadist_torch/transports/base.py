@@ -126,11 +126,14 @@ class LeasedCache(Protocol):
         addrs: Addresses of its tensors, int64 [n].
         extent: Bytes of each.
         writable: Whether the lease is for writing.
+        unowned: It was registered by bare addresses: nothing keeps its memory in place. Only
+            channels that say :attr:`Channel.serves_unowned` see such a cache.
     """
 
     addrs: torch.Tensor
     extent: int
     writable: bool
+    unowned: bool
 
     def check(self, addrs: torch.Tensor, nbytes: torch.Tensor) -> None:
         """Raise LLMParamError unless all stretches (int64 [n]) lie inside its rows."""
@@ -184,6 +187,9 @@ class Channel(ABC):
     By reading ``movement.version`` before and after the bytes, or because the peer takes part in
     each movement and checks the lease or the claim. Of other channels the link does the former.
     """
+
+    serves_unowned: ClassVar[bool] = False
+    """Whether :meth:`serve` takes caches that were registered by bare addresses."""
 
     @abstractmethod
     def fit(self, kind: MemoryKind) -> Fit:
@@ -394,11 +400,20 @@ class Transport(ABC):
             msgspec.DecodeError: ``offer`` is none.
         """
 
+    def registers(self, kind: MemoryKind) -> bool:
+        """Whether memory of this kind is registered with it, by :meth:`register`.
+
+        All kinds of memory that the capabilities name, if they say ``needs_registration``.
+        """
+        host = kind is MemoryKind.HOST
+        named = self.capabilities.host_memory if host else self.capabilities.device_memory
+        return self.capabilities.needs_registration and named
+
     def register(self, span: MemorySpan) -> None:  # noqa: B027  most transports need none
         """Make a span reachable for peers and usable for movements.
 
-        Called only if the capabilities say ``needs_registration`` and name the kind of memory. The
-        same span may be registered several times; it ends with the last ``unregister``.
+        Called only for memory that it :meth:`registers`. The same span may be registered several
+        times; it ends with the last ``unregister``.
 
         Raises:
             LLMException: It could not be; nothing has changed.

@@ -104,9 +104,11 @@ class LinkChannel:
             else:
                 self._bind()
                 return path
-        for name in self._last_movers.keys() & reasons:
+        for name, mover in self._last_movers.items():
+            if name not in reasons:
+                continue
             try:
-                return self._last_movers[name](movement, deadline)
+                return mover(movement, deadline)
             except PathUnavailable as reason:
                 reasons[name] = str(reason)
         for name, channel in self._channels.items():
@@ -198,9 +200,17 @@ class LinkChannel:
         """See :meth:`Channel.serve`.
 
         Raises:
-            LLMFeatureNotEnabledError: This side does not have the transport.
+            LLMFeatureNotEnabledError: This side does not have the transport, or it does not serve
+                memory that may be gone for all that we know.
         """
-        self._named(transport).serve(payload, cache, reply)
+        channel = self._named(transport)
+        if cache.unowned and not channel.serves_unowned:
+            raise error_for(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
+                "the cache was registered by addresses, which nothing keeps in place",
+                remedy="register tensors.",
+            )
+        channel.serve(payload, cache, reply)
 
     def note_by(self, transport: str, payload: bytes) -> None:
         """See :meth:`Channel.note`.
@@ -336,13 +346,4 @@ class TransportSet:
         )
 
     def _that_register(self, kind: MemoryKind) -> tuple[Transport, ...]:
-        return tuple(
-            transport
-            for transport in self._transports.values()
-            if transport.capabilities.needs_registration
-            and (
-                transport.capabilities.host_memory
-                if kind is MemoryKind.HOST
-                else transport.capabilities.device_memory
-            )
-        )
+        return tuple(each for each in self._transports.values() if each.registers(kind))

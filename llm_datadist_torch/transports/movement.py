@@ -14,6 +14,7 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
+    from llm_datadist_torch.memory.region import Region
     from llm_datadist_torch.values.deadline import Deadline
 
 HOST_DEVICE = torch.device("cpu")
@@ -55,6 +56,19 @@ class RegionView(msgspec.Struct, frozen=True, array_like=True):
     inode: int
     device: int
     offset: int = 0
+
+    @classmethod
+    def of(cls, region: Region) -> RegionView:
+        """What a peer is told of a region of ours."""
+        return cls(
+            region.region_id,
+            region.address,
+            region.nbytes,
+            region.fd,
+            region.inode,
+            region.device,
+            region.offset,
+        )
 
 
 class CacheVersion(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

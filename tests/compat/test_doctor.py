@@ -13,7 +13,7 @@ import pytest
 import llm_datadist_torch as ld
 from llm_datadist_torch import BlocksCacheKey, CacheDesc, DataType
 from llm_datadist_torch.cli import doctor, probes
-from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, NpuRuntime
+from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, IpcView, NpuRuntime
 from llm_datadist_torch.cli.report import Finding, Report, as_fixes, as_json, as_text
 from tests.compat.programs import run_module
 
@@ -35,7 +35,7 @@ def test_json():
         report["versions"]
     )
     names = [way["name"] for way in report["paths"]]
-    assert names == ["same-process", "shared-mapping", "process-memory", "relay"]
+    assert names == ["same-process", "shared-mapping", "process-memory", "device-ipc", "relay"]
     assert all(finding["detail"] for part in ("paths", "system") for finding in report[part])
 
 
@@ -114,6 +114,21 @@ def test_what_the_child_can_not_do_is_said(monkeypatch):
         assert (finding.state, bool(finding.remedy)) == ("no", True)
         assert reason in finding.detail
         assert reason in as_text(report)
+
+
+@pytest.mark.parametrize(
+    ("view", "state", "text"),
+    [
+        (IpcView("no such function"), "no", "no such function"),
+        (IpcView("", "for all", ()), "ok", "a key is for all"),
+        (IpcView("", "for all", ((0, 1),)), "ok", "npu:0 and npu:1 can't reach each other"),
+    ],
+)
+def test_device_memory_between_processes(monkeypatch, view: IpcView, state: str, text: str):
+    monkeypatch.setattr(probes, "device_ipc", lambda: view)
+    finding = found(doctor.examine(), "device-ipc")
+    assert finding.state == state
+    assert text in finding.detail
 
 
 @pytest.mark.parametrize(

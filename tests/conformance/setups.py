@@ -52,7 +52,7 @@ class Setup:
     def link(self, here: Service, peer: Peer | NearPeer) -> None:
         """Start both instances and link them, so that bytes go this way."""
         options: dict[str, Any] = {"remote": self.remote, "device": self.device}
-        if self.transport not in ("local", "hixl"):
+        if self.transport != "local":
             # On one host `local` would win.
             options["options"] = {"llm.Transport": self.transport}
         here.start(ME, **options)
@@ -76,6 +76,7 @@ ON_CPU = _modes(
 )
 ON_NPU = _modes(
     Setup("local", "same-process", near=True, device="npu"),
+    Setup("local", "device-ipc", device="npu"),
     Setup("hixl", "hixl", device="npu"),
     Setup("hixl", "hixl", kind="tensors", device="npu"),
     Setup("hixl", "hixl", kind="ints", device="npu"),

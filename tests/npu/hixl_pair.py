@@ -48,6 +48,27 @@ def pair(request: pytest.FixtureRequest, here: NpuService, peers: Callable[[], P
     return here, there, port
 
 
+WAYS = {
+    "ipc": ({"ipc": True, "options": {"llm.Transport": "local"}}, "device-ipc"),
+    "hixl": ({"options": {"llm.Transport": "hixl"}}, "hixl"),
+}
+"""What moves device memory between processes of one host: how it is chosen, and its name."""
+
+
+@pytest.fixture(params=WAYS)
+def moving(
+    request: pytest.FixtureRequest, here: NpuService, peers: Callable[[], Peer]
+) -> Iterator[Pair]:
+    """As `pair`, for each of `WAYS`; afterwards all bytes must have gone that way."""
+    chosen, path = WAYS[request.param]
+    there = peers()
+    port = there.call("start", 2, **chosen)
+    here.start(1, **chosen)
+    assert here.link(2, port) == OK
+    yield here, there, port
+    assert here.paths() == {path}
+
+
 def give(pair: Pair, rows: int = 8, row_bytes: int = 4096) -> bytes:
     """A blocks cache on each side, the peer's filled; returns its bytes."""
     here, there, _ = pair

@@ -10,6 +10,8 @@ import torch
 
 from llm_datadist_torch import CacheDesc, DataType, LLMException
 from llm_datadist_torch.transports.hixl.native import NativeLibrary
+from llm_datadist_torch.transports.local.ipc import probe
+from llm_datadist_torch.transports.local.ipc.exports import EXPORTS
 from llm_datadist_torch.values.environment import npu_is_simulated
 from tests import simulator_faults as faults
 from tests.caches import Held
@@ -21,12 +23,25 @@ def without_library(_: type) -> NativeLibrary:
     raise OSError("libcann_hixl.so can't be used: the test hides it")
 
 
+_why_not = probe.why_not
+
+
+def no_functions(_: torch.device) -> str:
+    return "libascendcl.so has no aclrtIpcMemGetExportKey: the test hides it"
+
+
 class NpuService(Service):
     """As its base; what it fills and dumps are the bytes of the tensors, one after the other."""
 
-    def start(self, cluster_id: int, **arguments: Any) -> int:
+    def start(self, cluster_id: int, *, ipc: bool = False, **arguments: Any) -> int:
+        """Without ``ipc`` as on a CANN that can't share device memory between processes."""
         self._before = faults.counts() if npu_is_simulated() else {}
+        probe.why_not = _why_not if ipc else no_functions
         return super().start(cluster_id, **arguments)
+
+    def finish(self) -> None:
+        super().finish()
+        probe.why_not = _why_not
 
     def _tensors(self, name: str) -> tuple[torch.Tensor, ...]:
         return self.held[name].cache.tensors
@@ -101,6 +116,28 @@ class NpuService(Service):
         """How many ranges are registered with HIXL."""
         transports = self.instance._transports._transports
         return len(transports["hixl"]._memory.ranges)  # type: ignore[attr-defined]
+
+    def expandable(self, on: bool) -> None:
+        """New memory of torch_npu is in expandable segments, or not any more."""
+        torch.npu.memory._set_allocator_settings(f"expandable_segments:{on}")  # type: ignore[attr-defined]
+
+    def paths(self) -> set[str]:
+        """The ways that bytes went, of all transfers of this instance."""
+        return {counter.path for counter in self.dd.stats().transfers}
+
+    def reason(self, peer: int) -> str:
+        """Why device memory goes the way it goes on a link."""
+        (info,) = (info for info in self.dd.links() if info.peer == peer)
+        return next(choice.reason for choice in info.choices if choice.memory == "device")
+
+    def exported(self) -> int:
+        """Bytes of device memory that peers were given keys to."""
+        return EXPORTS.open_bytes
+
+    def empty_cache(self) -> int:
+        """Give torch_npu's unused memory back; the bytes that it keeps."""
+        torch.npu.empty_cache()  # type: ignore[attr-defined]
+        return torch.npu.memory_reserved()  # type: ignore[attr-defined,no-any-return]
 
     def memory_allocated(self) -> int:
         """Bytes of device memory that torch_npu has given out."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import re
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -45,20 +44,6 @@ def test_pull_blocks(pair: Pair):
 
 
 @both_modes
-def test_push_blocks(pair: Pair):
-    here, there, _ = pair
-    before = blocks(give(pair), 8, 4096)
-    mine = blocks(here.fill("mine", 5), 8, 4096)
-    assert here.attempt("push_blocks", KEY, MINE, [0, 2, 1], [7, 1, 4]) is None
-    for tensor, old, new in zip(
-        blocks(there.call("dump", "theirs"), 8, 4096), before, mine, strict=True
-    ):
-        expected = list(old)
-        expected[7], expected[1], expected[4] = new[0], new[2], new[1]
-        assert tensor == expected
-
-
-@both_modes
 def test_pull_cache(pair: Pair):
     here, there, _ = pair
     there.call("allocate", "theirs", 4, 2, 6000, paged=False, keys=(CacheKey(2, 0), CacheKey(2, 1)))
@@ -69,30 +54,6 @@ def test_pull_cache(pair: Pair):
     mine = blocks(here.dump("mine"), 3, 6000)
     empty = bytes(6000)
     assert mine == [[empty, empty, tensor[1]] for tensor in data]
-
-
-@both_modes
-def test_both_directions_at_once(pair: Pair):
-    """HIXL's connections have one direction; a link has both."""
-    here, there, _ = pair
-    give(pair)
-    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
-    here.paint("ours", 77)
-    there.call("allocate", "wanted", 2, 8, 4096, paged=True)
-    order = list(range(8))
-    there.begin("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("wanted"), order, order)
-    assert pull(here) is None
-    assert there.answer() is None
-    assert there.call("rows", "wanted") == [[77] * 8] * 2
-
-
-def test_registered_tensors(pair: Pair):
-    here, there, _ = pair
-    there.call("adopt", "theirs", 3, 4, 512, KEY)
-    there.call("paint", "theirs", 42)
-    here.adopt("mine", 3, 4, 512)
-    assert pull(here, [0, 3], [2, 1]) is None
-    assert here.rows("mine") == [[0, 42, 42, 0]] * 3
 
 
 @pytest.mark.parametrize("pair", [{"options": {"llm.Transport": "hixl"}}], indirect=True)
@@ -111,19 +72,6 @@ def test_host_memory_by_hixl(pair: Pair):
     assert here.rows("device") == [[9] * 4] * 2
 
 
-@pytest.mark.parametrize("pair", [{"timeout_ms": 20_000}], indirect=True)
-def test_the_peer_is_killed(pair: Pair):
-    here, there, _ = pair
-    give(pair)
-    assert pull(here) is None
-    there.kill()
-    count, failure = here.hammer("pull_blocks", KEY, MINE, [0, 1], [0, 1])
-    assert count < 1000
-    assert failure.status in {"LLM_NOT_YET_LINK", "LLM_FAILED"}
-    assert eventually(lambda: here.link_states() == {2: "lost"})
-    assert pull(here).status == "LLM_NOT_YET_LINK"
-
-
 def test_the_peer_comes_back_as_a_new_process(pair: Pair, peers: Callable[[], Peer]):
     here, there, port = pair
     give(pair)
@@ -139,43 +87,6 @@ def test_the_peer_comes_back_as_a_new_process(pair: Pair, peers: Callable[[], Pe
     assert here.link(2, port) == OK
     assert pull(here, range(8), range(8)) is None
     assert here.rows("mine") == [[5] * 8] * 2
-
-
-def test_unlink_and_link_again(pair: Pair):
-    here, _, port = pair
-    give(pair)
-    for _ in range(3):
-        assert pull(here) is None
-        assert here.unlink(2, port) == OK
-        assert pull(here).status == "LLM_NOT_YET_LINK"
-        assert here.link(2, port) == OK
-    assert pull(here) is None
-
-
-def test_threads_that_have_set_no_device(pair: Pair):
-    here, _, _ = pair
-    data = blocks(give(pair), 8, 4096)
-    failures = []
-    threads = [
-        threading.Thread(target=lambda row=row: failures.append(pull(here, [row], [row])))
-        for row in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == [None] * 8
-    assert blocks(here.dump("mine"), 8, 4096) == data
-
-
-def test_background_transfers_and_many_blocks(pair: Pair):
-    here, _, _ = pair
-    rows = 6000
-    data = blocks(give(pair, rows, 64), rows, 64)
-    order = random.Random(8).sample(range(rows), rows)
-    task = here.manager.pull_blocks_async(KEY, here.held["mine"].cache, order, list(range(rows)))
-    assert task.synchronize().name == "LLM_SUCCESS"
-    assert blocks(here.dump("mine"), rows, 64) == [[tensor[r] for r in order] for tensor in data]
 
 
 def test_two_instances_of_one_process_need_no_engine(here: NpuService):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded transport for one host.
 
-Shared mappings, process memory, plain copies in one process, and a relay as the last resort.
+Shared mappings, process memory, device memory opened by AscendCL's keys, plain copies in one
+process, and a relay as the last resort.
 """
 
 from __future__ import annotations
@@ -9,9 +10,18 @@ from __future__ import annotations
 import msgspec
 import torch
 
-from llm_datadist_torch.transports.base import Capabilities, Channel, Relay, Transport
+from llm_datadist_torch.transports.base import (
+    Capabilities,
+    Channel,
+    MemoryKind,
+    MemorySpan,
+    Relay,
+    Transport,
+)
 from llm_datadist_torch.transports.local.channel import LocalChannel
-from llm_datadist_torch.transports.local.host import HostIdentity, allow_ptrace
+from llm_datadist_torch.transports.local.host import HostIdentity, LocalOffer, allow_ptrace
+from llm_datadist_torch.transports.local.ipc import probe
+from llm_datadist_torch.transports.local.ipc.exports import EXPORTS
 from llm_datadist_torch.values.config import EngineConfig
 
 
@@ -34,7 +44,14 @@ class LocalTransport(Transport):
         super().__init__(config, device)
         if config.allow_ptrace:
             allow_ptrace()
-        self._identity = HostIdentity.of_this_process()
+        identity = HostIdentity.of_this_process()
+        self._offer = LocalOffer(
+            identity.boot_id,
+            identity.pid_namespace,
+            identity.pid,
+            identity.start_time,
+            probe.why_not(device),
+        )
 
     @classmethod
     def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
@@ -42,12 +59,29 @@ class LocalTransport(Transport):
         return None
 
     def offer(self) -> bytes:
-        """This process's identity."""
-        return msgspec.msgpack.encode(self._identity)
+        """This process's identity, and whether it shares device memory."""
+        return msgspec.msgpack.encode(self._offer)
 
     def connect(self, offer: bytes, relay: Relay) -> Channel:
         """A channel with every path that may work; which one does shows with the first movement."""
-        return LocalChannel(self._identity, msgspec.msgpack.decode(offer, type=HostIdentity), relay)
+        peer = msgspec.msgpack.decode(offer, type=LocalOffer)
+        return LocalChannel(self._offer, peer, relay, self._device)
+
+    def registers(self, kind: MemoryKind) -> bool:
+        """Of device memory it must know when it ends, because peers may have it open."""
+        return kind is MemoryKind.DEVICE and not self._offer.no_ipc
+
+    def register(self, span: MemorySpan) -> None:
+        """See :meth:`Transport.register`."""
+        EXPORTS.register(span)
+
+    def unregister(self, span: MemorySpan) -> None:
+        """See :meth:`Transport.unregister`; blocks until no peer has it open, for 5 s at most."""
+        EXPORTS.unregister(span)
+
+    def retire(self, span: MemorySpan, keep: object) -> None:
+        """See :meth:`Transport.retire`."""
+        EXPORTS.retire(span, keep)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is held: what peers have open outlives the instance."""

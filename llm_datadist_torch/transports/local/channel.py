@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TypeAlias
+from collections.abc import Callable
 
 import torch
 
 from llm_datadist_torch import _C
-from llm_datadist_torch.memory import device_copies, streams
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.net.process import PeerProcess
 from llm_datadist_torch.transports.base import (
@@ -19,6 +18,7 @@ from llm_datadist_torch.transports.base import (
     Channel,
     Direction,
     Fit,
+    LeasedCache,
     MemoryKind,
     Movement,
     PathUnavailable,
@@ -28,9 +28,13 @@ from llm_datadist_torch.transports.base import (
     StaleCacheError,
     timed_out,
 )
-from llm_datadist_torch.transports.local.host import HostIdentity, why_forbidden
+from llm_datadist_torch.transports.local.copies import check_after, check_before, copy_here
+from llm_datadist_torch.transports.local.host import HostIdentity, LocalOffer, why_forbidden
+from llm_datadist_torch.transports.local.ipc import messages
+from llm_datadist_torch.transports.local.ipc.exports import EXPORTS, Reader
+from llm_datadist_torch.transports.local.ipc.path import DeviceIpc
 from llm_datadist_torch.transports.local.mappings import WORD_BYTES, PeerMappings
-from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed
+from llm_datadist_torch.transports.local.relayed import LocalPath, Relayed, StagedBy
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import (
     LLMException,
@@ -41,12 +45,9 @@ from llm_datadist_torch.values.status import (
 
 logger = logging.getLogger("llm_datadist_torch")
 
+NAME = "local"
 _DONE, _LATE, _STALE = 0, 1, 2
 """Answers of ``_C.move_mapped``; what else it says is that a tensor leaves the region."""
-_SWAPPED = torch.tensor([1, 0, 2])
-
-Side: TypeAlias = tuple[torch.Tensor, torch.device]
-"""Addresses, int64 [n], and where they are."""
 
 
 class LocalChannel(Channel):
@@ -56,50 +57,69 @@ class LocalChannel(Channel):
     """
 
     validates_reads = True
+    serves_unowned = True
 
-    def __init__(self, here: HostIdentity, peer: HostIdentity, relay: Relay) -> None:
+    def __init__(
+        self, here: LocalOffer, peer: LocalOffer, relay: Relay, device: torch.device
+    ) -> None:
         same_process_peer = relay.same_process_peer
         self._same_process = same_process_peer is not None
         process = relay.process
         # Nobody in another PID namespace has a pid here, but descriptors can be sent over.
         self._hidden = not self._same_process and process is not None and process.pid <= 0
         self._unreachable = "" if self._same_process else peer.unreachable_from(here, process)
+        apart = "the peer is in another PID namespace" if self._hidden else ""
+        self._no_ipc = self._unreachable or apart or _why_no_ipc(here, peer)
+        self._stages = not self._unreachable and peer.host_only
+        where: HostIdentity = here if self._same_process else peer
         if process is not None and not self._unreachable:
-            peer = peer.seen_as(process)
-        self._peer = peer = here if self._same_process else peer
+            where = where.seen_as(process)
+        self._peer = where
+        self._process = process
+        self._device = device
+        self._relay = relay
         self._reported: set[str] = set()
         self._left: tuple[str, ...] = ()
-        self._mappings = PeerMappings(
-            peer,
+        self._mappings = mappings = PeerMappings(
+            where,
             trusted=self._same_process,
             get_descriptor=relay.descriptor if self._hidden else None,
         )
+        self._ipc = DeviceIpc(relay, mappings, device)
         relayed = Relayed(relay)
-        # The other paths between processes reach what the host's processors can read.
-        self._device_paths: tuple[LocalPath, ...] = (relayed,)
-        self._paths: tuple[LocalPath, ...]
+        # By where the bytes are: on both sides in host memory, at the peer in host memory, or at
+        # the peer in device memory.
+        self._paths: tuple[LocalPath, ...] = (relayed,)
+        self._paths_to_host: tuple[LocalPath, ...] = self._paths
+        self._paths_to_device: tuple[LocalPath, ...] = self._paths
         if same_process_peer is not None:
-            self._paths = self._device_paths = (SameProcess(same_process_peer, self._mappings),)
-        elif self._unreachable or process is None:
-            self._paths = (relayed,)
-        elif self._hidden:
-            self._paths = (SharedMapping(self._mappings, peer), relayed)
-        else:
-            mappings = self._mappings
-            self._paths = (
-                SharedMapping(mappings, peer),
-                ProcessMemory(mappings, process),
-                relayed,
-            )
+            self._paths = (SameProcess(same_process_peer, mappings),)
+            self._paths_to_host = self._paths_to_device = self._paths
+        elif process is not None and not self._unreachable:
+            mapped = SharedMapping(mappings, where)
+            reaching: list[LocalPath] = [mapped]
+            if not self._hidden:
+                reaching.append(ProcessMemory(mappings, process))
+            self._paths = (*reaching, relayed)
+            self._paths_to_host = (*map(StagedBy, reaching), relayed)
+            if not self._no_ipc:
+                self._paths_to_device = (self._ipc, relayed)
+        self._made = self._paths
 
     def fit(self, kind: MemoryKind) -> Fit:
-        """Well inside one process, and host memory between processes.
+        """Well inside one process, and on one host.
 
-        Where only the relay is left, as for device memory between processes, anything else is
-        better.
+        Where only the relay is left, as for device memory that AscendCL can't share, anything else
+        is better.
         """
-        if kind is not MemoryKind.HOST and not self._same_process:
-            return Fit.last_resort("through the control connection, device memory")
+        if self._same_process:
+            return Fit.good("same process")
+        if kind is not MemoryKind.HOST:
+            if self._stages:
+                return Fit.good("same host, staged in host memory")
+            if self._no_ipc:
+                return Fit.last_resort(f"through the control connection, {self._no_ipc}")
+            return Fit.good("same host, AscendCL's IPC")
         if isinstance(self._paths[0], Relayed):
             why = "; ".join(self._left) or "the kernel forbids the other paths"
             reason = self._unreachable or why
@@ -113,13 +133,22 @@ class LocalChannel(Channel):
         where = "same process" if self._same_process else "same host"
         return Fit.good("; ".join((where, *self._left)))
 
-    def move(self, movement: Movement, deadline: Deadline) -> str:
+    def move(self, movement: Movement, deadline: Deadline, *, at_last: bool = False) -> str:
         """See :meth:`Channel.move`; returns the name of the path that served."""
-        host = movement.local_device.type == movement.remote_device == HOST_DEVICE.type
-        for path in self._paths if host else self._device_paths:
+        if movement.remote_device != HOST_DEVICE.type:
+            paths = self._paths_to_device
+        elif movement.local_device.type != HOST_DEVICE.type:
+            paths = self._paths_to_host
+        else:
+            paths = self._paths
+        refused: PathUnavailable | None = None
+        for path in paths:
+            if path.name == Relayed.name and refused is not None and not at_last:
+                raise refused  # another transport may be better
             try:
                 path.move(movement, deadline)
             except PathUnavailable as reason:
+                refused = reason
                 self._leave(path, reason)
             else:
                 if path.name == Relayed.name:
@@ -129,21 +158,52 @@ class LocalChannel(Channel):
             LLMStatusCode.LLM_FAILED, f"no path to the memory of process {self._peer.pid}"
         )
 
-    def _leave(self, path: LocalPath, reason: PathUnavailable) -> None:
-        """Go on to the next path.
+    def move_at_last(self, movement: Movement, deadline: Deadline) -> str:
+        """See :meth:`Channel.move_at_last`: also through the control connection."""
+        return self.move(movement, deadline, at_last=True)
 
-        Raises:
-            PathUnavailable: Only the relay is left now: another transport may be better.
-        """
+    def _leave(self, path: LocalPath, reason: PathUnavailable) -> None:
+        """Go on to the next path, for good if this one will never serve."""
         if not reason.lasting:
             logger.debug("%s can't serve: %s", path.name, reason)
             return
         self._report(path, str(reason))
         self._left = (*self._left, f"not by {path.name}: {reason}")
-        self._paths = tuple(other for other in self._paths if other is not path)
+        self._paths = tuple(other for other in self._paths if other.name != path.name)
+        self._paths_to_host = tuple(
+            other for other in self._paths_to_host if other.name != path.name
+        )
         path.close()
-        if isinstance(self._paths[0], Relayed):
-            raise reason
+
+    # -- device memory that the peer wants to open ------------------------------------------------
+
+    def serve(
+        self,
+        payload: bytes,
+        cache: LeasedCache,
+        reply: Callable[[bytes | LLMException], None],
+    ) -> None:
+        """See :meth:`Channel.serve`: keys to the memory of a cache."""
+        wanted = messages.decode(payload, messages.Wanted)
+        try:
+            process = self._process
+            if process is None or self._no_ipc:
+                why = self._no_ipc or "the link has ended"
+                raise error_for(LLMStatusCode.LLM_FEATURE_NOT_ENABLED, why)
+            reader = Reader(process, wanted.process, self._tell_ended)
+            addrs = cache.addrs.tolist()
+            shown = messages.Shown(EXPORTS.show(addrs, cache.extent, self._device, self, reader))
+        except LLMException as error:
+            lasting = error.status_code != LLMStatusCode.LLM_LINK_BUSY
+            shown = messages.Shown([], str(error), lasting)
+        reply(messages.encode(shown))
+
+    def _tell_ended(self, memory: list[messages.SharedMemory]) -> None:
+        self._relay.post(NAME, messages.encode(messages.Ended(memory)))
+
+    def note(self, payload: bytes) -> None:
+        """See :meth:`Channel.note`: the peer wants to free device memory."""
+        self._ipc.end(messages.decode(payload, messages.Ended))
 
     def read_version(self, version: CacheVersion) -> tuple[int, int] | None:
         """See :meth:`Channel.read_version`: out of a mapping, so in nanoseconds."""
@@ -153,8 +213,9 @@ class LocalChannel(Channel):
         if not movement.in_host_memory:
             self._report(
                 path,
-                "device memory goes through the control connection, which is slow; HIXL moves it"
-                " faster, see LLMDataDist.links()",
+                "device memory goes through the control connection, which is slow:"
+                f" {self._no_ipc or 'it can not be opened'}; LLMDataDist.links() and `python -m"
+                " llm_datadist_torch doctor` show what else there is",
             )
         if self._unreachable:
             self._report(
@@ -173,15 +234,25 @@ class LocalChannel(Channel):
         self._mappings.forget(region_id)
 
     def close(self) -> None:
-        """Unmap everything."""
+        """Unmap and close everything. Movements and readers under way keep the peer's process."""
+        self._process = None
+        self._ipc.close()
         self._mappings.close()
-        for path in self._paths:
+        # Those that serve no more, too: closing is idempotent.
+        for path in self._made:
             path.close()
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes of the peer's memory that are mapped here."""
-        return self._mappings.nbytes
+        """Bytes of the peer's memory that are mapped here, device memory included."""
+        return self._mappings.nbytes + self._ipc.open_bytes
+
+
+def _why_no_ipc(here: LocalOffer, peer: LocalOffer) -> str:
+    """Why device memory can't be shared between two instances; "" where it can."""
+    if here.no_ipc:
+        return f"here: {here.no_ipc}"
+    return f"at the peer: {peer.no_ipc}" if peer.no_ipc else ""
 
 
 class SameProcess(LocalPath):
@@ -195,7 +266,7 @@ class SameProcess(LocalPath):
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Copy in memory, of whatever device."""
-        _check_before(movement, self._mappings)
+        check_before(movement, self._mappings)
         with self._peer.using(movement) as unowned:
             if unowned:
                 device = torch.device(movement.remote_device)
@@ -203,8 +274,9 @@ class SameProcess(LocalPath):
                     check_alive(movement.remote_addrs, movement.remote_extent, device)
                 except LLMException as error:
                     raise _unmapped() from error
-            _copy(movement, movement.remote_addrs, deadline)
-        _check_after(movement, self._mappings)
+            device = torch.device(movement.remote_device)
+            copy_here(movement, movement.remote_addrs, device, deadline)
+        check_after(movement, self._mappings)
 
 
 class SharedMapping(LocalPath):
@@ -342,32 +414,6 @@ def _failure(state: int, movement: Movement, deadline: Deadline) -> Exception:
     )
 
 
-def _check_before(movement: Movement, mappings: PeerMappings) -> None:
-    """Before a READ without a lease: the key must still lead to this cache.
-
-    Raises:
-        StaleCacheError: It does not, or that can't be seen.
-    """
-    if movement.direction is Direction.READ and movement.lease_id == 0:
-        version = movement.version
-        counters = None if version is None else mappings.read(version)
-        if version is None or counters is None or counters[0] != version.lookup:
-            raise StaleCacheError
-
-
-def _check_after(movement: Movement, mappings: PeerMappings) -> None:
-    """After a READ: the memory must have been the cache's until now, as far as that can be seen.
-
-    Raises:
-        StaleCacheError: It was not.
-    """
-    version = movement.version
-    if movement.direction is Direction.READ and version is not None:
-        counters = mappings.read(version)
-        if counters is not None and counters[1] != version.memory:
-            raise StaleCacheError
-
-
 def _unmapped() -> LLMException:
     """The error for memory that the peer registered by addresses and then freed."""
     return error_for(
@@ -378,25 +424,3 @@ def _unmapped() -> LLMException:
             " tensors instead of addresses."
         ),
     )
-
-
-def _copy(movement: Movement, remote_addrs: torch.Tensor, deadline: Deadline) -> None:
-    if movement.local_unowned:
-        check_alive(movement.local_addrs, movement.local_extent, movement.local_device)
-    here = (movement.local_addrs, movement.local_device)
-    there = (remote_addrs, torch.device(movement.remote_device))
-    if movement.direction is Direction.READ:
-        done = _move(here, there, movement.runs, deadline)
-    else:
-        done = _move(there, here, movement.runs.index_select(1, _SWAPPED), deadline)
-    if done < movement.nbytes:
-        raise timed_out(deadline)
-
-
-def _move(dst: Side, src: Side, runs: torch.Tensor, deadline: Deadline) -> int:
-    """Copy runs between addresses of this process; returns the bytes, fewer if time was up."""
-    device = streams.device_of((dst[1], src[1]))
-    if device.type == streams.HOST:
-        return _C.copy_runs(dst[0], src[0], runs, deadline.at_ns)
-    with streams.own_stream(device):
-        return device_copies.copy_runs(dst[0], src[0], runs, dst[1], src[1], deadline.at_ns)

@@ -16,6 +16,9 @@ from llm_datadist_torch.net.process import PeerProcess, start_time
 logger = logging.getLogger("llm_datadist_torch")
 
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, 2**64 - 1
+HOST_ONLY = "its device memory is host memory"
+"""Why an instance whose ``Placement.DEVICE`` is the CPU has no device memory to share."""
+
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -85,6 +88,21 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
         says so wants us to.
         """
         return os.access(f"/proc/self/task/{self.pid}", os.F_OK)
+
+
+class LocalOffer(HostIdentity, frozen=True, array_like=True):
+    """What the `local` transport tells a peer in the handshake.
+
+    Attributes:
+        no_ipc: Why it can't share device memory with other processes; "" if it can.
+    """
+
+    no_ipc: str = "it does not offer it"
+
+    @property
+    def host_only(self) -> bool:
+        """Whether all its memory is host memory."""
+        return self.no_ipc == HOST_ONLY
 
 
 def _boot_id() -> str:

@@ -101,14 +101,23 @@ class PeerMappings:
 
     def read(self, version: CacheVersion) -> tuple[int, int] | None:
         """The counters of a version as they are now; None where they can't be mapped."""
+        try:
+            _mapping, first = self.counters(version)
+        except OSError:
+            return None
+        return _C.load_word(first), _C.load_word(first + WORD_BYTES)
+
+    def counters(self, version: CacheVersion) -> tuple[_C.PeerMapping, int]:
+        """What keeps the counters of a version mapped, and the address of the first.
+
+        Raises:
+            OSError: As :meth:`get`, or they are not in their region.
+        """
         offset, nbytes = version.offset, version.region.nbytes
         if offset % WORD_BYTES or not 0 <= offset <= nbytes - 2 * WORD_BYTES:
-            return None
-        mapping = self.find(version.region)
-        if mapping is None:
-            return None
-        first = mapping.address + offset
-        return _C.load_word(first), _C.load_word(first + WORD_BYTES)
+            raise OSError(errno.EINVAL, f"counters at {offset} are not in {nbytes} bytes")
+        mapping = self.get(version.region)
+        return mapping, mapping.address + offset
 
     def forget(self, region_id: int) -> None:
         """Unmap a region as soon as nothing uses it."""

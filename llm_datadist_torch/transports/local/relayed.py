@@ -5,13 +5,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import ClassVar
 
+import msgspec
 import torch
 
 from llm_datadist_torch.memory.address import check_alive
 from llm_datadist_torch.memory.spans import gather, scatter
-from llm_datadist_torch.transports.base import Direction, Movement, Relay, timed_out
+from llm_datadist_torch.transports.base import (
+    HOST_DEVICE,
+    Direction,
+    Movement,
+    Relay,
+    timed_out,
+)
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.status import LLMStatusCode, error_for
 
@@ -25,7 +31,7 @@ RELAY_SPANS = 1 << 16
 class LocalPath(ABC):
     """One path to a peer's memory."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def move(self, movement: Movement, deadline: Deadline) -> None:
@@ -44,7 +50,47 @@ class LocalPath(ABC):
         """Release all resources."""
 
 
-class Relayed(LocalPath):
+class Staged(LocalPath):
+    """Through host memory of this process, piece by piece."""
+
+    def move(self, movement: Movement, deadline: Deadline) -> None:
+        """Move the bytes between the peer and host memory, and between that and local memory."""
+        device = movement.local_device
+        if movement.local_unowned:
+            check_alive(movement.local_addrs, movement.local_extent, device)
+        for local, spans in relay_chunks(movement):
+            if deadline.expired:
+                raise timed_out(deadline)
+            sizes = spans[:, 1]
+            if movement.direction is Direction.WRITE:
+                self.deliver(movement, spans, gather(local, sizes, device), deadline)
+                continue
+            data = self.fetch(movement, spans, deadline)
+            if len(data) != int(sizes.sum()):
+                raise error_for(
+                    LLMStatusCode.LLM_FAILED,
+                    f"the peer sent {len(data)} bytes of {int(sizes.sum())}",
+                )
+            scatter(local, sizes, data, device)
+
+    @abstractmethod
+    def fetch(
+        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
+    ) -> bytes | bytearray | memoryview:
+        """The bytes of the peer's ``spans`` (int64 [n, 2]: address, nbytes), one after the other.
+
+        Raises:
+            LLMException: As :meth:`move`.
+        """
+
+    @abstractmethod
+    def deliver(
+        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+    ) -> None:
+        """Write ``data`` over the peer's ``spans``; likewise."""
+
+
+class Relayed(Staged):
     """Through the control connection: slow, and works wherever a link works.
 
     The owner checks the lease, or the claim, for each message.
@@ -55,25 +101,56 @@ class Relayed(LocalPath):
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
-    def move(self, movement: Movement, deadline: Deadline) -> None:
-        """Ask the owner for the bytes, or send them, chunk by chunk."""
-        device = movement.local_device
-        if movement.local_unowned:
-            check_alive(movement.local_addrs, movement.local_extent, device)
-        for local, spans in relay_chunks(movement):
-            if deadline.expired:
-                raise timed_out(deadline)
-            sizes = spans[:, 1]
-            if movement.direction is Direction.WRITE:
-                self._relay.write(movement, spans, gather(local, sizes, device), deadline)
-                continue
-            data = self._relay.read(movement, spans, deadline)
-            if len(data) != int(sizes.sum()):
-                raise error_for(
-                    LLMStatusCode.LLM_FAILED,
-                    f"the peer sent {len(data)} bytes of {int(sizes.sum())}",
-                )
-            scatter(local, sizes, data, device)
+    def fetch(
+        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
+    ) -> bytes | bytearray | memoryview:
+        """Ask the owner for the bytes."""
+        return self._relay.read(movement, spans, deadline)
+
+    def deliver(
+        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+    ) -> None:
+        """Send the bytes to the owner."""
+        self._relay.write(movement, spans, data, deadline)
+
+
+class StagedBy(Staged):
+    """Between local device memory and the peer's host memory, by a path between host memories.
+
+    Args:
+        path: That path. It is closed by whoever made it.
+    """
+
+    def __init__(self, path: LocalPath) -> None:
+        self._path = path
+        self.name = path.name
+
+    def fetch(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> memoryview:
+        """Have the path read into host memory."""
+        staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
+        self._path.move(_in_host_memory(movement, staging, spans), deadline)
+        return staging.numpy().data
+
+    def deliver(
+        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
+    ) -> None:
+        """Have the path write from host memory."""
+        staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self._path.move(_in_host_memory(movement, staging, spans), deadline)
+
+
+def _in_host_memory(movement: Movement, staging: torch.Tensor, spans: torch.Tensor) -> Movement:
+    """The movement between the peer's spans and ``staging``, in which they follow each other."""
+    sizes = spans[:, 1]
+    runs = torch.stack([sizes.cumsum(0) - sizes, spans[:, 0], sizes], dim=1).contiguous()
+    return msgspec.structs.replace(
+        movement,
+        local_addrs=torch.tensor([staging.data_ptr()]),
+        remote_addrs=torch.zeros(1, dtype=torch.int64),
+        runs=runs,
+        local_device=HOST_DEVICE,
+        local_unowned=False,
+    )
 
 
 def relay_chunks(movement: Movement) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

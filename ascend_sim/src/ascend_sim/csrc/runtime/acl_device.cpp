@@ -7,13 +7,16 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 
 #include "../sim_api.h"
 #include "acl/acl.h"
 #include "errors.h"
 #include "faults.h"
 #include "memory.h"
+#include "peers.h"
 #include "settings.h"
 #include "streams.h"
 
@@ -46,6 +49,17 @@ void* default_context(int device) {
   return handle;
 }
 
+// (device, peer): who may reach whose memory, as this process has enabled it.
+std::mutex peers_mutex;
+
+std::set<std::pair<int, int>>& peers() {
+  static auto& the = *new std::set<std::pair<int, int>>;
+  return the;
+}
+
+// The host sees a process in a container under another number than the process itself.
+constexpr int kBareTgidOffset = 1 << 22;
+
 int check_device(int device) {
   if (device >= 0 && device < sim::settings().devices) return 0;
   return fail(ACL_ERROR_RT_INVALID_DEVICEID, "there is no device %d, only %d", device,
@@ -53,6 +67,22 @@ int check_device(int device) {
 }
 
 }  // namespace
+
+namespace sim {
+
+void enable_peer(int device, int peer) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  peers().insert({device, peer});
+}
+
+bool is_peer_enabled(int device, int peer) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  return device == peer || peers().count({device, peer}) != 0;
+}
+
+int bare_tgid() { return getpid() + kBareTgidOffset; }
+
+}  // namespace sim
 
 int ascend_sim_current_device(void) { return current_device; }
 
@@ -190,19 +220,29 @@ aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t device, int32_t peer) {
   return 0;
 }
 
-aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t) {
+aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) {
   ASCEND_SIM_ENTER(aclrtDeviceEnablePeerAccess);
-  return check_device(peer);
+  if (current_device < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "this thread has set no device");
+  if (const int code = check_device(peer); code != 0) return code;
+  if (peer == current_device || flags != 0) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "device %d is the current one, or flags=%u", peer,
+                flags);
+  }
+  sim::enable_peer(current_device, peer);
+  return 0;
 }
 
 aclError aclrtDeviceDisablePeerAccess(int32_t peer) {
   ASCEND_SIM_ENTER(aclrtDeviceDisablePeerAccess);
-  return check_device(peer);
+  if (const int code = check_device(peer); code != 0) return code;
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  peers().erase({current_device, peer});
+  return 0;
 }
 
 aclError aclrtDeviceGetBareTgid(int32_t* pid) {
   ASCEND_SIM_ENTER(aclrtDeviceGetBareTgid);
-  *pid = getpid();
+  *pid = sim::bare_tgid();
   return 0;
 }
 

@@ -3,6 +3,7 @@
 // small file of the exporting process that says where the memory is and who may have it; the memory
 // itself is a file, too.
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -21,7 +22,9 @@
 #include "errors.h"
 #include "faults.h"
 #include "handles.h"
+#include "ipc.h"
 #include "memory.h"
+#include "peers.h"
 
 using sim::fail;
 using sim::PhysicalPtr;
@@ -39,14 +42,22 @@ struct Export {
   uint64_t offset;
   uint64_t size;
   int32_t fd;
+  int32_t device;
   int32_t checks_pid;
   int32_t pid_count;
-  int32_t pids[kMaxPids];
+  int32_t pids[kMaxPids];  // as aclrtDeviceGetBareTgid numbers them
 };
 
 struct Exported {
   int fd;
-  PhysicalPtr physical;  // lives as long as the key
+  uintptr_t start;
+};
+
+// A shared lock on the file of an export says that its memory is in use, also to a process that
+// only sees that somebody has it; it ends with the process.
+struct Imported {
+  int fd;
+  uintptr_t start;
 };
 
 std::mutex mutex;
@@ -56,9 +67,18 @@ std::map<std::string, Exported>& exports() {
   return the;
 }
 
-std::map<std::string, uintptr_t>& imports() {
-  static auto& the = *new std::map<std::string, uintptr_t>;
+std::map<std::string, Imported>& imports() {
+  static auto& the = *new std::map<std::string, Imported>;
   return the;
+}
+
+// Ends an export that nobody has imported. Returns false if somebody has.
+bool end_export(const Exported& exported) {
+  if (flock(exported.fd, LOCK_EX | LOCK_NB) != 0) return false;
+  const Export ended{};
+  (void)!pwrite(exported.fd, &ended, sizeof ended, 0);  // for who has just opened it
+  close(exported.fd);
+  return true;
 }
 
 int write_export(const PhysicalPtr& physical, size_t offset, size_t size, bool checks_pid,
@@ -68,6 +88,7 @@ int write_export(const PhysicalPtr& physical, size_t offset, size_t size, bool c
   out->offset = physical->offset + offset;
   out->size = size;
   out->fd = physical->fd;
+  out->device = physical->home;
   out->checks_pid = checks_pid;
   if (getrandom(&out->nonce, sizeof out->nonce, 0) < 0) return -1;
   const int fd = memfd_create("ascend_sim_export", MFD_CLOEXEC);
@@ -85,28 +106,37 @@ int open_file_of(int pid, int fd) {
 }
 
 // Opens exported memory, if this process may have it. The result isn't counted as this device's
-// own.
-int import(int pid, int export_fd, const uint64_t* nonce, PhysicalPtr* out) {
+// own. `lock` becomes a file that says that it is in use, until it is closed.
+int import(int pid, int export_fd, const uint64_t* nonce, PhysicalPtr* out, int* lock) {
   Export found{};
   const int fd = open_file_of(pid, export_fd);
-  const bool is_read =
-      fd >= 0 && pread(fd, &found, sizeof found, 0) == static_cast<ssize_t>(sizeof found);
-  if (fd >= 0) close(fd);
+  const bool is_read = fd >= 0 && flock(fd, LOCK_SH | LOCK_NB) == 0 &&
+                       pread(fd, &found, sizeof found, 0) == static_cast<ssize_t>(sizeof found);
+  const auto refuse = [fd](int code) {
+    if (fd >= 0) close(fd);
+    return code;
+  };
   if (!is_read || found.magic != kMagic || (nonce != nullptr && *nonce != found.nonce)) {
-    return fail(ACL_ERROR_RT_INVALID_HANDLE,
-                "nothing is exported under this name (any more) by process %d", pid);
+    return refuse(fail(ACL_ERROR_RT_INVALID_HANDLE,
+                       "nothing is exported under this name (any more) by process %d", pid));
   }
+  const int us = sim::bare_tgid();
   int32_t* const end = found.pids + std::clamp<int32_t>(found.pid_count, 0, kMaxPids);
-  if (found.checks_pid != 0 && pid != getpid() && std::find(found.pids, end, getpid()) == end) {
-    return fail(ACL_ERROR_RT_NO_PERMISSION, "process %d did not allow process %d to import", pid,
-                getpid());
+  if (found.checks_pid != 0 && pid != getpid() && std::find(found.pids, end, us) == end) {
+    return refuse(fail(ACL_ERROR_RT_NO_PERMISSION,
+                       "process %d did not allow process %d (of aclrtDeviceGetBareTgid) to import",
+                       pid, us));
   }
   const int memory = open_file_of(pid, found.fd);
-  if (memory < 0)
-    return fail(ACL_ERROR_RT_IPC_ERROR, "the memory of process %d can't be opened: %m", pid);
+  if (memory < 0) {
+    return refuse(
+        fail(ACL_ERROR_RT_IPC_ERROR, "the memory of process %d can't be opened: %m", pid));
+  }
   *out = std::make_shared<sim::Physical>(std::max(ascend_sim_current_device(), 0), memory,
                                          found.offset, found.size, false);
   (*out)->is_fresh = false;
+  (*out)->home = found.device;
+  *lock = fd;
   return 0;
 }
 
@@ -115,6 +145,7 @@ int allow(int fd, const int32_t* pids, size_t count) {
   if (pread(fd, &found, sizeof found, 0) != static_cast<ssize_t>(sizeof found)) {
     return fail(ACL_ERROR_RT_IPC_ERROR, "the export can't be read: %m");
   }
+  if (count == 0 || pids == nullptr) return fail(ACL_ERROR_RT_PARAM_INVALID, "no processes");
   if (count > kMaxPids - found.pid_count)
     return fail(ACL_ERROR_RT_OVER_LIMIT, "more than %zu processes", kMaxPids);
   std::copy_n(pids, count, found.pids + found.pid_count);
@@ -125,25 +156,52 @@ int allow(int fd, const int32_t* pids, size_t count) {
 
 }  // namespace
 
+bool sim::end_exports(uintptr_t start) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (auto at = exports().begin(); at != exports().end();) {
+    if (at->second.start != start) {
+      ++at;
+    } else if (!end_export(at->second)) {
+      return false;
+    } else {
+      at = exports().erase(at);
+    }
+  }
+  return true;
+}
+
 aclError aclrtIpcMemGetExportKey(void* address, size_t size, char* key, size_t length,
                                  uint64_t flags) {
   ASCEND_SIM_ENTER(aclrtIpcMemGetExportKey);
   sim::Range range;
   const uintptr_t start = to_int(address);
-  if (length < kKeyBytes || !sim::is_device_address(start) || !sim::find_range(start, &range) ||
-      size == 0 || size > range.size - (start - range.start)) {
+  if (key == nullptr || length != kKeyBytes ||
+      (flags & ~uint64_t{ACL_RT_IPC_MEM_EXPORT_FLAG_DISABLE_PID_VALIDATION}) != 0) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "a key has %zu bytes, not %zu; or flags=%" PRIu64,
+                kKeyBytes, length, flags);
+  }
+  if (!sim::is_device_address(start) || !sim::find_range(start, &range) || range.start != start ||
+      range.size != size) {
     return fail(ACL_ERROR_RT_PARAM_INVALID,
-                "%p: %zu bytes are no part of one allocation, or no room for a key", address, size);
+                "%p: %zu bytes are no whole allocation, which alone can be exported", address,
+                size);
+  }
+  if (range.physical->is_apart || range.physical->is_imported()) {
+    return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+                "%p: memory that aclrtMalloc did not give can't be exported by a key", address);
+  }
+  if (ascend_sim_current_device() != range.device) {
+    return fail(ACL_ERROR_RT_CONTEXT_NULL, "%p: memory of device %d, which isn't the current one",
+                address, range.device);
   }
   Export content;
-  const bool checks_pid = (flags & ACL_RT_IPC_MEM_EXPORT_FLAG_DISABLE_PID_VALIDATION) == 0;
-  const size_t offset = range.offset + (start - range.start);
-  const int fd = write_export(range.physical, offset, size, checks_pid, &content);
+  const bool checks_pid = flags == 0;
+  const int fd = write_export(range.physical, range.offset, size, checks_pid, &content);
   if (fd < 0) return fail(ACL_ERROR_RT_IPC_ERROR, "no file for the key: %m");
   std::memset(key, 0, length);
   std::snprintf(key, kKeyBytes, "ascend-sim:%d:%d:%016" PRIx64, getpid(), fd, content.nonce);
   std::lock_guard<std::mutex> lock(mutex);
-  exports()[key] = {fd, range.physical};
+  exports()[key] = {fd, start};
   return 0;
 }
 
@@ -156,44 +214,54 @@ aclError aclrtIpcMemSetImportPid(const char* key, int32_t* pids, size_t count) {
   return allow(found->second.fd, pids, count);
 }
 
-aclError aclrtIpcMemImportByKey(void** out, const char* key, uint64_t) {
+aclError aclrtIpcMemImportByKey(void** out, const char* key, uint64_t flags) {
   ASCEND_SIM_ENTER(aclrtIpcMemImportByKey);
+  const int device = ascend_sim_current_device();
+  if (device < 0) return fail(ACL_ERROR_RT_CONTEXT_NULL, "this thread has set no device");
+  if (out == nullptr || key == nullptr ||
+      (flags & ~uint64_t{ACL_RT_IPC_MEM_IMPORT_FLAG_ENABLE_PEER_ACCESS}) != 0) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "no key, or flags=%" PRIu64, flags);
+  }
   int pid = 0;
   int fd = 0;
   uint64_t nonce = 0;
   if (std::sscanf(key, "ascend-sim:%d:%d:%16" SCNx64, &pid, &fd, &nonce) != 3) {
     return fail(ACL_ERROR_RT_PARAM_INVALID, "not a key");
   }
-  PhysicalPtr physical;
-  if (const int code = import(pid, fd, &nonce, &physical); code != 0) return code;
-  // Mappings are of whole pages, exports needn't be.
-  const size_t lead = physical->offset % sim::kPage;
-  const auto whole = std::make_shared<sim::Physical>(
-      physical->device, dup(physical->fd), physical->offset - lead, physical->size + lead, false);
-  whole->is_fresh = false;
-  const uintptr_t start = sim::reserve_addresses(whole->size, sim::kHugePage);
-  if (start == 0 || !sim::map_physical(start, whole->size, whole, 0)) {
-    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "no addresses for %zu bytes", whole->size);
-  }
   std::lock_guard<std::mutex> lock(mutex);
-  imports()[key] = start;
-  *out = sim::to_pointer(start + lead);
+  if (pid == getpid() || imports().count(key) != 0) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "%s: this process has exported or imported it", key);
+  }
+  PhysicalPtr physical;
+  int in_use = -1;
+  if (const int code = import(pid, fd, &nonce, &physical, &in_use); code != 0) return code;
+  const uintptr_t start = sim::reserve_addresses(physical->size, sim::kHugePage);
+  if (start == 0 || !sim::map_physical(start, physical->size, physical, 0)) {
+    close(in_use);
+    return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, "no addresses for %zu bytes", physical->size);
+  }
+  if (flags != 0) sim::enable_peer(device, physical->home);
+  imports()[key] = {in_use, start};
+  *out = sim::to_pointer(start);
   return 0;
 }
 
 aclError aclrtIpcMemClose(const char* key) {
   ASCEND_SIM_ENTER(aclrtIpcMemClose);
-  PhysicalPtr dropped;
+  if (key == nullptr) return fail(ACL_ERROR_RT_PARAM_INVALID, "no key");
   std::lock_guard<std::mutex> lock(mutex);
   if (const auto found = imports().find(key); found != imports().end()) {
-    sim::release_addresses(found->second);
+    sim::release_addresses(found->second.start);
+    close(found->second.fd);
     imports().erase(found);
     return 0;
   }
   const auto found = exports().find(key);
   if (found == exports().end()) return fail(ACL_ERROR_RT_INVALID_HANDLE, "no such key");
-  close(found->second.fd);
-  dropped = std::move(found->second.physical);
+  if (!end_export(found->second)) {
+    return fail(ACL_ERROR_RT_IPC_ERROR, "%s: closed here before who imported it has closed it",
+                key);
+  }
   exports().erase(found);
   return 0;
 }
@@ -223,10 +291,12 @@ aclError aclrtMemSetPidToShareableHandle(uint64_t shared, int32_t* pids, size_t 
 aclError aclrtMemImportFromShareableHandle(uint64_t shared, int32_t, aclrtDrvMemHandle* out) {
   ASCEND_SIM_ENTER(aclrtMemImportFromShareableHandle);
   PhysicalPtr physical;
+  int in_use = -1;
   const int pid = static_cast<int>(shared >> 32);
-  if (const int code = import(pid, static_cast<int>(shared & UINT32_MAX), nullptr, &physical);
-      code != 0)
-    return code;
+  const int fd = static_cast<int>(shared & UINT32_MAX);
+  if (const int code = import(pid, fd, nullptr, &physical, &in_use); code != 0) return code;
+  close(in_use);
+  physical->is_apart = true;
   *out = sim::add_handle(physical);
   return 0;
 }

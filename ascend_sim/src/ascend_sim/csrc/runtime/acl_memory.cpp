@@ -9,6 +9,7 @@
 #include "errors.h"
 #include "faults.h"
 #include "handles.h"
+#include "ipc.h"
 #include "memory.h"
 #include "settings.h"
 
@@ -78,9 +79,16 @@ aclError aclrtFree(void* address) {
   sim::Range range;
   const uintptr_t start = to_int(address);
   if (!sim::is_device_address(start) || !sim::find_range(start, &range) || range.start != start ||
-      !sim::release_addresses(start)) {
+      range.physical->is_imported() || range.physical->is_apart) {
     return fail(ACL_ERROR_RT_PARAM_INVALID, "%p was not allocated, or was freed before", address);
   }
+  if (!sim::end_exports(start)) {
+    return fail(
+        ACL_ERROR_RT_IPC_ERROR,
+        "%p: another process has this memory open by its key (aclrtIpcMemClose there first)",
+        address);
+  }
+  sim::release_addresses(start);
   return 0;
 }
 
@@ -176,6 +184,7 @@ aclError aclrtMallocPhysical(aclrtDrvMemHandle* out, size_t nbytes,
                 "device %d has %zu bytes, %zu of them are in use: not %zu more", device,
                 sim::settings().memory, sim::used_bytes(device), nbytes);
   }
+  physical->is_apart = true;
   *out = sim::add_handle(physical);
   return 0;
 }

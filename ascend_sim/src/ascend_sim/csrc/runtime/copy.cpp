@@ -11,6 +11,7 @@
 #include "../sim_api.h"
 #include "errors.h"
 #include "memory.h"
+#include "peers.h"
 
 namespace sim {
 namespace {
@@ -42,6 +43,27 @@ bool fits_kind(bool to_device, bool from_device, aclrtMemcpyKind kind) {
     default:
       return kind == ACL_MEMCPY_DEFAULT;
   }
+}
+
+// Memory of another device can be reached once aclrtDeviceEnablePeerAccess, or the flag of an
+// import, has allowed it. What matters is where memory is, not where it has been imported to.
+int check_reach(const Copy& copy) {
+  Range dst;
+  Range src;
+  const bool to = is_device(copy.dst) && find_range(to_int(copy.dst), &dst);
+  const bool from = is_device(copy.src) && find_range(to_int(copy.src), &src);
+  int here = ascend_sim_current_device();
+  int there = here;
+  if (to && from) {
+    here = dst.physical->home;
+    there = src.physical->home;
+  } else if (const Range& one = to ? dst : src; (to || from) && one.physical->is_imported()) {
+    there = one.physical->home;
+  }
+  if (is_peer_enabled(here, there) || is_peer_enabled(there, here)) return 0;
+  return fail(ACL_ERROR_RT_FEATURE_NOT_SUPPORT,
+              "device %d may not reach memory of device %d: no aclrtDeviceEnablePeerAccess", here,
+              there);
 }
 
 // Host memory is the program's: the kernel finds out whether it is there.
@@ -103,7 +125,7 @@ int check(const Copy& copy, size_t limit, aclrtMemcpyKind kind) {
                   copy.count);
     }
   }
-  return 0;
+  return check_reach(copy);
 }
 
 int check_async(const Copy& copy, size_t limit, aclrtMemcpyKind kind) {

@@ -21,7 +21,7 @@ inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 class Physical {
  public:
   Physical(int device, int fd, size_t offset, size_t size, bool is_ours)
-      : device(device), fd(fd), offset(offset), size(size), is_ours_(is_ours) {}
+      : device(device), fd(fd), offset(offset), size(size), home(device), is_ours_(is_ours) {}
   ~Physical();
   Physical(const Physical&) = delete;
   Physical& operator=(const Physical&) = delete;
@@ -30,8 +30,12 @@ class Physical {
   const int fd;
   const size_t offset;
   const size_t size;
+  int home;  // the device that it is in; imported memory has the importer's as `device`
+  bool is_apart = false;     // mapped piece by piece (expandable segments), not by aclrtMalloc
   bool is_fresh = true;      // nothing was written to it yet, not even poison
   bool is_exported = false;  // other processes may have it mapped
+
+  bool is_imported() const { return !is_ours_; }
 
  private:
   const bool is_ours_;  // else it was imported: only the descriptor is closed
