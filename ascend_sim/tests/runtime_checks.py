@@ -321,6 +321,29 @@ def check_keys_of_other_processes():
         ok(acl.aclrtFree(c_void_p(address)))
 
 
+IMPORT_OFTEN = """
+import sys
+from pathlib import Path
+from tests.runtime_checks import *
+key, counts = sys.argv[1].encode(), []
+ok(acl.aclrtSetDevice(0))
+for _ in range(40):
+    ok(acl.aclrtIpcMemImportByKey(byref(c_void_p()), key, c_uint64(1)))
+    ok(acl.aclrtIpcMemClose(key))
+    counts.append(len(Path("/proc/self/maps").read_text().splitlines()))
+print(counts[-1] - counts[19])
+"""
+
+
+def check_imports_that_are_closed_keep_no_mappings():
+    address = allocate(20 * MIB)
+    key = export(address, 20 * MIB, flags=1)
+    command = [sys.executable, "-c", IMPORT_OFTEN, key.decode()]
+    grown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert int(grown) < 20
+    ok(acl.aclrtFree(c_void_p(address)))
+
+
 def check_an_importer_that_ends_lets_go():
     address = allocate(200)
     write(address + 100, b"hello")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,21 +140,51 @@ def test_the_end_of_a_link_closes_what_was_open(pair: Pair):
     assert pull(here, [0], [0], give_late(there, 5)) is None
 
 
-@of({}, ids=["local"])
-def test_a_reader_that_is_killed_has_nothing_open(pair: Pair, peers: Callable[[], Peer]):
-    here, _, _ = pair
+def start_reader(here: NpuService, peers: Callable[[], Peer]) -> Peer:
+    """A further process, instance 3, that has a cache of `here` open."""
     reader = peers()
     reader.call("start", 3, **LOCAL)
     assert reader.call("link", 1, here.dd.listen_address[1]) == OK
-    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
-    here.paint("ours", 6)
     reader.call("allocate", "mine", 2, 8, 4096, paged=True)
     pulled = reader.call("attempt", "pull_blocks", BlocksCacheKey(1, 0), Ref("mine"), [0], [0])
     assert pulled is None
+    return reader
+
+
+def pidfds() -> int:
+    """How many descriptors of processes this process has."""
+    count = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the listing's own
+            count += "pidfd" in str(entry.readlink())
+    return count
+
+
+@of({}, ids=["local"])
+def test_a_reader_that_is_killed_has_nothing_open(pair: Pair, peers: Callable[[], Peer]):
+    here, _, _ = pair
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    here.paint("ours", 6)
+    reader = start_reader(here, peers)
     assert here.exported() > 0
     reader.kill()
     here.drop("ours")
     assert eventually(lambda: here.exported() == 0)
+
+
+@of({}, ids=["local"])
+def test_no_descriptor_is_kept_of_readers_that_are_gone(pair: Pair, peers: Callable[[], Peer]):
+    """Also while the cache that they had open lives on."""
+    here, _, _ = pair
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+
+    before = pidfds()
+    for _ in range(2):
+        start_reader(here, peers).kill()
+        assert eventually(lambda: here.link_states()[3] == "lost")
+        assert here.unlink(3, force=True) == OK
+    assert eventually(lambda: pidfds() == before), (before, pidfds())
+    assert here.exported() > 0
 
 
 @of({}, ids=["local"])

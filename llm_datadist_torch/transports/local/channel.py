@@ -193,6 +193,8 @@ class LocalChannel(Channel):
             reader = Reader(process, wanted.process, self._tell_ended)
             addrs = cache.addrs.tolist()
             shown = messages.Shown(EXPORTS.show(addrs, cache.extent, self._device, self, reader))
+            if self._process is None:  # closed meanwhile, before there was a reader to let go
+                EXPORTS.end_link(self)
         except LLMException as error:
             lasting = error.status_code != LLMStatusCode.LLM_LINK_BUSY
             shown = messages.Shown([], str(error), lasting)
@@ -236,6 +238,7 @@ class LocalChannel(Channel):
     def close(self) -> None:
         """Unmap and close everything. Movements and readers under way keep the peer's process."""
         self._process = None
+        EXPORTS.end_link(self)
         self._ipc.close()
         self._mappings.close()
         # Those that serve no more, too: closing is idempotent.

@@ -38,6 +38,7 @@ _COUNTERS = 4096
 _CLOSE_MS = 5_000
 """How long peers have to close memory whose owner waits for that."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
+"""Between two looks at what peers have closed; each pause is twice the one before."""
 
 
 class _Counter(NamedTuple):
@@ -159,6 +160,7 @@ class Exports:
         self._lock = threading.Lock()
         self._registered: Counter[tuple[int, int]] = Counter()
         self._exports: list[_Export] = []
+        self._ended_links: set[object] = set()
         self._counters = _Counters()
         self._closing = False
 
@@ -230,6 +232,16 @@ class Exports:
                     export.readers[link] = (reader, self._counters.take())
             return [export.shown_to(link) for export in unique]
 
+    def end_link(self, link: object) -> None:
+        """Let the reader at the other end of a link go once it has nothing open any more.
+
+        The readers hold descriptors of their processes. Does not block.
+        """
+        with self._lock:
+            self._ended_links.add(link)
+        if not self._close_unused():
+            self._close_later()
+
     def _export_of(self, address: int, extent: int, device: torch.device) -> _Export:
         for export in self._exports:
             if export.overlaps(address, extent):
@@ -283,17 +295,22 @@ class Exports:
             )
 
     def _close_unused(self) -> bool:
-        """Close what nobody has open any more; whether nothing is left to be closed."""
+        """Close what nobody has open any more; whether nothing is left to wait for."""
         released: list[object] = []
         with self._lock:
-            for export in [each for each in self._exports if each.ending]:
+            for export in list(self._exports):
                 export.forget_done()
-                if not export.readers and _close(export):
+                if export.ending and not export.readers and _close(export):
                     self._exports.remove(export)
                     released += export.kept
-            left = any(export.ending for export in self._exports)
+            left = self._awaits_readers()
         released.clear()
         return not left
+
+    def _awaits_readers(self) -> bool:
+        """Whether memory is to be closed, or the reader of an ended link has some open."""
+        self._ended_links &= {link for export in self._exports for link in export.readers}
+        return bool(self._ended_links) or any(export.ending for export in self._exports)
 
     def _close_later(self) -> None:
         with self._lock:
@@ -309,7 +326,7 @@ class Exports:
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             self._close_unused()
             with self._lock:
-                if not any(export.ending for export in self._exports):
+                if not self._awaits_readers():
                     self._closing = False
                     return
 

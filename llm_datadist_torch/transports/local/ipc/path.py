@@ -92,6 +92,7 @@ class DeviceIpc(LocalPath):
         self._open: dict[bytes, _OpenMemory] = {}
         self._table = _Table([])
         self._refused: dict[int, str] = {}
+        self._ended: set[messages.SharedMemory] = set()
         self._closed = False
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
@@ -168,8 +169,8 @@ class DeviceIpc(LocalPath):
             if shared.key in self._open:
                 return
             try:
-                if self._closed:
-                    raise PathUnavailable("the link has ended")
+                if self._closed or shared in self._ended:
+                    raise PathUnavailable("the link has ended, or the peer has ended this memory")
                 address = IMPORTS.open(shared.key, self._device)
             except BaseException:
                 _C.bump_word(closed)
@@ -182,16 +183,17 @@ class DeviceIpc(LocalPath):
     def end(self, ended: messages.Ended) -> None:
         """The owner wants to free memory. Does not block."""
         for shared in ended.memory:
-            if not self._end_one(shared.key):
-                # Its key was in an answer that came too late, or was never opened.
+            if not self._end_one(shared):
+                # Its key was in an answer that came too late, or is being opened right now.
                 with suppress(OSError):
                     _counters, closed = self._mappings.counters(shared.closed)
                     _C.bump_word(closed)
 
-    def _end_one(self, key: bytes) -> bool:
+    def _end_one(self, shared: messages.SharedMemory) -> bool:
         with self._lock:
-            one = self._open.pop(key, None)
+            one = self._open.pop(shared.key, None)
             if one is None:
+                self._ended.add(shared)
                 return False
             self._table = _Table(list(self._open.values()))
             one.ending = True
@@ -209,9 +211,11 @@ class DeviceIpc(LocalPath):
 
     def close(self) -> None:
         """Close everything that no movement uses; the others close the rest."""
-        self._closed = True
-        for key in list(self._open):
-            self._end_one(key)
+        with self._lock:
+            self._closed = True
+            memory = [one.shared for one in self._open.values()]
+        for shared in memory:
+            self._end_one(shared)
 
     @property
     def open_bytes(self) -> int:

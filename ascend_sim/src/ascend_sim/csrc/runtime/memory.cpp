@@ -24,11 +24,27 @@ constexpr size_t kAddressSpace = size_t{512} << 30;
 // Freed ranges keep readable poison under them, 2 MiB per kernel mapping, of which there are 65530:
 // the oldest give way.
 constexpr size_t kMaxPoisonedPieces = 8192;
+// Likewise of memory that was imported and is closed again, apart from those: importing the same
+// allocation over and over must not look like a leak of mappings.
+constexpr size_t kMaxPoisonedImports = 64;
 
 struct Device {
   int fd = -1;
   size_t end = 0;  // addresses in the file are never used twice: holes cost nothing
   size_t used = 0;
+};
+
+// Ranges of aliases with poison under them, the oldest first.
+struct Poisoned {
+  const size_t max_pieces;
+  std::deque<Range> ranges;
+  size_t pieces = 0;
+
+  static size_t pieces_of(const Range& range) {
+    return round_up(range.size, kHugePage) / kHugePage;
+  }
+  void add(const Range& range);
+  void forget(uintptr_t start, size_t nbytes);
 };
 
 struct Memory {
@@ -42,11 +58,11 @@ struct Memory {
   std::map<uintptr_t, Range> pinned;
   std::map<uintptr_t, size_t> pinned_by_us;  // start -> bytes of the mapping
   int poison_fd = -1;
-  std::deque<Range> poisoned;
-  size_t poisoned_pieces = 0;
+  Poisoned poisoned{kMaxPoisonedPieces};
+  Poisoned poisoned_imports{kMaxPoisonedImports};
 
   void make_address_space();
-  void bury(uintptr_t start, size_t nbytes);
+  void bury(const Range& range);
   void unmap(std::map<uintptr_t, Range>::iterator at, std::vector<PhysicalPtr>* dropped);
   uintptr_t alias_of(uintptr_t address) const { return address - base + alias; }
 };
@@ -72,10 +88,33 @@ void Memory::make_address_space() {
   base = next = round_up(start, kHugePage);
 }
 
+void Poisoned::add(const Range& range) {
+  ranges.push_back(range);
+  pieces += pieces_of(range);
+  while (pieces > max_pieces && ranges.size() > 1) {
+    const Range& oldest = ranges.front();
+    mmap(to_pointer(oldest.start), oldest.size, PROT_NONE,
+         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+    pieces -= pieces_of(oldest);
+    ranges.pop_front();
+  }
+}
+
+// Something else is mapped there now.
+void Poisoned::forget(uintptr_t start, size_t nbytes) {
+  const auto overlaps = [&](const Range& old) {
+    const bool overlaps = old.start < start + nbytes && start < old.start + old.size;
+    if (overlaps) pieces -= pieces_of(old);
+    return overlaps;
+  };
+  ranges.erase(std::remove_if(ranges.begin(), ranges.end(), overlaps), ranges.end());
+}
+
 // Lets whoever still has a pointer to freed memory read poison instead of crashing, and write to
 // nobody's memory.
-void Memory::bury(uintptr_t start, size_t nbytes) {
-  const size_t whole = round_up(nbytes, kPage);
+void Memory::bury(const Range& range) {
+  const uintptr_t start = alias_of(range.start);
+  const size_t whole = round_up(range.size, kPage);
   const int byte = settings().poison;
   if (poison_fd < 0) {
     poison_fd = memfd_create("ascend_sim_poison", MFD_CLOEXEC);
@@ -87,22 +126,15 @@ void Memory::bury(uintptr_t start, size_t nbytes) {
   for (size_t at = 0; at < whole; at += kHugePage) {
     mmap(to_pointer(start + at), std::min(kHugePage, whole - at), PROT_READ | PROT_WRITE,
          MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, poison_fd, 0);
-    ++poisoned_pieces;
   }
-  poisoned.push_back({start, whole, -1, nullptr, 0});
-  while (poisoned_pieces > kMaxPoisonedPieces && poisoned.size() > 1) {
-    const Range& oldest = poisoned.front();
-    mmap(to_pointer(oldest.start), oldest.size, PROT_NONE,
-         MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-    poisoned_pieces -= round_up(oldest.size, kHugePage) / kHugePage;
-    poisoned.pop_front();
-  }
+  auto& kept = range.physical->is_imported() ? poisoned_imports : poisoned;
+  kept.add({start, whole, -1, nullptr, 0});
 }
 
 // The last owner of physical memory takes the lock, so it goes only after the lock was given back:
 // into `dropped`.
 void Memory::unmap(std::map<uintptr_t, Range>::iterator at, std::vector<PhysicalPtr>* dropped) {
-  bury(alias_of(at->second.start), at->second.size);
+  bury(at->second);
   dropped->push_back(at->second.physical);
   mapped.erase(at);
 }
@@ -218,13 +250,7 @@ bool map_physical(uintptr_t start, size_t nbytes, const PhysicalPtr& physical, s
   void* made = mmap(alias, whole, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, physical->fd,
                     static_cast<off_t>(physical->offset + offset));
   if (made == MAP_FAILED) return false;
-  const auto overlaps = [&](const Range& old) {
-    const bool overlaps = old.start < to_int(alias) + whole && to_int(alias) < old.start + old.size;
-    if (overlaps) all.poisoned_pieces -= round_up(old.size, kHugePage) / kHugePage;
-    return overlaps;
-  };
-  all.poisoned.erase(std::remove_if(all.poisoned.begin(), all.poisoned.end(), overlaps),
-                     all.poisoned.end());
+  for (Poisoned* kept : {&all.poisoned, &all.poisoned_imports}) kept->forget(to_int(alias), whole);
   if (physical->is_fresh) poison(alias, whole);
   if (nbytes >= physical->size) physical->is_fresh = false;
   all.mapped[start] = {start, nbytes, physical->device, physical, offset};
