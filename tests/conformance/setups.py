@@ -74,13 +74,18 @@ ON_CPU = _modes(
     Setup("nixl", "nixl"),
     Setup("nixl", "nixl", kind="tensors"),
 )
-ON_NPU = _modes(
-    Setup("local", "same-process", near=True, device="npu"),
-    Setup("local", "device-ipc", device="npu"),
-    Setup("hixl", "hixl", device="npu"),
+ON_NPU = [
+    *_modes(
+        Setup("local", "same-process", near=True, device="npu"),
+        Setup("local", "device-ipc", device="npu"),
+        Setup("hixl", "hixl", device="npu"),
+    ),
+    # What is registered, in one of the modes each: on NPUs a test takes several times as long.
+    Setup("local", "device-ipc", kind="tensors", device="npu", remote=True),
+    Setup("local", "device-ipc", kind="ints", device="npu"),
     Setup("hixl", "hixl", kind="tensors", device="npu"),
-    Setup("hixl", "hixl", kind="ints", device="npu"),
-)
+    Setup("hixl", "hixl", kind="ints", device="npu", remote=True),
+]
 
 
 def of_others(name: str, device: str) -> list[Setup]:

@@ -16,6 +16,7 @@ from llm_datadist_torch.transports.local.ipc import probe
 from tests.npu.hixl_pair import KEY, OK, Pair, blocks, give, here, pair, peers, pull
 from tests.npu.npu_service import NpuService
 from tests.peers import Peer, Ref, eventually
+from tests.transfer.remote import messages
 
 __all__ = ["here", "pair", "peers"]
 
@@ -51,6 +52,35 @@ def test_an_allocation_is_exported_and_opened_once(pair: Pair):
     assert here.calls("aclrtIpcMemImportByKey") == 1
     assert there.call("calls", "aclrtIpcMemGetExportKey") == 1
     assert there.call("calls", "aclrtIpcMemSetImportPid") == 1
+
+
+@of({"remote": True, "pool": POOL}, ids=["pool"])
+def test_a_known_cache_costs_no_message(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    here, there, _ = pair
+    give(pair)
+    assert pull(here) is None
+    there.call("paint", "theirs", 8)
+    with messages(monkeypatch) as said:
+        assert pull(here) is None
+        assert pull(here, [3], [0]) is None
+    assert said == []
+    assert here.rows("mine") == [[8, 0, 0, 0, 0, 8, 8, 8]] * 2
+    assert here.paths() == {"device-ipc"}
+
+
+@of({}, ids=["local"])
+def test_host_memory_needs_no_keys(pair: Pair):
+    here, there, _ = pair
+    host = {"paged": True, "placement": Placement.HOST}
+    there.call("allocate", "theirs", 2, 8, 4096, keys=KEY, **host)
+    there.call("paint", "theirs", 9)
+    here.allocate("mine", 2, 8, 4096, **host)
+    here.paint("mine", 0)
+    assert pull(here, [0], [1]) is None
+    assert here.rows("mine") == [[0, 9, 0, 0, 0, 0, 0, 0]] * 2
+    assert here.paths() == {"shared-mapping"}
+    assert here.calls("aclrtDeviceGetBareTgid") == 0
+    assert there.call("calls", "aclrtIpcMemGetExportKey") == 0
 
 
 def test_before_an_engine_where_there_is_one(here: NpuService, peers: Callable[[], Peer]):

@@ -24,6 +24,8 @@ from llm_datadist import (
 IP = "127.0.0.1"
 PORT = int(os.environ["FIRST_PORT"])
 """Instances that listen are told this port and those after it."""
+TRANSPORT = os.environ.get("TRANSPORT")
+"""Instances of programs that choose no engine themselves are told this one."""
 PAGE = 512
 """torch_npu's allocator starts tensors at multiples of this."""
 
@@ -40,6 +42,8 @@ def finish(*datadists: LLMDataDist) -> None:
     # A peer that asks to unlink must still find who it asks.
     dist.barrier()
     for datadist in datadists:
+        for path in sorted({counter.path for counter in datadist.stats().transfers}):
+            print(f"moved by {path}", flush=True)
         datadist.finalize()
     dist.barrier()
     dist.destroy_process_group()
@@ -60,6 +64,7 @@ def start_datadist(
     config.device_id = device_id
     config.enable_cache_manager = True
     config.sync_kv_timeout = 60000
+    config.transport = TRANSPORT
     if remote:
         config.enable_remote_cache_accessible = True
     if port is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -71,19 +72,30 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, tmp_path: Path) -> None:
-    run(program, tmp_path)
+    chooses_its_engine = program == "by_transfer_backend"
+    assert run(program, tmp_path) == {"hixl" if chooses_its_engine else "device-ipc"}
+
+
+# One for each kind of operation: by rank table, in blocks, in rows, layer by layer.
+@pytest.mark.parametrize("program", ["pull_blocks_by_rank_table", "push_rows", "layer_by_layer"])
+def test_program_by_hixl(program: str, tmp_path: Path) -> None:
+    assert run(program, tmp_path, lambda _: {"TRANSPORT": "hixl"}) == {"hixl"}
 
 
 @pytest.mark.needs_two_npus
 def test_each_rank_sees_a_device_of_its_own(tmp_path: Path) -> None:
     """Which is device 0 to all of them."""
-    run("rows_into_blocks", tmp_path, lambda rank: {"ASCEND_RT_VISIBLE_DEVICES": str(rank)})
+    visible = {rank: {"ASCEND_RT_VISIBLE_DEVICES": str(rank)} for rank in range(2)}
+    assert run("rows_into_blocks", tmp_path, visible.__getitem__) == {"device-ipc"}
 
 
 def run(
     program: str, tmp_path: Path, settings: Callable[[int], dict[str, str]] = lambda _: {}
-) -> None:
-    """Run a program; ``settings`` are further environment variables of a rank."""
+) -> set[str]:
+    """Run a program; returns the ways that its bytes went.
+
+    ``settings`` are further environment variables of a rank.
+    """
     world = PROGRAMS[program]
     command = [sys.executable, "-m", "llm_datadist_torch", "run", str(HERE / f"{program}.py")]
     outputs = [tmp_path / f"rank{rank}.txt" for rank in range(world)]
@@ -111,6 +123,7 @@ def run(
     told = "\n".join(f"-- {path.name}\n{path.read_text()}" for path in outputs)
     assert codes == [0] * world, told
     assert all("\ndone\n" in path.read_text() for path in outputs), told
+    return set(re.findall(r"^moved by (\S+)$", told, re.MULTILINE))
 
 
 def test_every_program_is_run() -> None:

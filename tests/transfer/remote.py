@@ -11,7 +11,7 @@ import pytest
 
 from llm_datadist_torch import BlocksCacheKey
 from llm_datadist_torch.links.link import Link
-from llm_datadist_torch.serving.messages import Note
+from llm_datadist_torch.serving.messages import Call, Note
 from tests.peers import Ref, Service
 
 ME, PEER = 1, 2
@@ -32,7 +32,8 @@ def status(failure: Any) -> str:
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What this process says on its links meanwhile.
 
-    Without the first note of a transport on each link: an engine connects with its first movement.
+    Without the first note of a transport on each link, and the first call of `local`: with its
+    first movement an engine connects, and `local` asks for keys to device memory.
     """
     said: list[str] = []
     connecting: set[str] = set()
@@ -41,7 +42,8 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         real = getattr(Link, name)
 
         def call(link: Link, body: Any, *args: Any) -> Any:
-            if isinstance(body, Note) and link.name not in connecting:
+            asks_for_keys = isinstance(body, Call) and body.transport == "local"
+            if (asks_for_keys or isinstance(body, Note)) and link.name not in connecting:
                 connecting.add(link.name)
             else:
                 said.append(type(body).__name__)
