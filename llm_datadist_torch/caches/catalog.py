@@ -63,6 +63,11 @@ class Catalog:
         with self._lock:
             return list(self._entries)
 
+    def entries(self) -> list[CacheEntry]:
+        """All whose memory is still in use, those that have ended included."""
+        with self._lock:
+            return [*self._entries.values(), *self._ended.values()]
+
     @property
     def num_keys(self) -> int:
         """Keys that are bound to a cache."""

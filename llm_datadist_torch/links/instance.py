@@ -146,8 +146,10 @@ class Instance:
                 workers.close(deadline)
             self.links.close(deadline)
             self._transports.close()
-            # Peers may have pools of device memory open a moment longer.
+            # Peers may have device memory open a moment longer.
             self._transports.unregister(self._pool_spans(), list(self._memories.values()))
+            for entry in self.catalog.entries():
+                self._unpublish(entry)
         with self._caches_lock:
             caches = list(self._caches.values())
         for cache in caches:
@@ -270,10 +272,13 @@ class Instance:
 
     def _on_free(self, entry: CacheEntry) -> None:
         # First of all: the engines must not reach memory that is being freed.
-        keep = None if entry.unowned else entry.tensors
-        self._transports.unregister(self._spans_of(entry), keep)
+        self._unpublish(entry)
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)
+
+    def _unpublish(self, entry: CacheEntry) -> None:
+        keep = None if entry.unowned else entry.tensors
+        self._transports.unregister(self._spans_of(entry), keep)
 
 
 def _check_late_writers(late: Sequence[Grant]) -> None:

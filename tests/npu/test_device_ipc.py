@@ -181,6 +181,16 @@ def start_reader(here: NpuService, peers: Callable[[], Peer]) -> Peer:
     return reader
 
 
+@of({}, {"pool": POOL}, ids=["local", "pool"])
+def test_the_end_of_an_instance_ends_its_exports(pair: Pair, peers: Callable[[], Peer]):
+    here, _, _ = pair
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    start_reader(here, peers)
+    assert here.exported() > 0
+    here.finish()
+    assert eventually(lambda: here.exported() == 0)
+
+
 def pidfds() -> int:
     """How many descriptors of processes this process has."""
     count = 0
