@@ -33,10 +33,13 @@ class Catalog:
     ``on_free`` is called without the lock. Leases are counted by each entry's guard, in C++.
 
     Args:
-        on_free: Called with each entry that has just left the catalog, after its last lease.
+        on_free: Called with each entry that has just left the catalog, after its last lease, and
+            with the deadline of whoever ended it, if there is one.
     """
 
-    def __init__(self, on_free: Callable[[CacheEntry], None] = lambda _: None) -> None:
+    def __init__(
+        self, on_free: Callable[[CacheEntry, Deadline | None], None] = lambda *_: None
+    ) -> None:
         # Not a Condition: taking that one runs Python code, in which Ctrl-C would lose the lock.
         self._lock = threading.RLock()
         self._entries: dict[int, CacheEntry] = {}
@@ -63,10 +66,14 @@ class Catalog:
         with self._lock:
             return list(self._entries)
 
-    def entries(self) -> list[CacheEntry]:
-        """All whose memory is still in use, those that have ended included."""
+    def for_each_in_use(self, visit: Callable[[CacheEntry], None]) -> None:
+        """Call ``visit`` with each entry that has its memory, those that have ended included."""
         with self._lock:
-            return [*self._entries.values(), *self._ended.values()]
+            entries = {**self._entries, **self._ended}.values()
+        for entry in entries:
+            with entry.ending:  # or another thread frees it meanwhile
+                if entry.tensors:
+                    visit(entry)
 
     @property
     def num_keys(self) -> int:
@@ -278,7 +285,7 @@ class Catalog:
             self._drop_keys(entry, list(entry.keys))
             entry.held = False
             freed = self._collect(entry)
-        self._notify(freed)
+        self._notify(freed, deadline)
 
     def clear(self) -> None:
         """Forget everything: the instance has ended. Running transfers keep what they use."""
@@ -356,7 +363,7 @@ class Catalog:
         self._entries.pop(entry.cache_id, None)
         return entry
 
-    def _notify(self, freed: CacheEntry | None) -> None:
+    def _notify(self, freed: CacheEntry | None, deadline: Deadline | None = None) -> None:
         if freed is None:
             return
         with freed.ending:
@@ -365,7 +372,7 @@ class Catalog:
             try:
                 # Not once more if only the rest is left.
                 if freed.tensors:
-                    self._on_free(freed)
+                    self._on_free(freed, deadline)
             except LLMException:
                 self._drop(freed)
                 raise

@@ -121,14 +121,16 @@ def pinned_memory() -> Facts:
 
 # -- two processes --------------------------------------------------------------------------------
 
+_MOVED: Facts = {"pulled": True, "pushed": True, "registered_later": True, "unregistered": True}
 
-@_step(moved_by="local", pulled=True, pushed=True, registered_later=True, unregistered=True)
+
+@_step(moved_by="local", **_MOVED, paths=["device-ipc"])
 def between_processes_by_local() -> Facts:
-    """Through the control connection; ``way`` says so."""
+    """AscendCL's IPC: keys, opening, memory that comes later, closing; ``paths`` says if it was."""
     return _between_processes("local")
 
 
-@_step(moved_by="hixl", pulled=True, pushed=True, registered_later=True, unregistered=True)
+@_step(moved_by="hixl", **_MOVED, paths=["hixl"])
 def between_processes_by_hixl() -> Facts:
     """HIXL: registration, connection, transfer, reconnection for later memory, deregistration."""
     return _between_processes("hixl")
@@ -177,7 +179,7 @@ def _between_processes(transport: str) -> Facts:
         facts["unregister_s"] = round(time.monotonic() - began, 3)
         manager.pull_blocks(BlocksCacheKey(PEER, 0), cache, [3], [3])
         facts["unregistered"] = torch.equal(cache.tensors[1][3].cpu(), (pattern() ^ 255)[3])
-        facts["ways"] = sorted({each.path for each in datadist.stats().transfers})
+        facts["paths"] = sorted({each.path for each in datadist.stats().transfers})
     return facts
 
 

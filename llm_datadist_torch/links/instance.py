@@ -147,9 +147,8 @@ class Instance:
             self.links.close(deadline)
             self._transports.close()
             # Peers may have device memory open a moment longer.
-            self._transports.unregister(self._pool_spans(), list(self._memories.values()))
-            for entry in self.catalog.entries():
-                self._unpublish(entry)
+            self._transports.retire(self._pool_spans(), list(self._memories.values()))
+            self.catalog.for_each_in_use(lambda entry: self._unpublish(entry, deadline))
         with self._caches_lock:
             caches = list(self._caches.values())
         for cache in caches:
@@ -245,7 +244,7 @@ class Instance:
         try:
             self.catalog.add(entry, keys)
         except BaseException:
-            self._transports.unregister(spans)
+            self._transports.unregister(spans, self.deadline())
             raise
 
     def _pool_spans(self) -> list[MemorySpan]:
@@ -270,15 +269,17 @@ class Instance:
         storages = [tensor.untyped_storage() for tensor in entry.tensors]
         return spans_in_storages(spans, [(each.data_ptr(), each.nbytes()) for each in storages])
 
-    def _on_free(self, entry: CacheEntry) -> None:
+    def _on_free(self, entry: CacheEntry, deadline: Deadline | None) -> None:
         # First of all: the engines must not reach memory that is being freed.
-        self._unpublish(entry)
+        self._unpublish(entry, deadline or self.deadline())
         if entry.region is not None and entry.owns_region:
             self.links.region_freed(entry.region.region_id)
 
-    def _unpublish(self, entry: CacheEntry) -> None:
-        keep = None if entry.unowned else entry.tensors
-        self._transports.unregister(self._spans_of(entry), keep)
+    def _unpublish(self, entry: CacheEntry, deadline: Deadline) -> None:
+        if entry.unowned:
+            self._transports.unregister(self._spans_of(entry), deadline)
+        else:
+            self._transports.retire(self._spans_of(entry), entry.tensors)
 
 
 def _check_late_writers(late: Sequence[Grant]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
@@ -422,7 +422,15 @@ class Transport(ABC):
     def unregister(self, span: MemorySpan) -> None:  # noqa: B027
         """End one :meth:`register` of ``span``, if there was one, so that it may be freed.
 
-        Never fails.
+        Never fails. It may be freed after :meth:`wait_closed`.
+        """
+
+    def wait_closed(self, spans: Sequence[MemorySpan], deadline: Deadline) -> None:  # noqa: B027
+        """Block until no peer reaches the memory of unregistered spans, or until the deadline.
+
+        For engines that must have peers close it first: all spans of a cache are unregistered
+        before this is called once. Never fails; memory that is still open at the deadline is
+        logged.
         """
 
     def retire(self, span: MemorySpan, keep: object) -> None:

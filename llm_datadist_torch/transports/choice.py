@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -317,20 +317,30 @@ class TransportSet:
                 transport.unregister(span)
             raise
 
-    def unregister(self, spans: Iterable[MemorySpan], keep: object = None) -> None:
-        """Take back what :meth:`register` did for these spans.
+    def retire(self, spans: Iterable[MemorySpan], keep: object) -> None:
+        """Take back what :meth:`register` did for these spans. Does not block.
 
         Args:
             spans: See :meth:`register`.
             keep: What owns their memory, to be kept by engines that can't end a registration at
-                once; None if somebody else may free it as soon as this returns.
+                once.
         """
         for span in spans:
             for transport in self._registering[span.kind]:
-                if keep is None:
-                    transport.unregister(span)
-                else:
-                    transport.retire(span, keep)
+                transport.retire(span, keep)
+
+    def unregister(self, spans: Sequence[MemorySpan], deadline: Deadline) -> None:
+        """As :meth:`retire`, where somebody else may free the memory as soon as this returns.
+
+        Args:
+            spans: See :meth:`register`.
+            deadline: Until when peers that have it open are waited for, at most.
+        """
+        for span in spans:
+            for transport in self._registering[span.kind]:
+                transport.unregister(span)
+        for transport in self._transports.values():
+            transport.wait_closed(spans, deadline)
 
     def close(self) -> None:
         """Close them all; idempotent."""

@@ -228,6 +228,46 @@ def test_no_descriptor_is_kept_of_readers_that_are_gone(pair: Pair, peers: Calla
 
 
 @of({}, ids=["local"])
+def test_memory_that_is_open_is_shared_again(pair: Pair, peers: Callable[[], Peer]):
+    """A reader that does not close what has ended makes nobody wait or go another way."""
+    here, there, _ = pair
+    here.allocate("ours", 2, 8, 4096, paged=True, keys=BlocksCacheKey(1, 0))
+    there.call("allocate", "mine", 2, 8, 4096, paged=True)
+    reader = start_reader(here, peers)
+    size = here.exported()
+    late = BlocksCacheKey(1, 1)
+    with reader.stopped():
+        here.drop("ours")
+        assert here.exported() == size
+        here.allocate("again", 2, 8, 4096, paged=True, keys=late)
+        here.paint("again", 7)
+        assert there.call("attempt", "pull_blocks", late, Ref("mine"), [0], [1]) is None
+        assert there.call("rows", "mine")[0][1] == 7
+        assert here.exported() == size
+        assert here.calls("aclrtIpcMemGetExportKey") == 1
+    assert reader.call("attempt", "pull_blocks", late, Ref("mine"), [0], [1]) is None
+    assert reader.call("rows", "mine")[0][1] == 7
+    assert there.call("paths") == reader.call("paths") == {"device-ipc"}
+    here.drop("again")
+    assert eventually(lambda: here.exported() == 0)
+
+
+@of({}, ids=["local"])
+def test_unregistering_waits_for_readers_as_long_as_it_is_told(
+    pair: Pair, peers: Callable[[], Peer], caplog: pytest.LogCaptureFixture
+):
+    here, _, _ = pair
+    here.adopt_addresses("ours", 2, 8, 4096, BlocksCacheKey(1, 0))
+    reader = start_reader(here, peers)
+    with reader.stopped():
+        here.manager.unregister_cache(here.held["ours"].cache.cache_id, timeout=200)
+        (said,) = [text for text in caplog.messages if "stay open in another process" in text]
+        assert "after 200 ms; keep that memory" in said
+        assert here.exported() > 0
+    assert eventually(lambda: here.exported() == 0)
+
+
+@of({}, ids=["local"])
 def test_expandable_segments_go_another_way(pair: Pair, caplog: pytest.LogCaptureFixture):
     here, there, _ = pair
     there.call("expandable", on=True)

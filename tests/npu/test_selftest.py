@@ -38,5 +38,5 @@ def test_every_step_is_as_it_says(tmp_path: Path) -> None:
     assert report["doctor"]["versions"]["torch_npu"] != "not installed"
     assert len(steps["device"]["facts"]["devices"]) == 2
     # Each transport moved its bytes.
-    assert steps["between processes by hixl"]["facts"]["ways"] == ["hixl"]
-    assert steps["between processes by local"]["facts"]["ways"] != ["hixl"]
+    assert steps["between processes by hixl"]["facts"]["paths"] == ["hixl"]
+    assert steps["between processes by local"]["facts"]["paths"] == ["device-ipc"]

@@ -92,7 +92,7 @@ def test_each_rank_sees_a_device_of_its_own(tmp_path: Path) -> None:
 def run(
     program: str, tmp_path: Path, settings: Callable[[int], dict[str, str]] = lambda _: {}
 ) -> set[str]:
-    """Run a program; returns the ways that its bytes went.
+    """Run a program; returns the paths that its bytes took.
 
     ``settings`` are further environment variables of a rank.
     """

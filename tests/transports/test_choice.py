@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -68,6 +70,7 @@ class StubTransport(Transport):
         self.capabilities = Capabilities(host, device, True, True, True, True, registers)  # type: ignore[misc]
         self.refuse = refuse
         self.registered: list[MemorySpan] = []
+        self.waits: list[Any] = []
         self.channel = StubChannel(name, Fit.good("stub"), Fit.good("stub"))
 
     @classmethod
@@ -89,6 +92,9 @@ class StubTransport(Transport):
 
     def unregister(self, span):
         self.registered.remove(span)
+
+    def wait_closed(self, spans, deadline):
+        self.waits.append((list(spans), list(self.registered), deadline))
 
     def close(self):
         pass
@@ -253,8 +259,20 @@ def test_registered_where_it_is_wanted():
     assert host.registered == [SPANS[0], SPANS[2]]
     assert device.registered == [SPANS[1]]
     assert none.registered == []
-    transports.unregister(SPANS)
+    deadline = Deadline.after_ms(100)
+    transports.unregister(SPANS, deadline)
     assert both.registered == host.registered == device.registered == []
+    # Once for all of them, and by the caller's deadline.
+    assert both.waits == [(SPANS, [], deadline)]
+
+
+def test_memory_that_is_kept_is_not_waited_for():
+    transport = StubTransport("one")
+    transports = TransportSet([transport], {})
+    transports.register(SPANS)
+    transports.retire(SPANS, object())
+    assert transport.registered == []
+    assert transport.waits == []
 
 
 def test_registration_is_all_or_nothing():

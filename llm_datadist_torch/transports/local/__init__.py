@@ -7,6 +7,10 @@ process, and a relay as the last resort.
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
 import msgspec
 import torch
 
@@ -23,6 +27,7 @@ from llm_datadist_torch.transports.local.host import HostIdentity, LocalOffer, a
 from llm_datadist_torch.transports.local.ipc import probe
 from llm_datadist_torch.transports.local.ipc.exports import EXPORTS
 from llm_datadist_torch.values.config import EngineConfig
+from llm_datadist_torch.values.deadline import Deadline
 
 
 class LocalTransport(Transport):
@@ -52,6 +57,9 @@ class LocalTransport(Transport):
             identity.start_time,
             probe.why_not(device),
         )
+        # What other instances of this process have registered is not ours to end.
+        self._registered: Counter[tuple[int, int]] = Counter()
+        self._registered_lock = threading.Lock()
 
     @classmethod
     def availability(cls, config: EngineConfig, device: torch.device) -> str | None:  # noqa: ARG003
@@ -73,15 +81,31 @@ class LocalTransport(Transport):
 
     def register(self, span: MemorySpan) -> None:
         """See :meth:`Transport.register`."""
+        with self._registered_lock:
+            self._registered[span.address, span.nbytes] += 1
         EXPORTS.register(span)
 
     def unregister(self, span: MemorySpan) -> None:
-        """See :meth:`Transport.unregister`; blocks until no peer has it open, for 5 s at most."""
-        EXPORTS.unregister(span)
+        """See :meth:`Transport.unregister`."""
+        if self._was_registered(span):
+            EXPORTS.unregister(span)
+
+    def wait_closed(self, spans: Sequence[MemorySpan], deadline: Deadline) -> None:
+        """See :meth:`Transport.wait_closed`."""
+        EXPORTS.wait_closed(spans, deadline)
 
     def retire(self, span: MemorySpan, keep: object) -> None:
         """See :meth:`Transport.retire`."""
-        EXPORTS.retire(span, keep)
+        if self._was_registered(span):
+            EXPORTS.retire(span, keep)
+
+    def _was_registered(self, span: MemorySpan) -> bool:
+        name = (span.address, span.nbytes)
+        with self._registered_lock:
+            count = self._registered.pop(name, 0)
+            if count > 1:
+                self._registered[name] = count - 1
+            return count > 0
 
     def close(self) -> None:
         """Nothing is held: what peers have open outlives the instance."""

@@ -196,8 +196,7 @@ class LocalChannel(Channel):
             if self._process is None:  # closed meanwhile, before there was a reader to let go
                 EXPORTS.end_link(self)
         except LLMException as error:
-            lasting = error.status_code != LLMStatusCode.LLM_LINK_BUSY
-            shown = messages.Shown([], str(error), lasting)
+            shown = messages.Shown([], str(error))
         reply(messages.encode(shown))
 
     def _tell_ended(self, memory: list[messages.SharedMemory]) -> None:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,8 +35,6 @@ logger = logging.getLogger("llm_datadist_torch")
 
 _COUNTERS = 4096
 """Per region of them: 64 KiB."""
-_CLOSE_MS = 5_000
-"""How long peers have to close memory whose owner waits for that."""
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.25
 """Between two looks at what peers have closed; each pause is twice the one before."""
 
@@ -104,6 +102,23 @@ class Reader:
 
 
 @dataclass(eq=False)
+class _Opening:
+    """A peer was told a key once, and may have the memory open since.
+
+    Attributes:
+        link: Names the link.
+        reader: Its other end.
+        counter: By which the peer says that it has not any more.
+        is_told: It has been told to close it.
+    """
+
+    link: object
+    reader: Reader
+    counter: _Counter
+    is_told: bool = False
+
+
+@dataclass(eq=False)
 class _Export:
     """One allocation with a key.
 
@@ -112,8 +127,8 @@ class _Export:
         end: The address behind it.
         device: Where it is.
         key: What peers import it by.
-        readers: By link: who was told the key and may have it open, and the counter by which the
-            peer says that it has not any more.
+        allowed: The processes that may.
+        openings: By whom it may be open.
         ending: Nothing in it is registered any more: it is closed as soon as nobody has it open.
         kept: What must stay alive until then.
     """
@@ -122,24 +137,50 @@ class _Export:
     end: int
     device: torch.device
     key: bytes
-    readers: dict[object, tuple[Reader, _Counter]] = field(default_factory=dict)
+    allowed: set[int] = field(default_factory=set)
+    openings: list[_Opening] = field(default_factory=list)
     ending: bool = False
     kept: list[object] = field(default_factory=list)
 
     def overlaps(self, start: int, nbytes: int) -> bool:
         return self.start < start + nbytes and start < self.end
 
-    def forget_done(self) -> None:
-        """Readers that have said that it is closed, or whose process has ended, count no more."""
-        self.readers = {
-            link: (reader, closed)
-            for link, (reader, closed) in self.readers.items()
-            if closed.unchanged and reader.process.alive
-        }
+    def forget_closed(self) -> None:
+        """Who has said that it is closed, or whose process has ended, has it open no more."""
+        self.openings = [
+            opening
+            for opening in self.openings
+            if opening.counter.unchanged and opening.reader.process.alive
+        ]
 
-    def shown_to(self, link: object) -> SharedMemory:
-        closed = self.readers[link][1].told
-        return SharedMemory(self.start, self.end - self.start, self.key, closed)
+    def show(self, link: object, reader: Reader, counters: _Counters) -> SharedMemory:
+        """What this link is told: the same as before, unless it was told to close that."""
+        for opening in self.openings:
+            if opening.link is link and not opening.is_told:
+                return self._told(opening)
+        if reader.number not in self.allowed:
+            ipc_runtime().allow(self.key, reader.number)
+            self.allowed.add(reader.number)
+        self.openings.append(_Opening(link, reader, counters.take()))
+        return self._told(self.openings[-1])
+
+    def end(self) -> list[tuple[Reader, SharedMemory]]:
+        """Who must be told to close what."""
+        self.ending = True
+        self.forget_closed()
+        new = [opening for opening in self.openings if not opening.is_told]
+        for opening in new:
+            opening.is_told = True
+        return [(opening.reader, self._told(opening)) for opening in new]
+
+    def revive(self) -> list[object]:
+        """It is registered again. Who was told to close it does so; returns what may be let go."""
+        self.ending = False
+        released, self.kept = self.kept, []
+        return released
+
+    def _told(self, opening: _Opening) -> SharedMemory:
+        return SharedMemory(self.start, self.end - self.start, self.key, opening.counter.told)
 
 
 class Exports:
@@ -148,7 +189,8 @@ class Exports:
     An allocation that a peer has open must not be freed, and its key not be closed. So when the
     last registered memory in it ends, the peers that were told its key are asked to close it, and
     the memory is kept until all have, or their processes have ended. They say so by a counter in
-    shareable memory, which also works after their link.
+    shareable memory, which also works after their link. If memory in it is registered again before
+    that, a peer that asks gets the same key once more, with another counter.
 
     AscendCL exports whole allocations only: a peer that is shown one tensor of torch_npu's can
     reach all of the segment it is in, as it can reach all of a process by process_vm_readv.
@@ -184,26 +226,30 @@ class Exports:
             self._close_later()
 
     def unregister(self, span: MemorySpan) -> None:
-        """End one :meth:`register`; blocks until nobody has the memory open any more.
+        """End one :meth:`register`; its owner may free it after :meth:`wait_closed`.
 
-        Its owner may free it as soon as this returns.
+        Does not block.
         """
-        if not self._end(span, None):
-            return
-        deadline = Deadline.after_ms(_CLOSE_MS)
-        while self._is_open(span):
+        if self._end(span, None):
+            self._close_later()
+
+    def wait_closed(self, spans: Sequence[MemorySpan], deadline: Deadline) -> None:
+        """Block until nobody has memory open that was unregistered, or until the deadline."""
+        pause = _SHORTEST_PAUSE_S
+        while left := self._left_open(spans):
             if deadline.expired:
                 logger.warning(
-                    "%d bytes at %#x stay open in another process; keep that memory until it has"
-                    " closed them or ended, or register tensors instead of addresses, which are"
-                    " kept",
-                    span.nbytes,
-                    span.address,
+                    "%d bytes at %#x, and %d further ranges, stay open in another process after"
+                    " %d ms; keep that memory until it has closed them or ended, or register"
+                    " tensors instead of addresses, which are kept",
+                    left[0].nbytes,
+                    left[0].address,
+                    len(left) - 1,
+                    deadline.budget_ms,
                 )
-                self._close_later()
                 return
-            time.sleep(_SHORTEST_PAUSE_S)
-            self._close_unused()
+            time.sleep(min(pause, deadline.remaining_s()))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
 
     def show(
         self, addrs: Iterable[int], extent: int, device: torch.device, link: object, reader: Reader
@@ -219,18 +265,18 @@ class Exports:
 
         Raises:
             LLMFeatureNotEnabledError: They can't be exported.
-            LLMLinkError: Not now (LLM_LINK_BUSY): peers must close earlier memory there first.
             LLMDeviceError: The runtime refuses.
         """
+        released: list[object] = []
         with self._lock, device_copies.current_device(device):
             exports = [self._export_of(address, extent, device) for address in addrs]
-            unique = list(dict.fromkeys(exports))
-            for export in unique:
-                export.forget_done()
-                if link not in export.readers:
-                    ipc_runtime().allow(export.key, reader.number)
-                    export.readers[link] = (reader, self._counters.take())
-            return [export.shown_to(link) for export in unique]
+            shown: list[SharedMemory] = []
+            for export in dict.fromkeys(exports):
+                export.forget_closed()
+                released += export.revive()
+                shown.append(export.show(link, reader, self._counters))
+        released.clear()
+        return shown
 
     def end_link(self, link: object) -> None:
         """Let the reader at the other end of a link go once it has nothing open any more.
@@ -243,26 +289,20 @@ class Exports:
             self._close_later()
 
     def _export_of(self, address: int, extent: int, device: torch.device) -> _Export:
-        for export in self._exports:
-            if export.overlaps(address, extent):
-                if export.ending:
-                    raise error_for(
-                        LLMStatusCode.LLM_LINK_BUSY,
-                        "earlier memory of this allocation is still open in another process",
-                    )
-                _check_inside(address, extent, export.start, export.end)
-                return export
-        start, end = _allocation_of(address, device)
+        known = next((one for one in self._exports if one.overlaps(address, extent)), None)
+        start, end = (known.start, known.end) if known else _allocation_of(address, device)
         _check_inside(address, extent, start, end)
         if not any(start <= at < end for at, _ in self._registered):
             raise _unsuitable("it is not registered")
-        export = _Export(start, end, device, ipc_runtime().export(start, end - start))
-        self._exports.append(export)
-        return export
+        if known is None:
+            known = _Export(start, end, device, ipc_runtime().export(start, end - start))
+            self._exports.append(known)
+        return known
 
     def _end(self, span: MemorySpan, keep: object) -> bool:
         """Returns whether the memory is open somewhere, so that it must be waited for."""
         name = (span.address, span.nbytes)
+        told: list[tuple[Reader, SharedMemory]] = []
         with self._lock:
             before = self._registered[name]
             if before != 1:
@@ -274,33 +314,33 @@ class Exports:
                 export
                 for export in self._exports
                 if export.overlaps(*name)
-                and not export.ending
                 and not any(export.overlaps(*other) for other in self._registered)
             ]
-            told: list[tuple[Reader, SharedMemory]] = []
             for export in ending:
-                export.ending = True
+                told += export.end()
                 export.kept.append(keep)
-                told += [(each[0], export.shown_to(link)) for link, each in export.readers.items()]
         for reader, memory in told:
             with suppress(LLMException):  # a link that has ended: the peer closes it by itself
                 reader.tell_ended([memory])
         return bool(ending) and not self._close_unused()
 
-    def _is_open(self, span: MemorySpan) -> bool:
+    def _left_open(self, spans: Sequence[MemorySpan]) -> list[MemorySpan]:
+        self._close_unused()
         with self._lock:
-            return any(
-                export.ending and export.overlaps(span.address, span.nbytes)
-                for export in self._exports
-            )
+            ending = [export for export in self._exports if export.ending]
+            return [
+                span
+                for span in spans
+                if any(export.overlaps(span.address, span.nbytes) for export in ending)
+            ]
 
     def _close_unused(self) -> bool:
         """Close what nobody has open any more; whether nothing is left to wait for."""
         released: list[object] = []
         with self._lock:
             for export in list(self._exports):
-                export.forget_done()
-                if export.ending and not export.readers and _close(export):
+                export.forget_closed()
+                if export.ending and not export.openings and _close(export):
                     self._exports.remove(export)
                     released += export.kept
             left = self._awaits_readers()
@@ -309,7 +349,9 @@ class Exports:
 
     def _awaits_readers(self) -> bool:
         """Whether memory is to be closed, or the reader of an ended link has some open."""
-        self._ended_links &= {link for export in self._exports for link in export.readers}
+        self._ended_links &= {
+            opening.link for export in self._exports for opening in export.openings
+        }
         return bool(self._ended_links) or any(export.ending for export in self._exports)
 
     def _close_later(self) -> None:

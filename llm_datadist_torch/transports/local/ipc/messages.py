@@ -48,13 +48,12 @@ class Shown(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
         memory: The allocations that the cache lies in.
-        reason: Why it can't be shared, with the remedy; "" if it can.
-        lasting: Asking again is useless.
+        reason: Why it can't be shared, with the remedy, so that asking again is useless; "" if it
+            can.
     """
 
     memory: list[SharedMemory]
     reason: str = ""
-    lasting: bool = True
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):

@@ -27,11 +27,13 @@ from llm_datadist_torch.values.status import LLMException
 logger = logging.getLogger("llm_datadist_torch")
 
 _TRANSPORT = "local"
+_MAX_REFUSED = 1024
+"""Caches whose owner has refused keys; of those that were refused before, it is asked again."""
 
 
 @dataclass(eq=False)
 class _OpenMemory:
-    """One allocation of the peer's that is open here.
+    """One allocation of the peer's that is open here, as it was told once.
 
     Attributes:
         shared: What the peer said of it.
@@ -39,7 +41,7 @@ class _OpenMemory:
         counters: Keeps the counter mapped by which the peer is told that it has been closed.
         closed: Its address.
         users: Movements under way.
-        ending: It is closed with the last of them.
+        ending: No more movement begins; it is closed with the last of them.
     """
 
     shared: messages.SharedMemory
@@ -89,9 +91,10 @@ class DeviceIpc(LocalPath):
         self._mappings = mappings
         self._device = device
         self._lock = threading.Lock()
-        self._open: dict[bytes, _OpenMemory] = {}
+        self._open: dict[messages.SharedMemory, _OpenMemory] = {}
         self._table = _Table([])
         self._refused: dict[int, str] = {}
+        self._asking = 0
         self._ended: set[messages.SharedMemory] = set()
         self._closed = False
 
@@ -110,7 +113,7 @@ class DeviceIpc(LocalPath):
             self._request_keys(movement, deadline)
             found = self._take(movement)
         if found is None:
-            raise PathUnavailable("the peer has ended this memory")
+            raise PathUnavailable("the link has ended, or the peer has ended this memory")
         addrs, memory = found
         try:
             yield addrs
@@ -118,9 +121,9 @@ class DeviceIpc(LocalPath):
             with self._lock:
                 for one in memory:
                     one.users -= 1
-                unused = [one for one in memory if one.ending and not one.users]
-            for one in unused:
-                self._release(one)
+                done = any(one.ending and not one.users for one in memory)
+                unused = self._take_unused() if done else []
+            self._release(unused)
 
     def _take(self, movement: Movement) -> tuple[torch.Tensor, list[_OpenMemory]] | None:
         with self._lock:
@@ -146,76 +149,116 @@ class DeviceIpc(LocalPath):
             raise PathUnavailable(reason)
         with device_copies.current_device(self._device):
             wanted = messages.Wanted(ipc_runtime().us)
-        answer = self._relay.call(movement, _TRANSPORT, messages.encode(wanted), deadline)
-        try:
-            shown = messages.decode(answer, messages.Shown)
-            for shared in shown.memory:
-                self._open_one(shared)
-        except (OSError, LLMException, msgspec.DecodeError) as error:
-            shown = messages.Shown([], f"opening it failed: {error}")
+        with self._answer_expected():
+            answer = self._relay.call(movement, _TRANSPORT, messages.encode(wanted), deadline)
+            try:
+                shown = messages.decode(answer, messages.Shown)
+                for shared in shown.memory:
+                    self._open_one(shared)
+            except (OSError, LLMException, msgspec.DecodeError) as error:
+                shown = messages.Shown([], f"opening it failed: {error}")
         if shown.reason:
-            if shown.lasting:
-                self._refuse(movement.cache_id, shown.reason)
+            self._refuse(movement.cache_id, shown.reason)
             raise PathUnavailable(shown.reason)
 
+    @contextmanager
+    def _answer_expected(self) -> Iterator[None]:
+        """What the owner ends meanwhile may be in an answer that comes later."""
+        with self._lock:
+            self._asking += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking -= 1
+                if not self._asking:
+                    self._ended.clear()
+
     def _refuse(self, cache_id: int, reason: str) -> None:
-        if reason not in self._refused.values():
+        with self._lock:
+            is_new = reason not in self._refused.values()
+            self._refused[cache_id] = reason
+            while len(self._refused) > _MAX_REFUSED:
+                del self._refused[next(iter(self._refused))]
+        if is_new:
             logger.warning("a peer's device memory can't go by %s: %s", self.name, reason)
-        self._refused[cache_id] = reason
 
     def _open_one(self, shared: messages.SharedMemory) -> None:
+        """Open memory, unless it has been, or its end was told before.
+
+        Raises:
+            OSError: The counter of it can't be mapped.
+            LLMDeviceError: The runtime refuses.
+        """
         counters, closed = self._mappings.counters(shared.closed)
         with self._lock:
-            if shared.key in self._open:
+            if shared in self._open:
+                return
+            if self._closed or shared in self._ended:
+                self._say_closed(shared, closed)
                 return
             try:
-                if self._closed or shared in self._ended:
-                    raise PathUnavailable("the link has ended, or the peer has ended this memory")
                 address = IMPORTS.open(shared.key, self._device)
             except BaseException:
-                _C.bump_word(closed)
+                self._say_closed(shared, closed)
                 raise
-            self._open[shared.key] = _OpenMemory(shared, address, counters, closed)
-            self._table = _Table(list(self._open.values()))
+            # A key is told anew only to who is to close what it has opened by it before.
+            for one in self._open.values():
+                one.ending |= one.shared.key == shared.key
+            self._open[shared] = _OpenMemory(shared, address, counters, closed)
+            unused = self._take_unused()
+        self._release(unused)
 
     # -- closing ----------------------------------------------------------------------------------
 
     def end(self, ended: messages.Ended) -> None:
         """The owner wants to free memory. Does not block."""
         for shared in ended.memory:
-            if not self._end_one(shared):
-                # Its key was in an answer that came too late, or is being opened right now.
-                with suppress(OSError):
-                    _counters, closed = self._mappings.counters(shared.closed)
-                    _C.bump_word(closed)
+            with self._lock:
+                one = self._open.get(shared)
+                if one is not None:
+                    one.ending = True
+                else:
+                    if self._asking:
+                        self._ended.add(shared)
+                    with suppress(OSError):
+                        _counters, closed = self._mappings.counters(shared.closed)
+                        self._say_closed(shared, closed)
+                unused = self._take_unused()
+            self._release(unused)
 
-    def _end_one(self, shared: messages.SharedMemory) -> bool:
-        with self._lock:
-            one = self._open.pop(shared.key, None)
-            if one is None:
-                self._ended.add(shared)
-                return False
-            self._table = _Table(list(self._open.values()))
-            one.ending = True
-            unused = not one.users
-        if unused:
-            self._release(one)
-        return True
+    def _take_unused(self) -> list[_OpenMemory]:
+        """Out of the table what is ending, and out of everything what of that is unused."""
+        unused = [one for one in self._open.values() if one.ending and not one.users]
+        for one in unused:
+            del self._open[one.shared]
+        self._table = _Table([one for one in self._open.values() if not one.ending])
+        return unused
 
-    def _release(self, one: _OpenMemory) -> None:
-        try:
-            IMPORTS.close(one.shared.key, self._device)
-        except RuntimeError as error:  # of torch_npu's, too: it may be ending
-            logger.warning("closing device memory of a peer: %s", error)
-        _C.bump_word(one.closed)
+    def _release(self, unused: list[_OpenMemory]) -> None:
+        for one in unused:
+            try:
+                IMPORTS.close(one.shared.key, self._device)
+            except RuntimeError as error:  # of torch_npu's, too: it may be ending
+                logger.warning("closing device memory of a peer: %s", error)
+            with self._lock:
+                self._say_closed(one.shared, one.closed)
+
+    def _say_closed(self, shared: messages.SharedMemory, closed: int) -> None:
+        """Increment its counter, with the lock held, and unmap the counters if none is needed."""
+        _C.bump_word(closed)
+        region_id = shared.closed.region.region_id
+        if all(region_id != one.closed.region.region_id for one in self._open):
+            self._mappings.forget(region_id)
 
     def close(self) -> None:
         """Close everything that no movement uses; the others close the rest."""
         with self._lock:
             self._closed = True
-            memory = [one.shared for one in self._open.values()]
-        for shared in memory:
-            self._end_one(shared)
+            for one in self._open.values():
+                one.ending = True
+            unused = self._take_unused()
+        self._release(unused)
 
     @property
     def open_bytes(self) -> int:
