@@ -164,7 +164,7 @@ class _Export:
         self.openings.append(_Opening(link, reader, counters.take()))
         return self._told(self.openings[-1])
 
-    def end(self) -> list[tuple[Reader, SharedMemory]]:
+    def begin_end(self) -> list[tuple[Reader, SharedMemory]]:
         """Who must be told to close what."""
         self.ending = True
         self.forget_closed()
@@ -317,7 +317,7 @@ class Exports:
                 and not any(export.overlaps(*other) for other in self._registered)
             ]
             for export in ending:
-                told += export.end()
+                told += export.begin_end()
                 export.kept.append(keep)
         for reader, memory in told:
             with suppress(LLMException):  # a link that has ended: the peer closes it by itself
