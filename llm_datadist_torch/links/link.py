@@ -366,13 +366,14 @@ class Link(ServedPeer):
             Whether it was linked until now.
         """
         with self._lock:
-            if self.state is not LinkState.LINKED:
-                return False
-            self.state, self.lost_because, self.since = state, reason, time.time()
+            was_linked = self.state is LinkState.LINKED
+            if was_linked:
+                self.state, self.lost_because, self.since = state, reason, time.time()
+        # Once more if it had ended: Ctrl-C may have kept the thread that ended it from this.
         self._fail_pending(f"{state.value} meanwhile: {reason}")
         if self._channel is not None:
             self._channel.close()
-        return True
+        return was_linked
 
     def connection_ended(self, reason: str) -> None:
         """The connection has ended while this side was asking to unlink: no answer comes."""
