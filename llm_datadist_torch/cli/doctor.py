@@ -7,13 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 
 from llm_datadist_torch.api.examination import limits
-from llm_datadist_torch.cli import loopback, peer, probes
+from llm_datadist_torch.cli import ascend, loopback, peer, probes
 from llm_datadist_torch.cli.report import Finding, Report
+from llm_datadist_torch.observe.html import size
 from llm_datadist_torch.transports.nixl.engine import why_exit_crashes
-from llm_datadist_torch.values.environment import npu_is_simulated
-from llm_datadist_torch.values.versions import NOT_INSTALLED, installed_versions
+from llm_datadist_torch.values.versions import installed_versions
 
 _SHMEM_ENABLED = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+_LITTLE_SHARED_MEMORY = 64 << 20
+"""What a container has without ``--shm-size``: less is surely too little."""
+
 _PIP = re.compile(r"""pip install (?:'[^']+'|"[^"]+"|[\w-]+)""")
 
 
@@ -23,11 +26,21 @@ def examine(address: str | None = None) -> Report:
     Args:
         address: Host and port of an instance that is to be examined, too; None for none.
     """
-    paths = _paths()
-    available = probes.transports()
+    paths = _looked_at("paths", _paths)
+    available, transports = _available()
     instance, examined = ([], True) if address is None else peer.examine(address, available)
-    transports = _transports(available)
     return Report(installed_versions(), transports, paths, _system(), instance, examined)
+
+
+def _available() -> tuple[dict[str, str], list[Finding]]:
+    available: dict[str, str] = {}
+
+    def look() -> list[Finding]:
+        available.update(probes.transports())
+        return _transports(available)
+
+    transports = _looked_at("transports", look)
+    return available, transports
 
 
 def _transports(available: Mapping[str, str]) -> list[Finding]:
@@ -75,9 +88,24 @@ def _device_ipc() -> Finding:
 
 
 def _system() -> list[Finding]:
-    looks: list[Callable[[], Finding]] = [_yama, _huge_pages, _npu, _fit, _device, loopback.pull]
-    found = [look() for look in looks]
-    return [*found[:2], *peer.limits(limits()), *found[2:]]
+    return [
+        *_looked_at("yama", _yama),
+        *_looked_at("huge pages", _huge_pages),
+        *_looked_at(probes.SHARED_MEMORY, _shared_memory),
+        *_looked_at("limits", lambda: peer.limits(limits())),
+        *_looked_at("NPU", ascend.findings),
+        *_looked_at("loopback pull", loopback.pull),
+    ]
+
+
+def _looked_at(name: str, look: Callable[[], Finding | list[Finding]]) -> list[Finding]:
+    """What a look found; one that fails is a finding itself, and the others are still there."""
+    try:
+        found = look()
+    except Exception as error:  # noqa: BLE001 (a broken machine may raise anything)
+        detail = f"looking at it failed: {type(error).__name__}: {error}"
+        return [Finding(name, "wrong", detail, "report it, with the output of doctor --json")]
+    return found if isinstance(found, list) else [found]
 
 
 def _yama() -> Finding:
@@ -111,61 +139,18 @@ def _huge_pages() -> Finding:
     )
 
 
-def _npu() -> Finding:
-    state = probes.npu_runtime()
-    if not state.installed:
-        return Finding("torch_npu", "note", "not installed; caches are in CPU memory")
-    if npu_is_simulated():
-        detail = "installed, over the SIMULATED Ascend runtime: nothing here is an NPU"
-        return Finding("torch_npu", "ok", detail)
-    if state.library:
-        return Finding("torch_npu", "ok", f"installed, Ascend runtime at {state.library}")
-    problem = "installed, but the Ascend runtime (libascendcl.so) is not found: "
-    remedy = (
-        "source set_env.sh of the CANN toolkit; or, without an NPU, simulate one: python -m"
-        " llm_datadist_torch sim -- python program.py; or uninstall torch_npu"
+def _shared_memory() -> Finding:
+    """Caches are memfds, which it does not limit; but other parts of a service depend on it."""
+    name, uses = (
+        probes.SHARED_MEMORY,
+        "not used by this library; vLLM, UCX and torch's workers use it",
     )
-    if state.autoload:
-        return Finding(
-            "torch_npu",
-            "wrong",
-            problem + "`import torch` loads torch_npu by itself, and fails",
-            f"{remedy}, or set TORCH_DEVICE_BACKEND_AUTOLOAD=0",
-            ("export TORCH_DEVICE_BACKEND_AUTOLOAD=0",),
-        )
-    return Finding(
-        "torch_npu",
-        "note",
-        problem + "it can't be imported; TORCH_DEVICE_BACKEND_AUTOLOAD=0 keeps torch working",
-        remedy,
-    )
-
-
-def _fit() -> Finding:
-    """Whether torch and torch_npu belong together: torch_npu is built for one torch."""
-    found = installed_versions()
-    torch, torch_npu = found["torch"], found["torch_npu"]
-    if torch_npu == NOT_INSTALLED:
-        return Finding("versions", "ok", "torch alone; nothing has to fit it")
-    if _release(torch) == _release(torch_npu):
-        return Finding("versions", "ok", f"torch {torch} and torch_npu {torch_npu} belong together")
-    return Finding(
-        "versions",
-        "wrong",
-        f"torch_npu {torch_npu} is made for another torch than {torch}",
-        f"pip install torch=={_release(torch_npu)}",
-        (f"pip install torch=={_release(torch_npu)}",),
-    )
-
-
-def _release(version: str) -> str:
-    """The first three numbers of a version, such as 2.13.0."""
-    found = re.match(r"\d+(\.\d+){0,2}", version)
-    return found[0] if found else version
-
-
-def _device() -> Finding:
-    choice = probes.default_device()
-    if choice.problem:
-        return Finding("Placement.DEVICE", "wrong", f"init would fail: {choice.problem}")
-    return Finding("Placement.DEVICE", "ok", f"means {choice.device}: {choice.reason}")
+    space = probes.shared_memory_space()
+    if space is None:
+        return Finding(name, "note", f"not there; {uses}", "mount a tmpfs there")
+    total, free = space
+    detail = f"{size(free)} of {size(total)} free; {uses}"
+    if free >= _LITTLE_SHARED_MEMORY:
+        return Finding(name, "ok", detail)
+    remedy = "remove what is left in it, or --shm-size 16g for a container"
+    return Finding(name, "note", detail, remedy)

@@ -21,12 +21,15 @@ from llm_datadist_torch import _C
 from llm_datadist_torch.memory.device import choose_device
 from llm_datadist_torch.transports.local.host import why_forbidden
 from llm_datadist_torch.transports.registry import why_unavailable
+from llm_datadist_torch.values.cann import cann_homes
 from llm_datadist_torch.values.environment import environment_text
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
-_ASCEND = Path("/usr/local/Ascend")
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 (looked at, not written)
+"""Where POSIX shared memory is."""
 _PROBE_BYTES = 4096
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception): ")
 _CHOICE_S = 60
 
 
@@ -104,6 +107,15 @@ def shared_huge_pages() -> str:
     return found.group(1) if found else ""
 
 
+def shared_memory_space() -> tuple[int, int] | None:
+    """All bytes and free bytes of /dev/shm; None where there is none."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+
+
 @dataclass(frozen=True)
 class NpuRuntime:
     """Whether torch_npu could be imported.
@@ -156,6 +168,51 @@ def default_device() -> DeviceChoice:
     except _ChildError as error:
         return DeviceChoice("", "", str(error))
     return DeviceChoice(device, reason)
+
+
+@dataclass(frozen=True)
+class Npu:
+    """One NPU.
+
+    Attributes:
+        chip: Such as "Ascend910B4".
+        total_bytes: Its memory.
+    """
+
+    chip: str
+    total_bytes: int
+
+
+@dataclass(frozen=True)
+class NpuView:
+    """The NPUs, as torch_npu sees them.
+
+    Attributes:
+        devices: All of them.
+        expandable: Whether torch_npu maps memory piece by piece; None where it gave none.
+        allocator_problem: Why it gave none, else "".
+        problem: Why torch_npu has no NPU, else "".
+    """
+
+    devices: tuple[Npu, ...] = ()
+    expandable: bool | None = None
+    allocator_problem: str = ""
+    problem: str = ""
+
+
+def npus() -> NpuView:
+    """Look at all NPUs, and allocate one tensor on the first; a process of its own does that.
+
+    Only torch_npu knows which of several variables it obeys, and which it refuses.
+    """
+    try:
+        names, expandable, problem = _in_a_child(
+            "from llm_datadist_torch.memory.npu_probe import look",
+            "print(json.dumps(look()))",
+        )
+    except _ChildError as error:
+        return NpuView(problem=str(error))
+    return NpuView(tuple(Npu(*each) for each in names), expandable, problem)
 
 
 def transports() -> dict[str, str]:
@@ -247,16 +304,24 @@ def _in_a_child(*lines: str) -> list[Any]:
     except subprocess.TimeoutExpired:
         raise _ChildError(f"choosing a device took more than {_CHOICE_S} s") from None
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:]
-        raise _ChildError(last[0] if last else f"status {done.returncode}")
+        raise _ChildError(_last_error(done.stderr) or f"status {done.returncode}")
     printed: list[Any] = json.loads(done.stdout.splitlines()[-1])
     return printed
 
 
+def _last_error(text: str) -> str:
+    """The line with the exception that ended a program, else the last line.
+
+    torch_npu puts a line with a code of its own behind its messages.
+    """
+    lines = text.strip().splitlines()
+    errors = [line for line in lines if _EXCEPTION.match(line)]
+    return (errors or lines or [""])[-1]
+
+
 def _find_library(name: str) -> str:
     folders = [Path(text) for text in environment_text("LD_LIBRARY_PATH").split(":") if text]
-    homes = [Path(home) for home in (environment_text("ASCEND_HOME_PATH"),) if home]
-    folders += [home / "lib64" for home in (*homes, _ASCEND / "ascend-toolkit/latest")]
+    folders += [home / "lib64" for home in cann_homes()]
     for folder in folders:
         library = folder / f"lib{name}.so"
         if library.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -12,12 +13,30 @@ import pytest
 
 import llm_datadist_torch as ld
 from llm_datadist_torch import BlocksCacheKey, CacheDesc, DataType
-from llm_datadist_torch.cli import doctor, probes
-from llm_datadist_torch.cli.probes import ChildView, DeviceChoice, IpcView, NpuRuntime
+from llm_datadist_torch.cli import ascend, doctor, probes
+from llm_datadist_torch.cli.probes import (
+    ChildView,
+    DeviceChoice,
+    IpcView,
+    Npu,
+    NpuRuntime,
+    NpuView,
+)
 from llm_datadist_torch.cli.report import Finding, Report, as_fixes, as_json, as_text
+from llm_datadist_torch.values import cann
+from llm_datadist_torch.values.versions import installed_versions
 from tests.compat.programs import run_module
 
 FINE = NpuRuntime(False, "", True)
+
+
+@pytest.fixture(autouse=True)
+def no_installation_of_this_machine(monkeypatch, tmp_path):
+    """Nothing of a CANN that this machine may have, and no settings of torch_npu's."""
+    for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME", *ascend._SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cann, "_ASCEND", tmp_path / "Ascend")
+    monkeypatch.setattr(cann, "_INSTALL_INFO", tmp_path / "ascend_install.info")
 
 
 def found(report: Report, name: str) -> Finding:
@@ -216,10 +235,149 @@ def test_a_torch_npu_that_can_not_be_imported(monkeypatch, tmp_path, autoload: s
 )
 def test_versions_that_fit(monkeypatch, torch_npu: str, state: str):
     versions = {"torch": "2.13.0+cpu", "torch_npu": torch_npu}
-    monkeypatch.setattr(doctor, "installed_versions", lambda: versions)
+    monkeypatch.setattr(ascend, "installed_versions", lambda: versions)
     finding = found(doctor.examine(), "versions")
     assert finding.state == state
     assert finding.commands == (() if state == "ok" else ("pip install torch==2.12.0",))
+
+
+def of_npus(name: str) -> Finding:
+    return found(Report({}, [], [], ascend.findings()), name)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+TOOLKIT = "package_name=Ascend-cann-toolkit\nversion={}\narch=aarch64\nos=linux\n"
+RUNNING = "# version: 1.0\nruntime_running_version=[7.6.0.1.220:{0}]\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        (f"cann/{platform.machine()}-linux/ascend_toolkit_install.info", TOOLKIT),
+        ("cann/ascend_toolkit_install.info", TOOLKIT),
+        (f"ascend-toolkit/latest/{platform.machine()}-linux/ascend_nnrt_install.info", TOOLKIT),
+        ("ascend-toolkit/latest/version.cfg", RUNNING),
+        ("cann/version.cfg", "toolkit_running_version=[{}]\n"),
+    ],
+)
+@pytest.mark.parametrize("version", ["8.3.RC1", "9.2.0-beta.2"])
+def test_the_version_of_cann(tmp_path, file: str, text: str, version: str):
+    write(tmp_path / "Ascend" / file, text.format(version))
+    assert installed_versions()["CANN"] == version
+    finding = of_npus("CANN")
+    assert finding.state == "ok"
+    assert finding.detail.startswith(f"{version}, says {tmp_path / 'Ascend' / file}")
+
+
+def test_the_cann_that_is_used_comes_first(monkeypatch, tmp_path):
+    """That is what set_env.sh has named; of its packages the toolkit."""
+    write(tmp_path / "Ascend/cann/ascend_toolkit_install.info", TOOLKIT.format("9.2.0"))
+    write(tmp_path / "mine/ascend_toolkit_install.info", TOOLKIT.format("9.1.0"))
+    write(tmp_path / "mine/ascend_ops_install.info", TOOLKIT.format("9.0.0"))
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "mine"))
+    assert installed_versions()["CANN"] == "9.1.0"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe version", b"version=\n", b"[]", None])
+def test_files_without_a_version_of_cann(tmp_path, content: bytes | None):
+    for name in ("ascend_toolkit_install.info", "version.cfg"):
+        path = tmp_path / "Ascend" / "cann" / name
+        write(path, "")
+        if content is None:
+            path.unlink()
+            path.mkdir()
+        else:
+            path.write_bytes(content)
+    assert installed_versions()["CANN"] == "not found"
+    assert "no file tells of a version" in of_npus("CANN").detail
+
+
+@pytest.mark.parametrize(
+    ("version", "state", "word"),
+    [
+        ("9.1.0", "ok", "torch_npu 2.13.0 was released for CANN 9.2.0"),
+        ("8.5.0.alpha003", "ok", "released for"),
+        ("8.3.RC1", "note", "have no HIXL"),
+        ("unknown", "note", "have no HIXL"),
+        (None, "note", "no file tells of a version"),
+    ],
+)
+def test_whether_cann_fits_torch_npu(monkeypatch, tmp_path, version, state: str, word: str):
+    if version is not None:
+        info = tmp_path / "Ascend/cann/ascend_toolkit_install.info"
+        write(info, TOOLKIT.format(version))
+    versions = {"torch": "2.13.0+cpu", "torch_npu": "2.13.0"}
+    monkeypatch.setattr(ascend, "installed_versions", lambda: versions)
+    monkeypatch.setattr(ascend, "npu_is_simulated", lambda: False)
+    finding = of_npus("CANN")
+    assert finding.state == state
+    assert word in finding.detail
+    assert finding.remedy == ("install CANN 9.2.0" if "no HIXL" in word else "")
+
+
+def test_the_version_of_the_driver(tmp_path):
+    assert installed_versions()["NPU driver"] == "not found"
+    write(tmp_path / "Ascend/driver/version.info", "Version=25.5.0\nascendhal_version=7.35.23\n")
+    assert installed_versions()["NPU driver"] == "25.5.0"
+    write(tmp_path / "ascend_install.info", f"Driver_Install_Path_Param={tmp_path / 'elsewhere'}\n")
+    write(tmp_path / "elsewhere/driver/version.info", "Version=26.0.rc1\n")
+    assert installed_versions()["NPU driver"] == "26.0.rc1"
+
+
+CHIPS = (Npu("Ascend910B4", 32 << 30), Npu("Ascend910B4", 32 << 30))
+
+
+@pytest.mark.parametrize(
+    ("view", "states", "words"),
+    [
+        (NpuView(CHIPS, expandable=False), "ok ok", r"npu:1 Ascend910B4 \(Atlas A2.* as a whole"),
+        (NpuView(CHIPS, expandable=True), "ok note", "may refuse to register.* IPC key"),
+        (NpuView(CHIPS, None, "NPU out of memory"), "ok note", "no memory: NPU out of memory"),
+        (NpuView((Npu("Ascend310P3", 1),), expandable=False), "no ok", "not supported are"),
+        (NpuView((), expandable=False), "no ok", "sees none"),
+        (NpuView(problem="RuntimeError: no"), "no", "none can be used.*SETTING"),
+    ],
+)
+def test_npus_and_their_allocator(monkeypatch, view: NpuView, states: str, words: str):
+    setting = "expandable_segments:SETTING"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
+    monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "/libascendcl.so", True))
+    monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    monkeypatch.setattr(probes, "npus", lambda: view)
+    report = Report({}, [], [], ascend.findings())
+    findings = [each for each in report.system if each.name in ("NPUs", "allocator")]
+    assert " ".join(finding.state for finding in findings) == states
+    details = " ".join(finding.detail for finding in findings)
+    assert re.search(words, details)
+    assert setting in details
+    assert as_fixes(report).count("expandable_segments:False") == (view.expandable is True)
+
+
+@pytest.mark.parametrize(("free", "state"), [(1 << 30, "ok"), (63 << 20, "note"), (None, "note")])
+def test_shared_memory(monkeypatch, free: int | None, state: str):
+    space = None if free is None else (1 << 30, free)
+    monkeypatch.setattr(probes, "shared_memory_space", lambda: space)
+    finding = found(doctor.examine(), "/dev/shm")
+    assert (finding.state, bool(finding.remedy)) == (state, state == "note")
+
+
+def test_a_look_that_fails_is_a_finding(monkeypatch):
+    """Whatever a broken machine raises, the rest is still reported."""
+
+    def broken() -> int:
+        raise KeyError("what no probe expects")
+
+    monkeypatch.setattr(probes, "yama_scope", broken)
+    monkeypatch.setattr(probes, "look_from_a_child", broken)
+    report = doctor.examine()
+    assert found(report, "yama").state == found(report, "paths").state == "wrong"
+    assert "KeyError: 'what no probe expects'" in found(report, "yama").detail
+    assert found(report, "loopback pull").state == "ok"
+    assert report.exit_status == 1
 
 
 @pytest.mark.parametrize("variable", ["LD_LIBRARY_PATH", "ASCEND_HOME_PATH"])
