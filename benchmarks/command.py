@@ -20,6 +20,7 @@ from benchmarks import common
 from benchmarks.cases import NotHereError, Plan, benchmarks
 from benchmarks.measuring import TINY, Effort
 from benchmarks.peers import Peer, all_peers
+from llm_datadist_torch.cli.progress import progress_bar
 
 BLOCK_SIZES = ("copy", "swap", "pull", "push", "runs", "hosts")
 """Benchmarks whose axis has a point of 4096 that is small enough to see that they work."""
@@ -137,15 +138,17 @@ def main(prog: str, arguments: Sequence[str]) -> int:
     sweep = options.sweep or ([4096] if options.tiny else [])
     record: dict[str, Any] = {"environment": environment, "tiny": options.tiny}
     record |= {"left_out": left_out, "benchmarks": {}}
-    for number, name in enumerate(names, 1):
-        print(f"[{number}/{len(names)}] {name}", flush=True)
-        asked = sweep if options.sweep or name in BLOCK_SIZES else []
-        plan = Plan(peers, asked, effort, options.tiny, show)
-        try:
-            record["benchmarks"][name] = every[name](plan)
-        except NotHereError as reason:
-            left_out[name] = str(reason)
-            print(f"left out: {name}: {reason}")
+    with progress_bar("benchmarks", len(names)) as done:
+        for number, name in enumerate(names, 1):
+            print(f"[{number}/{len(names)}] {name}", flush=True)
+            asked = sweep if options.sweep or name in BLOCK_SIZES else []
+            plan = Plan(peers, asked, effort, options.tiny, show)
+            try:
+                record["benchmarks"][name] = every[name](plan)
+            except NotHereError as reason:
+                left_out[name] = str(reason)
+                print(f"left out: {name}: {reason}")
+            done(number)
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:

@@ -41,6 +41,7 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.soak_worker import Plan, Report, board_size, serve, slots_of
+from llm_datadist_torch.cli.progress import progress_bar
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["benchmarks.soak_worker"])
@@ -303,14 +304,16 @@ def run(
 def _watch(soak: Soak, seconds: float, disturb_every_s: float, sample_every_s: float) -> None:
     start = time.monotonic()
     next_disturbance, next_look = start + disturb_every_s, start
-    while (now := time.monotonic()) < start + seconds and not soak.problems:
-        if now >= next_disturbance:
-            soak.disturb()
-            next_disturbance = time.monotonic() + disturb_every_s * soak.rng.uniform(0.5, 1.5)
-        if now >= next_look:
-            soak.look()
-            next_look += sample_every_s
-        time.sleep(0.02)
+    with progress_bar("soak, seconds", seconds) as done:
+        while (now := time.monotonic()) < start + seconds and not soak.problems:
+            if now >= next_disturbance:
+                soak.disturb()
+                next_disturbance = time.monotonic() + disturb_every_s * soak.rng.uniform(0.5, 1.5)
+            if now >= next_look:
+                soak.look()
+                done(now - start)
+                next_look += sample_every_s
+            time.sleep(0.02)
 
 
 def show(result: dict[str, Any]) -> None:

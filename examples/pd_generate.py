@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class Request:
     nbytes: int = 0
     pull_s: float = 0.0
     decode_s: float = 0.0
+    made: int = 0  # tokens so far
     tokens: list[int] = field(default_factory=list)
 
 
@@ -81,8 +83,11 @@ class Router:
         for event in self.fleet.collect("linked", len(decoders) * len(addresses)):
             self.say(event.sender, f"linked to cluster {event.data['cluster_id']}")
 
-    def serve(self) -> float:
-        """Submits all requests and returns the seconds until the last token of the last one."""
+    def serve(self, show: Callable[[float], None]) -> float:
+        """Submits all requests and returns the seconds until the last token of the last one.
+
+        Calls show with the number of tokens that there are.
+        """
         began = time.monotonic()
         for request in self.requests:
             request.submitted = time.monotonic()
@@ -97,6 +102,7 @@ class Router:
         while any(not request.tokens for request in self.requests):
             event = self.fleet.next_event()
             handlers[event.kind](event, self.requests[event.data["request"]])
+            show(sum(request.made for request in self.requests))
         return time.monotonic() - began
 
     def on_prefilled(self, event: Event, request: Request) -> None:
@@ -133,6 +139,7 @@ class Router:
 
     def on_progress(self, event: Event, request: Request) -> None:
         """Shows how far a text is."""
+        request.made = event.data["tokens"]
         self.say(
             event.sender, f"request {request.number}: {event.data['tokens']}/{request.count} tokens"
         )
@@ -140,6 +147,7 @@ class Router:
     def on_done(self, event: Event, request: Request) -> None:
         """Keeps the finished text."""
         request.tokens, request.decode_s = event.data["tokens"], event.data["seconds"]
+        request.made = len(request.tokens)
         self.say(event.sender, f"request {request.number}: done, {len(request.tokens)} tokens")
 
     def stop(self) -> None:
@@ -311,8 +319,11 @@ def main(arguments: list[str] | None = None) -> int:
             # Only needed at the end, but now there is time: the processes are importing it too.
             import paged_model  # noqa: F401
 
+            from llm_datadist_torch.cli.progress import progress_bar
+
             router.start()
-            seconds = router.serve()
+            with progress_bar("tokens", sum(request.count for request in requests)) as show:
+                seconds = router.serve(show)
             router.stop()
     except ChildFailedError as error:
         print(f"\npd_generate: {error}", file=sys.stderr)

@@ -28,6 +28,7 @@ def _has_ipv6() -> bool:
 # marker -> (what it needs, whether this machine has it)
 _NEEDS = {
     "needs_torch_npu": ("torch_npu, installed", _HAS_TORCH_NPU),
+    "needs_rich": ("the package rich", importlib.util.find_spec("rich") is not None),
     "needs_ipv6": ("the IPv6 loopback address", _has_ipv6()),
 }
 

@@ -15,8 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,11 +225,27 @@ def _compile_all(
             ]
             for library in libraries
         ]
+        for _ in _shown([part for parts in made for part in parts]):
+            pass
         for library, parts in zip(libraries, made, strict=True):
             files = [str(part.result()) for part in parts]
             name = f"lib{library.name}.so"
             link = ["-shared", "-o", str(out / name), *files, f"-Wl,-soname,{name}", f"-L{out}"]
             _run([compiler, *link, *library.link_flags])
+
+
+def _shown(parts: list[Future[Path]]) -> Iterable[Future[Path]]:
+    """The parts as they end, with a progress bar on a terminal where ``rich`` is installed."""
+    ended = as_completed(parts)
+    if not sys.stderr.isatty():
+        return ended
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return ended
+    console = Console(stderr=True)
+    return track(ended, "compiling", len(parts), console=console, transient=True)
 
 
 def _compile(
