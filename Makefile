@@ -19,7 +19,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench bench-tiny bench-scale docs dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench bench-tiny bench-scale docs screenshots dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -143,6 +143,10 @@ docs: $(DOCS_VENV)/.deps  ## Make the documentation site in build/site
 # Not quietly: with -q mkdocs counts no warnings, and --strict finds none.
 	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	@echo "ready: build/site/index.html"
+
+# Needs a Chromium: apt-get install chromium. The figures in the pictures are of the machine that makes them.
+screenshots: $(VENV)/.dev  ## Make the pictures of docs/images/ that show what notebooks and terminals show
+	$(BIN)/python scripts/screenshots.py
 
 # ROWS chooses some of scripts/versions.toml. Needs what `make wheel ARCHS=x86_64` makes, and gcc.
 VERSION_TEST = scripts/test_versions.py --jobs $(TEST_JOBS) --wheel dist/llm_datadist_torch-*_x86_64.whl

@@ -56,7 +56,10 @@ def _transport(name: str, reason: str) -> Finding:
     if not reason:
         used = probes.hixl() if name == "hixl" else ""
         return Finding(name, "ok", f"available, through {used}" if used else "available")
-    detail, _, remedy = reason.partition(": ")
+    # What is before may have colons of its own, such as those of an error.
+    detail, colon, remedy = reason.rpartition(": ")
+    if not colon:
+        detail, remedy = reason, ""
     return Finding(name, "no", detail, remedy, tuple(_PIP.findall(remedy)))
 
 

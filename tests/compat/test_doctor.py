@@ -66,6 +66,7 @@ def test_fix_prints_commands(monkeypatch, tmp_path):
     monkeypatch.setattr(probes, "_SHMEM_ENABLED", shmem)
     monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "", True))
     monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    monkeypatch.setattr(probes, "npus", lambda: NpuView(problem="it is a test"))
     why = 'the package nixl-cu12 is not installed: pip install "llm_datadist_torch[nixl]"'
     monkeypatch.setattr(probes, "transports", lambda: {"local": "", "nixl": why})
     lines = as_fixes(doctor.examine()).splitlines()
@@ -75,6 +76,19 @@ def test_fix_prints_commands(monkeypatch, tmp_path):
         "sudo sysctl kernel.yama.ptrace_scope=0",
         "echo advise | sudo tee /sys/kernel/mm/transparent_hugepage/shmem_enabled",
     ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail", "remedy"),
+    [
+        ("not found (x.so: none): install CANN", "not found (x.so: none)", "install CANN"),
+        ("its settings leave it out", "its settings leave it out", ""),
+    ],
+)
+def test_a_transport_that_is_not_there(monkeypatch, reason: str, detail: str, remedy: str):
+    monkeypatch.setattr(probes, "transports", lambda: {"local": "", "hixl": reason})
+    finding = found(doctor.examine(), "hixl")
+    assert (finding.state, finding.detail, finding.remedy) == ("no", detail, remedy)
 
 
 def test_fix_says_what_no_command_mends():
@@ -192,6 +206,7 @@ def test_huge_pages(monkeypatch, tmp_path, text: str | None, state: str):
 def test_states_of_the_device_runtime(monkeypatch, runtime, state: str, problems: int):
     monkeypatch.setattr(probes, "npu_runtime", lambda: runtime)
     monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    monkeypatch.setattr(probes, "npus", lambda: NpuView(problem="it is a test"))
     report = doctor.examine()
     assert found(report, "torch_npu").state == state
     assert len(report.problems) == json.loads(as_json(report))["problems"] == problems
