@@ -7,6 +7,7 @@ import re
 
 from llm_datadist_torch.cli import probes
 from llm_datadist_torch.cli.report import Finding, State
+from llm_datadist_torch.memory.device import NPU
 from llm_datadist_torch.memory.products import Support, product_of
 from llm_datadist_torch.observe.html import size
 from llm_datadist_torch.values.cann import Cann, cann_homes, installed_cann
@@ -34,8 +35,9 @@ _SETTINGS = "PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_
 
 def findings() -> list[Finding]:
     """All of them. A process of its own does what needs torch_npu."""
-    choice = _device()
-    return [_npu(), _fit(), _cann(), *_devices(), choice]
+    choice = probes.default_device()
+    devices = _devices() if choice.device.startswith(NPU) else []
+    return [_npu(), _fit(), _cann(), *devices, _device(choice)]
 
 
 def _npu() -> Finding:
@@ -123,13 +125,9 @@ def _fit_of(cann: Cann, torch_npu: str, said: str) -> Finding:
 
 def _devices() -> list[Finding]:
     """The NPUs, and how torch_npu allocates on them."""
-    if not probes.npu_runtime().installed:
-        return []
     view = probes.npus()
     if view.problem:
-        # The finding on Placement.DEVICE says whether that is wrong.
-        settings = f" ({_settings()})" if _settings() else ""
-        return [Finding("NPUs", "no", f"none can be used: {view.problem}{settings}")]
+        return [Finding("NPUs", "wrong", f"they can't be looked at: {view.problem}")]
     return [_npus(view.devices), _allocator(view)]
 
 
@@ -173,8 +171,9 @@ def _allocator(view: probes.NpuView) -> Finding:
     )
 
 
-def _device() -> Finding:
-    choice = probes.default_device()
+def _device(choice: probes.DeviceChoice) -> Finding:
     if choice.problem:
-        return Finding("Placement.DEVICE", "wrong", f"init would fail: {choice.problem}")
+        # torch_npu refuses some settings, and does not say which variable has them.
+        settings = f" ({_settings()})" if _settings() else ""
+        return Finding("Placement.DEVICE", "wrong", f"init would fail: {choice.problem}{settings}")
     return Finding("Placement.DEVICE", "ok", f"means {choice.device}: {choice.reason}")

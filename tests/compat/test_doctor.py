@@ -66,7 +66,6 @@ def test_fix_prints_commands(monkeypatch, tmp_path):
     monkeypatch.setattr(probes, "_SHMEM_ENABLED", shmem)
     monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "", True))
     monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
-    monkeypatch.setattr(probes, "npus", lambda: NpuView(problem="it is a test"))
     why = 'the package nixl-cu12 is not installed: pip install "llm_datadist_torch[nixl]"'
     monkeypatch.setattr(probes, "transports", lambda: {"local": "", "nixl": why})
     lines = as_fixes(doctor.examine()).splitlines()
@@ -206,7 +205,6 @@ def test_huge_pages(monkeypatch, tmp_path, text: str | None, state: str):
 def test_states_of_the_device_runtime(monkeypatch, runtime, state: str, problems: int):
     monkeypatch.setattr(probes, "npu_runtime", lambda: runtime)
     monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
-    monkeypatch.setattr(probes, "npus", lambda: NpuView(problem="it is a test"))
     report = doctor.examine()
     assert found(report, "torch_npu").state == state
     assert len(report.problems) == json.loads(as_json(report))["problems"] == problems
@@ -354,22 +352,30 @@ CHIPS = (Npu("Ascend910B4", 32 << 30), Npu("Ascend910B4", 32 << 30))
         (NpuView(CHIPS, None, "NPU out of memory"), "ok note", "no memory: NPU out of memory"),
         (NpuView((Npu("Ascend310P3", 1),), expandable=False), "no ok", "not supported are"),
         (NpuView((), expandable=False), "no ok", "sees none"),
-        (NpuView(problem="RuntimeError: no"), "no", "none can be used.*SETTING"),
+        (NpuView(problem="RuntimeError: no"), "wrong", "looked at: RuntimeError: no"),
     ],
 )
 def test_npus_and_their_allocator(monkeypatch, view: NpuView, states: str, words: str):
     setting = "expandable_segments:SETTING"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", setting)
-    monkeypatch.setattr(probes, "npu_runtime", lambda: NpuRuntime(True, "/libascendcl.so", True))
-    monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("cpu", "it is a test"))
+    monkeypatch.setattr(probes, "default_device", lambda: DeviceChoice("npu:0", "it is a test"))
     monkeypatch.setattr(probes, "npus", lambda: view)
     report = Report({}, [], [], ascend.findings())
     findings = [each for each in report.system if each.name in ("NPUs", "allocator")]
     assert " ".join(finding.state for finding in findings) == states
     details = " ".join(finding.detail for finding in findings)
     assert re.search(words, details)
-    assert setting in details
+    assert (setting in details) == (len(findings) == 2)
     assert as_fixes(report).count("expandable_segments:False") == (view.expandable is True)
+
+
+def test_settings_are_named_where_torch_npu_fails(monkeypatch):
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:true")
+    choice = DeviceChoice("", "", "ValueError: Expected 'True' or 'False'")
+    monkeypatch.setattr(probes, "default_device", lambda: choice)
+    finding = of_npus("Placement.DEVICE")
+    assert finding.state == "wrong"
+    assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:true" in finding.detail
 
 
 @pytest.mark.parametrize(("free", "state"), [(1 << 30, "ok"), (63 << 20, "note"), (None, "note")])
