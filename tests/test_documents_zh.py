@@ -17,7 +17,7 @@ PAGES = sorted(path.name for path in (DOCS / "zh").glob("*.md"))
 _CODE = re.compile(r"^(?:<!-- (.*?) -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # What a Chinese page is still to be made of; every other page that the site calls a how-to has one.
-ENGLISH_ONLY = {"adding_a_transport.md", "vllm.md"}
+ENGLISH_ONLY = {"vllm.md"}
 
 
 def code_of(text: str) -> list[tuple[str, str, str]]:

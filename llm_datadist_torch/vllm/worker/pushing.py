@@ -114,7 +114,9 @@ class Sender:
     it is sent again when it is computed again.
 
     Layers are sent by ``push_blocks`` with a layer range. ``transfer_cache_async`` would take two
-    tensors for a layer, and here each layer is one tensor of each cache.
+    tensors for a layer, and here each layer is one tensor of each cache. ``Peer.push_layers`` is
+    about one computation of one cache, with a background task per layer; here the rows change with
+    each step, a layer may be sent again, and a job already has a thread of its own.
 
     Thread safety: ``preempted``, ``step``, ``layer_done``, ``step_done`` and ``take_done`` are
     called by the engine's loop, and don't block; ``has_stopped`` by the thread that serves peers.
