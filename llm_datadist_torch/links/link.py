@@ -29,7 +29,6 @@ from llm_datadist_torch.serving.messages import (
     Call,
     Called,
     Claim,
-    Done,
     Envelope,
     Note,
     Question,
@@ -61,6 +60,7 @@ _ANSWERED_AT_ONCE = (Resolve, Call, Question)
 _TAKE_NS = 1_000_000
 """How long it waits for that; a later answer comes by the I/O thread."""
 _LEASES_RETRY_S = 0.002
+_NO_ANSWER = None, None
 SHARE_IT = "give all instances the same LLMConfig.link_secret, or none of them."
 _DESCRIPTOR_MS = 2000
 """Longest that a peer is waited for that was asked for a descriptor."""
@@ -245,25 +245,48 @@ class Link(ServedPeer):
             with self._lock:
                 self._pending.pop(number, None)
         # The answer may have come in the last moment, between the two.
-        answer = answer or pending.answer
-        if answer is None:
-            raise error_for(
-                LLMStatusCode.LLM_TIMEOUT,
-                f"cluster {self.peer} did not answer within {deadline.budget_ms} ms",
-                peer=self.peer,
-                remedy="the link stays usable; raise sync_kv_timeout if the peer is only busy.",
-            )
-        reply, payload = answer
-        if isinstance(reply, LLMException):
+        reply, payload = answer or pending.answer or _NO_ANSWER
+        if reply is None or isinstance(reply, (LLMException, Refused)):
             try:
-                raise reply
+                raise self.error_of(reply, deadline)
             finally:
                 # The error knows this frame, and its callers' caches: without this they would be
                 # kept until the garbage collector finds the cycle.
                 del reply, answer, pending
-        if isinstance(reply, Refused):
-            raise error_for(code_2_status(reply.status), reply.text, peer=self.peer)
         return reply, payload
+
+    def begin(
+        self, body: Body, deadline: Deadline, data: bytes | memoryview | None = None
+    ) -> Request:
+        """Send a request whose answer is waited for later, so that others can follow at once.
+
+        Raises:
+            LLMPeerLostError: The connection is gone.
+        """
+        pending, number = Pending(), next(self._numbers)
+        with self._lock:
+            self.check_linked()
+            self._pending[number] = pending
+        self.connection.send(encode(Envelope(number, False, body)), data)
+        return Request(self, number, pending, deadline)
+
+    def forget(self, number: int) -> None:
+        """Want no answer to this request any more."""
+        with self._lock:
+            self._pending.pop(number, None)
+
+    def error_of(self, reply: LLMException | Refused | None, deadline: Deadline) -> LLMException:
+        """What the call is told whose request came to this; None is no answer in time."""
+        if isinstance(reply, LLMException):
+            return reply
+        if reply is not None:
+            return error_for(code_2_status(reply.status), reply.text, peer=self.peer)
+        return error_for(
+            LLMStatusCode.LLM_TIMEOUT,
+            f"cluster {self.peer} did not answer within {deadline.budget_ms} ms",
+            peer=self.peer,
+            remedy="the link stays usable; raise sync_kv_timeout if the peer is only busy.",
+        )
 
     def send(self, body: Body, deadline: Deadline) -> None:
         """Send a request whose answer nobody waits for.
@@ -431,6 +454,33 @@ class Link(ServedPeer):
         return not self.grants
 
 
+class Request:
+    """A request that is under way; see :meth:`Link.begin`. The thread that waits for it owns it."""
+
+    def __init__(self, link: Link, number: int, pending: Pending, deadline: Deadline) -> None:
+        self._link, self._number = link, number
+        self._pending, self._deadline = pending, deadline
+
+    def wait(self) -> Data | bytes:
+        """The bytes that come with the answer; raises as :meth:`Link.request`."""
+        try:
+            self._pending.wait(self._deadline)
+        finally:
+            self.close()
+        reply, data = self._pending.answer or _NO_ANSWER
+        if reply is None or isinstance(reply, (LLMException, Refused)):
+            self._pending = Pending()  # as in Link.request: no cycle with the error
+            try:
+                raise self._link.error_of(reply, self._deadline)
+            finally:
+                del reply
+        return data or b""
+
+    def close(self) -> None:
+        """Want no answer any more. Idempotent."""
+        self._link.forget(self._number)
+
+
 class LinkRelay:
     """Relayed reads and writes as requests on a link; a ``Relay`` of the transports."""
 
@@ -451,24 +501,17 @@ class LinkRelay:
         """Have the peer send a descriptor of one of its regions."""
         return self._link.ask_for_region(region.region_id)
 
-    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> bytes | Data:
+    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> Request:
         """Ask the owner for the bytes of ``spans``."""
         wanted = ReadBytes(movement.lease_id, spans.numpy().tobytes(), _claim_of(movement))
-        _, data = self._link.request(wanted, deadline)
-        return data or b""
+        return self._link.begin(wanted, deadline)
 
     def write(
         self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
-    ) -> None:
+    ) -> Request:
         """Have the owner write ``data`` over ``spans``."""
         wanted = WriteBytes(movement.lease_id, spans.numpy().tobytes())
-        reply, _ = self._link.request(wanted, deadline, data)
-        if not isinstance(reply, Done):
-            raise error_for(
-                LLMStatusCode.LLM_FAILED,
-                f"unexpected answer {type(reply).__name__}",
-                peer=self._link.peer,
-            )
+        return self._link.begin(wanted, deadline, data)
 
     def call(self, movement: Movement, transport: str, payload: bytes, deadline: Deadline) -> bytes:
         """Ask the peer's channel of a transport."""

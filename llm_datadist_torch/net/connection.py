@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeAlias
 
+import torch
+
 from llm_datadist_torch import _C
 from llm_datadist_torch.net.addresses import SocketAddress
 from llm_datadist_torch.net.framing import (
@@ -560,7 +562,8 @@ class Connection:
         return self._sock is not None and not self._paused and not self._finishing
 
     def _begin_large(self, sizes: Sizes, begun: memoryview) -> None:
-        self._sizes, self._large = sizes, memoryview(bytearray(sizes.total))
+        # Not a bytearray, which is filled with zeros first.
+        self._sizes, self._large = sizes, torch.empty(sizes.total, dtype=torch.uint8).numpy().data
         self._large[: len(begun)] = begun
         self._filled = len(begun)
 

@@ -68,6 +68,20 @@ class SameProcessPeer(Protocol):
         """
 
 
+class RelayRequest(Protocol):
+    """A read or a write that the peer has been asked for."""
+
+    def wait(self) -> bytes | bytearray | memoryview:
+        """Block until the peer has answered, at most until the deadline; the bytes it has read.
+
+        Raises:
+            LLMException: It refuses, is lost, or does not answer in time.
+        """
+
+    def close(self) -> None:
+        """Want no answer any more. Idempotent."""
+
+
 class Relay(Protocol):
     """What the control plane does for channels.
 
@@ -99,18 +113,19 @@ class Relay(Protocol):
             OSError: It sends none.
         """
 
-    def read(
-        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
-    ) -> bytes | bytearray | memoryview:
-        """The bytes of ``spans`` (int64 [n, 2].
+    def read(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> RelayRequest:
+        """Ask for the bytes of ``spans`` (int64 [n, 2]: address, nbytes) of the peer's cache.
 
-        Address, nbytes; in the peer's cache), one after the other.
+        Does not block. They come one after the other.
         """
 
     def write(
         self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
-    ) -> None:
-        """Write ``data`` over ``spans`` of the peer's cache."""
+    ) -> RelayRequest:
+        """Ask the peer to write ``data`` over ``spans`` of its cache. Does not block.
+
+        ``data`` must not be changed before it has.
+        """
 
     def call(self, movement: Movement, transport: str, payload: bytes, deadline: Deadline) -> bytes:
         """Ask the channel of this transport on the other side; see :meth:`Channel.serve`."""

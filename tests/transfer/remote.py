@@ -52,6 +52,6 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("request", "post"):
+        for name in ("request", "begin", "post"):
             patch.setattr(Link, name, noted(name))
         yield said

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -16,6 +19,7 @@ from llm_datadist_torch.transports.base import (
     Direction,
     Movement,
     Relay,
+    RelayRequest,
     timed_out,
 )
 from llm_datadist_torch.values.deadline import Deadline
@@ -51,33 +55,45 @@ class LocalPath(ABC):
 
 
 class Staged(LocalPath):
-    """Through host memory of this process, piece by piece."""
+    """Through host memory of this process, piece by piece.
+
+    Attributes:
+        pieces: How many may be under way at a time.
+    """
+
+    pieces = 1
 
     def move(self, movement: Movement, deadline: Deadline) -> None:
         """Move the bytes between the peer and host memory, and between that and local memory."""
         device = movement.local_device
         if movement.local_unowned:
             check_alive(movement.local_addrs, movement.local_extent, device)
-        for local, spans in relay_chunks(movement):
-            if deadline.expired:
-                raise timed_out(deadline)
-            sizes = spans[:, 1]
-            if movement.direction is Direction.WRITE:
-                self.deliver(movement, spans, gather(local, sizes, device), deadline)
-                continue
-            data = self.fetch(movement, spans, deadline)
-            if len(data) != int(sizes.sum()):
-                raise error_for(
-                    LLMStatusCode.LLM_FAILED,
-                    f"the peer sent {len(data)} bytes of {int(sizes.sum())}",
-                )
-            scatter(local, sizes, data, device)
+        with ExitStack() as under_way:
+            pieces: deque[_Piece] = deque()
+            for local, spans in relay_chunks(movement):
+                if deadline.expired:
+                    raise timed_out(deadline)
+                if len(pieces) == self.pieces:
+                    pieces.popleft().finish()
+                piece = self._begin(movement, local, spans, deadline)
+                under_way.callback(piece.request.close)
+                pieces.append(piece)
+            while pieces:
+                pieces.popleft().finish()
+
+    def _begin(
+        self, movement: Movement, local: torch.Tensor, spans: torch.Tensor, deadline: Deadline
+    ) -> _Piece:
+        sizes, device = spans[:, 1], movement.local_device
+        if movement.direction is Direction.WRITE:
+            data = gather(local, sizes, device)
+            return _Piece(self.deliver(movement, spans, data, deadline), None)
+        request = self.fetch(movement, spans, deadline)
+        return _Piece(request, lambda data: _scatter(local, sizes, data, device))
 
     @abstractmethod
-    def fetch(
-        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
-    ) -> bytes | bytearray | memoryview:
-        """The bytes of the peer's ``spans`` (int64 [n, 2]: address, nbytes), one after the other.
+    def fetch(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> RelayRequest:
+        """Begin to get the bytes of the peer's ``spans`` (int64 [n, 2]: address, nbytes).
 
         Raises:
             LLMException: As :meth:`move`.
@@ -85,33 +101,77 @@ class Staged(LocalPath):
 
     @abstractmethod
     def deliver(
-        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
-    ) -> None:
-        """Write ``data`` over the peer's ``spans``; likewise."""
+        self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
+    ) -> RelayRequest:
+        """Begin to write ``data`` over the peer's ``spans``; likewise."""
+
+
+@dataclass
+class _Piece:
+    """A part of a movement that is under way.
+
+    Attributes:
+        request: What the peer has been asked for.
+        receive: What is done with the bytes that come, if any do.
+    """
+
+    request: RelayRequest
+    receive: Callable[[bytes | bytearray | memoryview], None] | None
+
+    def finish(self) -> None:
+        data = self.request.wait()
+        if self.receive is not None:
+            self.receive(data)
+
+
+def _scatter(
+    local: torch.Tensor,
+    sizes: torch.Tensor,
+    data: bytes | bytearray | memoryview,
+    device: torch.device,
+) -> None:
+    if len(data) != int(sizes.sum()):
+        raise error_for(
+            LLMStatusCode.LLM_FAILED, f"the peer sent {len(data)} bytes of {int(sizes.sum())}"
+        )
+    scatter(local, sizes, data, device)
 
 
 class Relayed(Staged):
     """Through the control connection: slow, and works wherever a link works.
 
-    The owner checks the lease, or the claim, for each message.
+    The owner checks the lease, or the claim, for each message. Two are under way at a time: the
+    owner gathers the bytes of one, while those of the other are received and scattered.
     """
 
     name = "relay"
+    pieces = 2
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
-    def fetch(
-        self, movement: Movement, spans: torch.Tensor, deadline: Deadline
-    ) -> bytes | bytearray | memoryview:
+    def fetch(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> RelayRequest:
         """Ask the owner for the bytes."""
         return self._relay.read(movement, spans, deadline)
 
     def deliver(
-        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
-    ) -> None:
+        self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
+    ) -> RelayRequest:
         """Send the bytes to the owner."""
-        self._relay.write(movement, spans, data, deadline)
+        return self._relay.write(movement, spans, data, deadline)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A request that was carried out when it was made."""
+
+    data: bytes | memoryview = b""
+
+    def wait(self) -> bytes | memoryview:
+        return self.data
+
+    def close(self) -> None:
+        pass
 
 
 class StagedBy(Staged):
@@ -125,18 +185,19 @@ class StagedBy(Staged):
         self._path = path
         self.name = path.name
 
-    def fetch(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> memoryview:
+    def fetch(self, movement: Movement, spans: torch.Tensor, deadline: Deadline) -> RelayRequest:
         """Have the path read into host memory."""
         staging = torch.empty(int(spans[:, 1].sum()), dtype=torch.uint8)
         self._path.move(_in_host_memory(movement, staging, spans), deadline)
-        return staging.numpy().data
+        return _Finished(staging.numpy().data)
 
     def deliver(
-        self, movement: Movement, spans: torch.Tensor, data: bytes, deadline: Deadline
-    ) -> None:
+        self, movement: Movement, spans: torch.Tensor, data: memoryview, deadline: Deadline
+    ) -> RelayRequest:
         """Have the path write from host memory."""
-        staging = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        staging = torch.frombuffer(data, dtype=torch.uint8)
         self._path.move(_in_host_memory(movement, staging, spans), deadline)
+        return _Finished()
 
 
 def _in_host_memory(movement: Movement, staging: torch.Tensor, spans: torch.Tensor) -> Movement:
