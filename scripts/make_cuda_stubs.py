@@ -36,6 +36,7 @@ def symbols_wanted(libraries: list[Path], missing: set[str]) -> dict[str, dict[s
     without_version: set[str] = set()
     for library in libraries:
         owner_of: dict[str, str] = {}
+        current = ""  # versions that the library has itself, which are listed first, are of no file
         for line in lines_of("-V", library):
             file, name = re.search(r"File: (\S+)", line), re.search(r"Name: (\S+)", line)
             if file:
