@@ -16,6 +16,7 @@ from llm_datadist_torch.values import version
 
 if TYPE_CHECKING:
     from llm_datadist_torch.public import *  # noqa: F403
+    from llm_datadist_torch.public_working import *  # noqa: F403
 
 __version__ = version.VERSION
 
@@ -76,10 +77,12 @@ __all__ = [
 
 # Public as well, but left alone by `import *`: Python's own is meant where nothing is said.
 _NOT_STARRED = ("open",)
+# The modules that have the public names, those first that load little.
+_PUBLIC = ("public", "public_working")
 
 
 def __getattr__(name: str) -> object:
-    """Loads all public names when the first is used."""
+    """Loads the public names of a module when the first of them is used."""
     if name == "LLMLoadError":  # for those who catch it where nothing else can be loaded
         return importlib.import_module("llm_datadist_torch.values.status").LLMLoadError
     if name == "_C":
@@ -88,9 +91,14 @@ def __getattr__(name: str) -> object:
         return importlib.import_module("llm_datadist_torch.ops")
     if name not in __all__ and name not in _NOT_STARRED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    importlib.import_module("llm_datadist_torch.values.loading").load_torch()
-    public = importlib.import_module("llm_datadist_torch.public")
-    globals().update({each: getattr(public, each) for each in (*__all__, *_NOT_STARRED)})
+    importlib.import_module("llm_datadist_torch.values.loading").load_extension()
+    for part in _PUBLIC:
+        values = vars(importlib.import_module(f"{__name__}.{part}"))
+        globals().update(
+            {each: values[each] for each in (*__all__, *_NOT_STARRED) if each in values}
+        )
+        if name in globals():
+            break
     return globals()[name]
 
 

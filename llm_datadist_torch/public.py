@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public names. The package itself loads them on first use, so that importing it is free."""
+"""The public names that a program uses before it has an instance, and the exceptions.
 
-from llm_datadist_torch.api.cache_manager import CacheManager as CacheManager
+The package loads all of them when one is first used, so that importing it is free. The other public
+names are in :mod:`llm_datadist_torch.public_working`.
+"""
+
 from llm_datadist_torch.api.datadist import LLMDataDist as LLMDataDist
 from llm_datadist_torch.api.keys import BlocksKey as BlocksKey
 from llm_datadist_torch.api.keys import PrefixKey as PrefixKey
 from llm_datadist_torch.api.keys import RequestKey as RequestKey
 from llm_datadist_torch.api.keys import RowKey as RowKey
-from llm_datadist_torch.api.layers import LayerPull as LayerPull
-from llm_datadist_torch.api.layers import LayerPush as LayerPush
-from llm_datadist_torch.api.node import Node as Node
-from llm_datadist_torch.api.opening import open as open  # noqa: A004
-from llm_datadist_torch.api.peer import Peer as Peer
-from llm_datadist_torch.api.transfer import PreparedTransfer as PreparedTransfer
-from llm_datadist_torch.caches.cache import Cache as Cache
 from llm_datadist_torch.links.events import LinkEvent as LinkEvent
 from llm_datadist_torch.links.events import LinkListener as LinkListener
-from llm_datadist_torch.links.info import LinkInfo as LinkInfo
-from llm_datadist_torch.links.work import CacheTask as CacheTask
 from llm_datadist_torch.observe.plots import plot_links as plot_links
 from llm_datadist_torch.observe.plots import plot_pool as plot_pool
 from llm_datadist_torch.observe.plots import plot_transfers as plot_transfers

@@ -23,7 +23,7 @@ LAYERS: list[list[set[str]]] = [
     [{"movement"}],
     [{"api"}],
     [{"compat"}],
-    [{"", "public", "ops", "ascend_sim"}],  # names only
+    [{"", "public", "public_working", "ops", "ascend_sim"}],  # names only
     [{"cli", "__main__"}, {"vllm"}],
 ]
 FLOORS = 10

@@ -30,6 +30,15 @@ before = set(sys.modules)
 entry.load()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
+# What the first public name of most programs may load beyond torch's modules.
+CLASS_MODULES = 40
+CLASS_PROBE = """
+import sys, torch
+before = set(sys.modules)
+import llm_datadist_torch
+llm_datadist_torch.LLMDataDist(llm_datadist_torch.LLMRole.MIX, 1)
+print(*sorted(set(sys.modules) - before))
+"""
 
 
 def required() -> list[str]:
@@ -83,6 +92,20 @@ def test_loading_the_entry_point_imports_little():
     assert len(ours) <= PLUGIN_MODULES, ours
     heads = {name.partition(".")[0] for name in loaded}
     assert heads - {NAME} <= set(sys.stdlib_module_names), heads
+
+
+def test_naming_the_class_loads_little():
+    done = subprocess.run(
+        [sys.executable, "-c", CLASS_PROBE],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+        cwd=ROOT,
+    )
+    loaded = done.stdout.split()
+    assert f"{NAME}.api.datadist" in loaded
+    assert len(loaded) <= CLASS_MODULES, loaded
 
 
 def commands(target: str, folder: Path) -> str:

@@ -158,3 +158,34 @@ def test_the_version_is_written_once():
         check=True,
     )
     assert done.stdout.splitlines()[-1] == loading.VERSION
+
+
+# Ctrl-C while init loads what registers ops with torch, of which each can be registered only once.
+INTERRUPTED = """
+import os, signal, torch
+from llm_datadist_torch import LLMDataDist, LLMRole
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+real = torch.library.register_fake
+def register_fake(*arguments, **options):
+    if torch.library.register_fake is not real:
+        torch.library.register_fake = real
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments, **options)
+torch.library.register_fake = register_fake
+
+datadist = LLMDataDist(LLMRole.MIX, 1)
+try:
+    datadist.init({"llm.EnableCacheManager": "1"})
+except KeyboardInterrupt:
+    print("interrupted", datadist.initialised)
+    datadist.init({"llm.EnableCacheManager": "1"})  # the traceback keeps the first try alive
+    print(datadist.initialised)
+    datadist.finalize()
+"""
+
+
+def test_an_init_that_was_interrupted_as_it_loads_can_be_tried_again():
+    done = run_python("-c", INTERRUPTED)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["interrupted", "False", "True"]

@@ -10,17 +10,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from llm_datadist_torch.api import statistics
-from llm_datadist_torch.api.cache_manager import CacheManager
-from llm_datadist_torch.api.on_device import manager_of
-from llm_datadist_torch.links import asking, communicating, linking
-from llm_datadist_torch.links.events import LinkCallback, LinkListener
-from llm_datadist_torch.links.info import LinkInfo
-from llm_datadist_torch.links.instance import Instance
-from llm_datadist_torch.links.linking import LinkResult
-from llm_datadist_torch.links.questions import QuestionHandler
-from llm_datadist_torch.observe import html, metrics, tracing
-from llm_datadist_torch.observe.stats import Stats
 from llm_datadist_torch.values.checks import (
     check_isinstance,
     check_timeout_ms,
@@ -32,11 +21,23 @@ from llm_datadist_torch.values.cluster_info import LLMClusterInfo
 from llm_datadist_torch.values.config import EngineConfig, role_to_str
 from llm_datadist_torch.values.deadline import Deadline
 from llm_datadist_torch.values.enums import LLMRole, RegisterMemStatus
+from llm_datadist_torch.values.loading import LazyModule
 from llm_datadist_torch.values.status import LLMException, LLMStatusCode, error_for
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
+
+    from llm_datadist_torch.api import machinery
+    from llm_datadist_torch.api.cache_manager import CacheManager
+    from llm_datadist_torch.links.events import LinkCallback, LinkListener
+    from llm_datadist_torch.links.info import LinkInfo
+    from llm_datadist_torch.links.instance import Instance
+    from llm_datadist_torch.links.linking import LinkResult
+    from llm_datadist_torch.links.questions import QuestionHandler
+    from llm_datadist_torch.observe.stats import Stats
+else:
+    machinery = LazyModule("llm_datadist_torch.api.machinery")
 
 logger = logging.getLogger("llm_datadist_torch")
 
@@ -82,7 +83,8 @@ class LLMDataDist:
     def init(self, options: dict[str, str]) -> None:
         """Start the instance: take the pools, listen (reference API, 6.2).
 
-        Does nothing if it is initialised already.
+        Does nothing if it is initialised already. The first in a process also loads most of this
+        package, some tenths of a second.
 
         Args:
             options: ``LLMConfig.generate_options()``. Not changed.
@@ -96,15 +98,17 @@ class LLMDataDist:
             LLMException: LLM_FAILED: ``listen_ip_info`` can't be bound. The instance stays
                 uninitialised and may be tried again.
         """
+        new_instance = machinery.Instance  # loads the package, which must not hold the lock
         with self._life:
             if self._instance is not None:
                 return
             self._end(None)
             config = EngineConfig.from_options(self._role, options)
-            instance = Instance(self._cluster_id, config)
-            instance.links.questions.answer_own_by(statistics.own_answers(instance))
+            instance = new_instance(self._cluster_id, config)
+            own_answers = machinery.statistics.own_answers(instance)
+            instance.links.questions.answer_own_by(own_answers)
             self._options = dict(options)
-            self._manager = manager_of(instance)
+            self._manager = machinery.manager_of(instance)
             self._instance = instance
             LLMDataDist._live.add(self)
             LLMDataDist.llm_engine_instance = self
@@ -227,7 +231,7 @@ class LLMDataDist:
         Raises:
             RuntimeError: Not initialised.
         """
-        return statistics.look(self._check_is_inited())
+        return machinery.statistics.look(self._check_is_inited())
 
     def export_metrics(self, registry: Any = None) -> Any:  # noqa: ANN401
         """Export :meth:`stats` as Prometheus metrics, until ``finalize``. Not in the reference.
@@ -247,9 +251,9 @@ class LLMDataDist:
         instance = self._check_is_inited()
 
         def look() -> Stats | None:
-            return statistics.look(instance) if instance.open else None
+            return machinery.statistics.look(instance) if instance.open else None
 
-        return metrics.export(look, registry)
+        return machinery.metrics.export(look, registry)
 
     def trace_transfers(self, tracer_provider: Any = None) -> None:  # noqa: ANN401
         """Make an OpenTelemetry span of each transfer from now on. Not in the reference.
@@ -262,15 +266,15 @@ class LLMDataDist:
             LLMFeatureNotEnabledError: ``opentelemetry-api`` is not installed.
         """
         instance = self._check_is_inited()
-        listener = tracing.span_listener(instance.cluster_id, tracer_provider)
+        listener = machinery.tracing.span_listener(instance.cluster_id, tracer_provider)
         instance.transfers.listen(listener)
 
     def _repr_html_(self) -> str:
         """What notebooks show: memory, links and the latest transfers."""
         title = f"LLMDataDist {self._cluster_id} ({self._role!s})"
         if self._instance is None:
-            return html.facts_html(title, [("state", "not initialised")])
-        return html.stats_html(title, self.stats())
+            return machinery.html.facts_html(title, [("state", "not initialised")])
+        return machinery.html.stats_html(title, self.stats())
 
     def check_link_status(self, remote_cluster_id: int) -> NoReturn:  # noqa: ARG002
         """A v1 call, which this mode doesn't have.
@@ -305,9 +309,9 @@ class LLMDataDist:
                 listener are as they were.
         """
         self._check_is_inited()
-        listen = linking.check_role_switch(role, switch_options)
+        listen = machinery.linking.check_role_switch(role, switch_options)
         with self._life:
-            linking.relisten(self._check_is_inited(), listen)
+            machinery.linking.relisten(self._check_is_inited(), listen)
             self._role = role
 
     # -- links ------------------------------------------------------------------------------------
@@ -341,8 +345,8 @@ class LLMDataDist:
         instance = self._check_is_inited()
         timeout = check_timeout_ms(timeout)
         need_local = not self._options.get("llm.LocalCommRes")
-        linking.check_clusters(clusters, need_local=need_local)
-        return linking.link_clusters(
+        machinery.linking.check_clusters(clusters, need_local=need_local)
+        return machinery.linking.link_clusters(
             instance, clusters, Deadline.after_ms(timeout), need_local=need_local
         )
 
@@ -376,8 +380,10 @@ class LLMDataDist:
         instance = self._check_is_inited()
         timeout = check_timeout_ms(timeout)
         check_isinstance("force", force, bool, allow_none=False)
-        linking.check_clusters(clusters, need_local=False)
-        return linking.unlink_clusters(instance, clusters, Deadline.after_ms(timeout), force=force)
+        machinery.linking.check_clusters(clusters, need_local=False)
+        return machinery.linking.unlink_clusters(
+            instance, clusters, Deadline.after_ms(timeout), force=force
+        )
 
     def identify(self, host: str, port: int, timeout: int = 3000) -> int:
         """Ask which cluster listens at an address, without linking to it. Not in the reference.
@@ -413,7 +419,7 @@ class LLMDataDist:
         Raises:
             RuntimeError: Not initialised.
         """
-        return [LinkInfo.of(link) for link in self._check_is_inited().links.links()]
+        return [machinery.LinkInfo.of(link) for link in self._check_is_inited().links.links()]
 
     def on_link_event(self, callback: LinkCallback) -> LinkListener:
         """Be told when links are made, lost, relinked and ended (not in the reference).
@@ -458,7 +464,9 @@ class LLMDataDist:
             LLMException: What the peer's handler raised, with its status (LLM_FAILED for other
                 errors) and text.
         """
-        return asking.request(self._check_is_inited(), remote_cluster_id, payload, timeout)
+        return machinery.asking.request(
+            self._check_is_inited(), remote_cluster_id, payload, timeout
+        )
 
     def send(self, remote_cluster_id: int, payload: bytes) -> None:
         """Send the program of a linked peer something, without waiting for what it answers.
@@ -480,7 +488,7 @@ class LLMDataDist:
             LLMTimeoutError: The peer's handler has not dealt with earlier ones within
                 ``sync_kv_timeout``.
         """
-        asking.send(self._check_is_inited(), remote_cluster_id, payload)
+        machinery.asking.send(self._check_is_inited(), remote_cluster_id, payload)
 
     def on_request(self, handler: QuestionHandler | None) -> None:
         """Answer the requests of peers (:meth:`request`, :meth:`send`). Not in the reference.
@@ -565,7 +573,7 @@ class LLMDataDist:
             LLMLinkError: With ``wait``: a member went away, or an address is not its host's.
             LLMFeatureNotEnabledError: The hixl backend.
         """
-        return communicating.link(
+        return machinery.communicating.link(
             self._check_is_inited(), comm_name, cluster_rank_info, rank_table,
             timeout=timeout, rendezvous=rendezvous, wait=wait,
         )  # fmt: skip
@@ -588,7 +596,7 @@ class LLMDataDist:
             LLMException: LLM_UNLINK_FAILED: transfers of ours took longer; the communicator is
                 kept, and this may be called again.
         """
-        communicating.unlink(self._check_is_inited(), comm_id, timeout)
+        machinery.communicating.unlink(self._check_is_inited(), comm_id, timeout)
 
     def query_register_mem_status(self, comm_id: int) -> RegisterMemStatus:
         """How far a communicator is. Does not block.
@@ -605,7 +613,7 @@ class LLMDataDist:
             TypeError, ValueError: ``comm_id`` is not a uint64.
             LLMNotLinkedError: There is no such communicator.
         """
-        return communicating.query_register_mem_status(self._check_is_inited(), comm_id)
+        return machinery.communicating.query_register_mem_status(self._check_is_inited(), comm_id)
 
     # -- helpers ----------------------------------------------------------------------------------
 

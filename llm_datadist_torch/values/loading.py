@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads torch and the compiled part of this package, or says what a machine lacks for them.
+"""Loads torch, the compiled part and rarely used modules, or says what a machine lacks for them.
 
 It imports nothing of torch by itself, so that ``doctor`` and ``--version`` work without it.
 """
@@ -11,8 +11,10 @@ import importlib.machinery
 import platform
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from llm_datadist_torch.values.status import LLMLoadError
 from llm_datadist_torch.values.version import VERSION
@@ -28,6 +30,25 @@ _REINSTALL = (
     " llm_datadist_torch; or build it here, with a C++17 compiler: pip install --force-reinstall"
     " --no-deps --no-binary llm_datadist_torch llm_datadist_torch"
 )
+
+
+class LazyModule(ModuleType):
+    """Stands for a module that is imported when one of its names is first used.
+
+    Ctrl-C comes through when the import has ended: one that stops halfway can't be tried again,
+    since torch keeps the ops that it has registered.
+
+    Thread safety: any thread may use it, as Python's import waits for another thread's.
+
+    Args:
+        name: The whole name of the module.
+    """
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 (whatever the module has)
+        with ThreadPoolExecutor(1) as other:  # signals interrupt the main thread only
+            module = other.submit(importlib.import_module, self.__name__).result()
+        vars(self).update(vars(module))
+        return getattr(module, name)
 
 
 def machine() -> str:
