@@ -56,15 +56,15 @@ class Pair:
         self.engines: dict[str, Engine] = {}
         self._directory = directory
         for role in ("kv_producer", "kv_consumer"):
-            probe = directory / f"{name}-{role}.jsonl"
-            # Engines take it over when they start; one after the other.
-            os.environ[VARIABLE] = str(probe)
             port = FIRST_PORT + 2 * CONNECTORS.index(name) + (role == "kv_consumer")
-            os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
             self.engines[role] = Engine(
                 directory / "model",
                 directory / f"{name}-{role}.log",
                 in_process=False,
+                environment={
+                    VARIABLE: str(directory / f"{name}-{role}.jsonl"),
+                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+                },
                 max_model_len=MAX_TOKENS,
                 kv_transfer_config={
                     "kv_connector": name,
@@ -76,7 +76,7 @@ class Pair:
 
     def cpu_s(self) -> float:
         """CPU time of all processes of both engines until now."""
-        groups = {engine._process.pid for engine in self.engines.values()}  # noqa: SLF001
+        groups = {engine.pid for engine in self.engines.values()}
         ticks = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM engine in a process of its own, that does what it is told on stdin, line by line.
+"""A vLLM engine in a process of its own, that does what it is told.
 
-Run as a program: the first line of stdin is a JSON object of ``LLM`` arguments. Then each line is
-a list of requests, or another wish, answered by one line on the descriptor of its argument.
+Such processes are forked from one that has imported this module, and vLLM with it: the import takes
+longer than all else that an engine does until it is ready.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import sys
-import threading
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from typing import Any
+
+from vllm import LLM, SamplingParams, TokensPrompt
 
 
 def run_requests(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    from vllm import SamplingParams, TokensPrompt
-
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=request["prompt"]) for request in requests],
         [
@@ -45,8 +43,6 @@ def run_requests(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any
 
 def abort_at_once(llm: Any, request: dict[str, Any]) -> None:
     """Of an engine in this process: a request that ends before it has been scheduled."""
-    from vllm import SamplingParams, TokensPrompt
-
     params = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": request["params"]})
     prompt = TokensPrompt(prompt_token_ids=request["prompt"])
     llm.llm_engine.add_request("aborted", prompt, params)
@@ -92,35 +88,41 @@ def shown(seen: dict[str, Any]) -> dict[str, Any]:
     return {name: value() if callable(value) else value for name, value in seen.items()}
 
 
-def main() -> None:
-    answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
-    arguments = json.loads(sys.stdin.readline())
-    from vllm import LLM
+def write_output_to(log: str) -> None:
+    """Have all that this process and its children print go to a file."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for output in (1, 2):
+        os.dup2(file, output)
+    os.close(file)
 
+
+def run(
+    wishes: Connection, arguments: Mapping[str, Any], log: str, environment: Mapping[str, str]
+) -> None:
+    """Be an engine until nobody has wishes any more.
+
+    Args:
+        wishes: Where lists of requests, and other wishes, come from, and their answers go to. The
+            first thing said there is that the engine is ready.
+        arguments: Of ``LLM``.
+        log: File of its output.
+        environment: Variables that other engines have otherwise.
+    """
+    os.setsid()
+    write_output_to(log)
+    os.environ.update(environment)
     llm = LLM(**arguments)
     seen = watch(llm)
-    print(json.dumps({"ready": os.getpid()}), file=answers)
-    lines: queue.Queue[str] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        lines.put("")
-
-    threading.Thread(target=read, daemon=True).start()
+    wishes.send({"ready": os.getpid()})
     while True:
-        try:
-            line = lines.get(timeout=0.005)
-        except queue.Empty:
+        if not wishes.poll(0.005):
             step_in_process(llm)
             continue
-        if not line:
+        try:
+            told = wishes.recv()
+        except EOFError:
             break
-        print(json.dumps(answer(llm, seen, json.loads(line))), file=answers)
+        wishes.send(answer(llm, seen, told))
     # vLLM's own processes end with this one; its exit handlers may take long.
     llm.llm_engine.engine_core.shutdown()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -3,21 +3,54 @@
 
 from __future__ import annotations
 
-import json
+import atexit
+import importlib
+import multiprocessing
 import os
-import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 START_S = 600
 ANSWER_S = 120
+ALL_ENGINES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+}
+"""Variables, most of which are read when something is imported."""
+
+# Not imported here: vLLM changes the environment of the process that imports it.
+ENGINE_PROCESS = "tests.vllm.engine_process"
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload([ENGINE_PROCESS])
+
+
+def _start_fork_server() -> None:
+    """Start the process that engines are forked from, unless it runs."""
+    before = dict(os.environ)
+    os.environ.update(ALL_ENGINES)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run_engine(
+    wishes: Connection, arguments: Mapping[str, Any], log: str, environment: Mapping[str, str]
+) -> None:
+    importlib.import_module(ENGINE_PROCESS).run(wishes, arguments, log, environment)
 
 
 class Engine:
@@ -32,6 +65,7 @@ class Engine:
         policy: ``kv_load_failure_policy``.
         in_process: Scheduler and worker in the same process as the ``LLM``.
         bends: Directory of the bent connector.
+        environment: Further variables of its environment.
         arguments: Further arguments of ``LLM``.
     """
 
@@ -47,6 +81,7 @@ class Engine:
         policy: str = "recompute",
         in_process: bool = True,
         bends: Path | None = None,
+        environment: Mapping[str, str] | None = None,
         **arguments: Any,
     ) -> None:
         told = {
@@ -68,37 +103,27 @@ class Engine:
                 "kv_load_failure_policy": policy,
             } | ({"kv_connector_module_path": module} if module else {})
         self.log = log
-        mine, theirs = os.pipe()
-        with log.open("w") as output:
-            self._process = self._start(output, theirs, bends, in_process=in_process)
-        os.close(theirs)
-        self._answers = os.fdopen(mine)
-        self._say(told)
-
-    @staticmethod
-    def _start(
-        output: IO[str], answers: int, bends: Path | None, *, in_process: bool
-    ) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.vllm.engine_process", str(answers)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=os.environ
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "OMP_NUM_THREADS": "1",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-                "VLLM_HOST_IP": "127.0.0.1",
-                "BENT_CONNECTOR": str(bends or ""),
-            },
-            pass_fds=[answers],
-            start_new_session=True,
+        log.touch()
+        variables = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+            "BENT_CONNECTOR": str(bends or ""),
+            **(environment or {}),
+        }
+        self._wishes, theirs = _processes.Pipe()
+        _start_fork_server()
+        self._process = _processes.Process(
+            target=_run_engine, args=(theirs, told, str(log), variables)
         )
+        self._process.start()
+        theirs.close()
+        # An engine that nobody closed ends by it, before its end is waited for.
+        atexit.register(self._wishes.close)
+
+    @property
+    def pid(self) -> int:
+        """Of its first process, and of the group that all of its processes are in."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def wait_until_ready(self) -> None:
         self._answer(START_S)
@@ -155,41 +180,34 @@ class Engine:
 
     def signal(self, number: int) -> None:
         """Send a signal to all processes of the engine."""
-        os.killpg(self._process.pid, number)
+        os.killpg(self.pid, number)
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)
-        self._process.wait(60)
+        self._process.join(60)
 
     def text(self) -> str:
         """What it has written to its log."""
         return self.log.read_text(errors="replace")
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
+        self._wishes.close()
+        self._process.join(30)
         with suppress(ProcessLookupError):
             self.signal(signal.SIGKILL)
-        self._process.wait(60)
-        self._answers.close()
+        self._process.kill()
+        self._process.join(60)
 
     def _say(self, what: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
+        self._wishes.send(what)
 
     def _answer(self, timeout_s: float) -> Any:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._answers, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise TimeoutError(f"no answer in {timeout_s} s:\n{self.text()[-6000:]}")
-        line = self._answers.readline()
-        if not line:
-            raise RuntimeError(f"the engine has died:\n{self.text()[-6000:]}")
-        return json.loads(line)
+        if not self._wishes.poll(timeout_s):
+            raise TimeoutError(f"no answer in {timeout_s} s:\n{self.text()[-6000:]}")
+        try:
+            return self._wishes.recv()
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(f"the engine has died:\n{self.text()[-6000:]}") from None
 
 
 def make_model(model: Path, *kind: str) -> None:
