@@ -16,7 +16,12 @@ Engines of vLLM spin for a second after their last work, and NIXL's threads for 
 any. So a connector's producer and consumer have the host for themselves, and are started in turn
 with the other connector's, several times, with the same prompts; which of them comes first changes.
 All engines have computed prompts of all lengths by themselves before. The first hand-over, when
-nothing is linked, is a row of its own.
+nothing is linked, is a row of its own; so are many prompts at once, which say how many requests a
+consumer takes over per second.
+
+NIXL's agents take the network interfaces that are there when they start, and transfers fail when
+other programs make and remove some; so all engines have UCX use the loopback device, beside shared
+memory.
 
 Stalls are how long the engine's loop was held in a hook of the connector (see vllm_probe.py)."""
 
@@ -46,6 +51,11 @@ CONNECTORS = ("ProbedOurs", "ProbedNixl")
 FIRST_PORT = 21_600
 FIRST = "first"
 """The row of the first hand-over, of the shortest length."""
+AT_ONCE, AT_ONCE_LENGTH, AT_ONCE_EVERY = 32, 300, 3
+"""Prompts that are asked for at once, their tokens, and after how many rounds."""
+MANY = f"{AT_ONCE} x {AT_ONCE_LENGTH}"
+"""Their row."""
+LOG_BYTES = 4000
 
 
 class Pair:
@@ -64,6 +74,7 @@ class Pair:
                 environment={
                     VARIABLE: str(directory / f"{name}-{role}.jsonl"),
                     "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
+                    "UCX_NET_DEVICES": "lo",
                 },
                 max_model_len=MAX_TOKENS,
                 kv_transfer_config={
@@ -93,22 +104,29 @@ class Pair:
             for length in LENGTHS:
                 engine.generate([random_prompt(numbers, length)], 1)
 
-    def first_token(self, prompt: list[int]) -> dict[str, Any]:
-        """Seconds with the KV fetched and with the KV there, and the token."""
-        keep = [{"do_remote_decode": True}]
-        params = self.engines["kv_producer"].generate([prompt], 1, keep)[0]["params"]
+    def first_tokens(self, prompts: list[list[int]]) -> dict[str, Any]:
+        """Seconds with the KV fetched and with the KV there, and the tokens.
+
+        Raises:
+            SystemExit: The tokens differ, or the consumer could not load the KV.
+        """
+        keep = [{"do_remote_decode": True}] * len(prompts)
+        kept = self.engines["kv_producer"].generate(prompts, 1, keep)
+        params = [each["params"] for each in kept]
         consumer, cpu = self.engines["kv_consumer"], self.cpu_s()
         start = time.perf_counter()
-        fetched = consumer.generate([prompt], 1, [params])[0]
+        fetched = consumer.generate(prompts, 1, params)
         middle = time.perf_counter()
         cpu = self.cpu_s() - cpu
-        cached = consumer.generate([prompt], 1)[0]
+        cached = consumer.generate(prompts, 1)
         end = time.perf_counter()
-        if fetched["tokens"] != cached["tokens"]:
-            raise SystemExit(f"{self.name}: wrong tokens: {fetched}, {cached}")
+        tokens = [each["tokens"] for each in fetched]
+        if tokens != [each["tokens"] for each in cached]:
+            logs = "\n".join(each.text()[-LOG_BYTES:] for each in self.engines.values())
+            raise SystemExit(f"{self.name}: wrong tokens: {fetched}, {cached}\n{logs}")
         return {
             "connector": self.name,
-            "tokens": fetched["tokens"],
+            "tokens": tokens,
             "fetched": middle - start,
             "cached": end - middle,
             "cpu": cpu,
@@ -146,10 +164,13 @@ def measure(
         for engine in pair.engines.values():
             engine.wait_until_ready()
         pair.warm_up(numbers)
-        results = [{"row": FIRST, **pair.first_token(random_prompt(numbers, LENGTHS[0]))}]
-        for length in LENGTHS * rounds:
-            result = pair.first_token(random_prompt(numbers, length))
-            results.append({"row": str(length), **result})
+        cases = [(FIRST, [random_prompt(numbers, LENGTHS[0])])]
+        for round_number in range(rounds):
+            cases += [(str(length), [random_prompt(numbers, length)]) for length in LENGTHS]
+            if round_number % AT_ONCE_EVERY == 0:
+                many = [random_prompt(numbers, AT_ONCE_LENGTH) for _ in range(AT_ONCE)]
+                cases.append((MANY, many))
+        results = [{"row": row, **pair.first_tokens(prompts)} for row, prompts in cases]
         return results, pair.noted()
     finally:
         pair.close()
@@ -167,7 +188,7 @@ def report_latency(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     print("| tokens | connector | n | first token, ms | KV there | added | (quartiles) | CPU, ms |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in (FIRST, *map(str, LENGTHS)):
+    for name in (FIRST, *map(str, LENGTHS), MANY):
         for connector in CONNECTORS:
             these = [r for r in results if r["row"] == name and r["connector"] == connector]
             medians = {
@@ -176,7 +197,10 @@ def report_latency(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
             added = [1000 * (each["fetched"] - each["cached"]) for each in these]
             low, middle, high = quartiles(added)
-            rows.append({"row": name, "connector": connector, "added": middle, **medians})
+            row = {"row": name, "connector": connector, "count": len(these), "added": middle}
+            if name == MANY:
+                row["requests_per_s"] = 1000 * AT_ONCE / medians["fetched"]
+            rows.append({**row, "quartiles": [low, high], **medians})
             print(
                 f"| {name} | {connector.removeprefix('Probed')} | {len(these)} |"
                 f" {medians['fetched']:.1f} | {medians['cached']:.1f} | {middle:.1f} |"
@@ -221,6 +245,7 @@ def run_piece(number: int, rounds: int) -> dict[str, Any]:
         "start": start,
         "connector": connector,
         "rounds": rounds,
+        "load_after": os.getloadavg()[0],
         "results": results,
         "noted": noted,
     }
@@ -249,6 +274,11 @@ def merged(pieces: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     starts, rounds = len(pieces) // len(CONNECTORS), pieces[0]["rounds"]
     first["command"] = f"python -m benchmarks.bench_vllm --starts {starts} --rounds {rounds}"
     first["load_before"] = max(piece["environment"]["load_before"] for piece in pieces)
+    first["loads"] = [
+        {name: piece[name] for name in ("start", "connector")}
+        | {"before": piece["environment"]["load_before"], "after": piece["load_after"]}
+        for piece in pieces
+    ]
     return {"environment": first, "results": report_latency(mine + theirs) + report_stalls(noted)}
 
 

@@ -113,8 +113,8 @@ def registering(results: Results) -> Found:
 
 
 def vllm_added(results: Results) -> Found:
-    """Added latency under vLLM by NixlConnector's."""
-    rows = [row for row in results.get("vllm", ()) if "row" in row]
+    """Added latency under vLLM by NixlConnector's, of prompts one by one and linked engines."""
+    rows = [row for row in results.get("vllm", ()) if row.get("row", "").isdigit()]
     theirs = {row["row"]: row["added"] for row in rows if "Nixl" in row["connector"]}
     return [
         ({"tokens": row["row"]}, row["added"] / theirs[row["row"]])

@@ -130,15 +130,31 @@ def vllm_part(record: Mapping[str, Any] | None) -> str:
         [
             row["row"],
             row["connector"].removeprefix("Probed"),
-            *(number(row[name]) for name in ("fetched", "cached", "added", "cpu")),
+            str(row["count"]),
+            *(number(row[name]) for name in ("fetched", "cached", "added")),
+            " to ".join(number(value) for value in row["quartiles"]),
+            number(row["cpu"]),
+            number(row["requests_per_s"]) if "requests_per_s" in row else "",
             ""
             if "Nixl" in row["connector"]
-            else f"**{number(theirs[row['row']] / row['added'])}**",
+            else f"**{number(row['added'] / theirs[row['row']])}**",
         ]
         for row in rows
     ]
-    head = ("tokens", "connector", "first token, ms", "KV there, ms", "added, ms", "CPU, ms")
-    return f"{machine(record['environment'])}\n{table((*head, 'ratio'), shown)}"
+    head = ("tokens", "connector", "n", "first token, ms", "KV there, ms", "added, ms")
+    head += ("(quartiles)", "CPU, ms", "requests per second", "added, ours / NIXL's")
+    return f"{machine(record['environment'])}\n{loads_text(record)}\n{table(head, shown)}"
+
+
+def loads_text(record: Mapping[str, Any]) -> str:
+    """What else the machine did while engines of vLLM were measured."""
+    loads = record["environment"]["loads"]
+    told = ", ".join(
+        f"{each['connector'].removeprefix('Probed')} {number(each['before'])} to"
+        f" {number(each['after'])}"
+        for each in loads
+    )
+    return f"Load before and after each start of engines, their own included: {told}.\n"
 
 
 def goals_part(results: goals.Results) -> str:

@@ -153,30 +153,27 @@ def test_cost_is_measured_as_work_grows(tmp_path: Path):
     assert {"p50_us", "p99_us"} == set(caches["known"]) == set(caches["first"])
 
 
+def vllm_row(connector: str, added: float, **more: float | str) -> dict[str, object]:
+    times = {"fetched": added + 12, "cached": 12, "added": added, "cpu": 60}
+    fixed = {"row": "129", "count": 5, "quartiles": [added - 1, added + 2]}
+    return fixed | times | {"connector": connector} | more
+
+
 def test_engines_of_vllm_have_their_own_results():
     rows = [
-        {
-            "row": "129",
-            "connector": "ProbedOurs",
-            "fetched": 20,
-            "cached": 12,
-            "added": 8,
-            "cpu": 60,
-        },
-        {
-            "row": "129",
-            "connector": "ProbedNixl",
-            "fetched": 44,
-            "cached": 12,
-            "added": 32,
-            "cpu": 90,
-        },
+        vllm_row("ProbedOurs", 8),
+        vllm_row("ProbedNixl", 32),
+        vllm_row("ProbedOurs", 400, row="32 x 300", requests_per_s=78),
+        vllm_row("ProbedNixl", 500, row="32 x 300", requests_per_s=62),
         {"hook": "start_load_kv", "connector": "ProbedOurs"},
     ]
-    vllm = {"environment": a_record()["environment"], "results": rows}
-    text = page.text_of(None, vllm)
-    assert "| 129 | Ours | 20.0 | 12.0 | 8.00 | 60.0 | **4.00** |" in text
-    assert "| 129 | Nixl | 44.0 | 12.0 | 32.0 | 90.0 |  |" in text
+    loads = [{"start": 0, "connector": "ProbedOurs", "before": 0.5, "after": 2}]
+    environment = a_record()["environment"] | {"loads": loads}
+    text = page.text_of(None, {"environment": environment, "results": rows})
+    assert "| 129 | Ours | 5 | 20.0 | 12.0 | 8.00 | 7.00 to 10.0 | 60.0 |  | **0.25** |" in text
+    assert "| 129 | Nixl | 5 | 44.0 | 12.0 | 32.0 | 31.0 to 34.0 | 60.0 |  |  |" in text
+    assert "| 400 | 399 to 402 | 60.0 | 78.0 | **0.80** |" in text
+    assert "Ours 0.50 to 2.00" in text
 
 
 def test_a_command_is_told_without_folders(monkeypatch: pytest.MonkeyPatch):
