@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm.engines import Engine, close_all, make_model
+from tests.vllm.engines import Engine, close_all, make_model, start_all
 
 MODULE = "llm_datadist_torch.vllm.connector"
 BENT: dict[str, Any] = {"module": "tests.vllm.bent_connector", "name": "BentConnector"}
@@ -106,8 +106,8 @@ class Engines:
     """All engines by name, and what they have computed."""
 
     def __init__(self, directory: Path) -> None:
-        model = directory / "model"
-        make_model(model)
+        self.model = directory / "model"
+        make_model(self.model)
         self._directory = directory
         self._made: dict[str, Engine] = {}
         self._numbers = itertools.count()
@@ -117,22 +117,18 @@ class Engines:
 
     def start(self) -> None:
         """Start all, and wait until they are ready."""
-        model = self._directory / "model"
-        for name, given in ENGINES.items():
-            arguments = dict(given)
-            if name in ("push_d", "push_d2"):
-                port = _lasting_port()
-                self.push_peers[name] = (given["connector"]["cluster_id"], "127.0.0.1", port)
-                arguments["connector"] = given["connector"] | {"port": port}
-            self.bends[name].mkdir()
-            log = self._directory / f"{name}.log"
-            self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
-            if len(self._made) == 1:
-                # It examines the model's class in a process of its own, and keeps what it finds for
-                # the others: all at once they would do so for minutes.
-                self._made[name].wait_until_ready()
-        for engine in list(self._made.values())[1:]:
-            engine.wait_until_ready()
+        start_all(self._make(name, dict(given)) for name, given in ENGINES.items())
+
+    def _make(self, name: str, arguments: dict[str, Any]) -> Engine:
+        if name in ("push_d", "push_d2"):
+            port = _lasting_port()
+            connector = arguments["connector"]
+            self.push_peers[name] = (connector["cluster_id"], "127.0.0.1", port)
+            arguments["connector"] = connector | {"port": port}
+        self.bends[name].mkdir()
+        log = self._directory / f"{name}.log"
+        self._made[name] = Engine(self.model, log, bends=self.bends[name], **arguments)
+        return self._made[name]
 
     def __getitem__(self, name: str) -> Engine:
         return self._made[name]

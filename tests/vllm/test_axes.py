@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from tests.service import eventually
-from tests.vllm.conftest import MODULE, random_prompts, tokens_of
-from tests.vllm.engines import Engine, close_all, make_model
+from tests.vllm.conftest import BLOCK_BYTES, MODULE, random_prompts, tokens_of
+from tests.vllm.engines import Engine, close_all, make_model, start_all
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.thorough]
 
 LENGTHS = (33, 129, 300, 900)
 KEEP = {"do_remote_decode": True}
 SIZES: dict[str, Any] = {"block_size": 32, "kv_cache_memory_bytes": 32 << 20}
+FREE_BLOCKS = SIZES["kv_cache_memory_bytes"] // (BLOCK_BYTES // 4) - 1
+"""Of an idle engine: one block is nobody's."""
 CONNECTED: dict[str, Any] = {"module": MODULE, "connector": {"verify": True, "timeout_s": 60.0}}
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 256, "max_num_seqs": 8}
 STAGES: dict[str, Any] = {
@@ -100,24 +102,30 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
-def engines(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Engine]]:
+@pytest.fixture(scope="module", params=CASES)
+def engines(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Engine]]:
     """One that does all of it, a producer that computes in chunks, and a consumer."""
     case = CASES[request.param]
-    model = tmp_path / "model"
+    directory = tmp_path_factory.mktemp(request.param)
+    model = directory / "model"
     make_model(model, case.kind)
-    consumer = several(tmp_path, *case.connectors) if case.connectors else CONNECTED
+    consumer = several(directory, *case.connectors) if case.connectors else CONNECTED
     arguments: dict[str, dict[str, Any]] = {
         "whole": {"enable_prefix_caching": False},
         "p": CONNECTED | CHUNKED | case.producer,
         "d": {"policy": "fail"} | consumer,
     }
     engines: dict[str, Engine] = {}
-    try:
+
+    def made() -> Iterator[Engine]:
         for name, given in arguments.items():
-            engines[name] = Engine(model, tmp_path / f"{name}.log", **SIZES | given)
-        for engine in engines.values():
-            engine.wait_until_ready()
+            engines[name] = Engine(model, directory / f"{name}.log", **SIZES | given)
+            yield engines[name]
+
+    try:
+        start_all(made())
         yield engines
     finally:
         close_all(engines.values())
@@ -141,7 +149,6 @@ def test_tokens(engines: dict[str, Engine]) -> None:
 @pytest.mark.parametrize("engines", ["before-offloading", "after-offloading"], indirect=True)
 def test_what_was_handed_over_is_offloaded(engines: dict[str, Engine]) -> None:
     """Blocks of the producer come back from where the other connector has stored them."""
-    all_blocks = engines["p"].state()["free_blocks"]
     for prompt in random_prompts(129, 300, seed=71):
         right = tokens_of(engines["whole"].generate([prompt], 12))
         assert hand_over(engines, prompt) == right
@@ -152,4 +159,4 @@ def test_what_was_handed_over_is_offloaded(engines: dict[str, Engine]) -> None:
         # The producer's blocks are given back, whichever connector loads the prompt.
         assert eventually(engines["d"].reset_prefix_cache)
         assert hand_over(engines, prompt) == right
-    assert eventually(lambda: engines["p"].state()["free_blocks"] == all_blocks)
+    assert eventually(lambda: engines["p"].state()["free_blocks"] == FREE_BLOCKS)

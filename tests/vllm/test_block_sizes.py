@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.vllm.conftest import BENT, Engines, random_prompts, tokens_of
-from tests.vllm.engines import Engine, make_model
+from tests.vllm.engines import Engine
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -22,10 +23,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wide(directory: Path) -> Iterator[Engine]:
+def wide(engines: Engines, directory: Path) -> Iterator[Engine]:
     """An engine with blocks of 256 tokens, that serves and pulls."""
-    # The model's name is compared, not where it is.
-    make_model(directory / "model")
+    # The weights are compared, not where they are.
+    shutil.copytree(engines.model, directory / "model")
     log = directory / "wide.log"
     engine = Engine(directory / "model", log, bends=directory, connector={}, block_size=256, **BENT)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.conftest import MODULE, random_prompts, tokens_of
-from tests.vllm.engines import Engine, close_all, make_model
+from tests.vllm.engines import Engine, close_all, make_model, start_all
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -31,16 +31,18 @@ def engines(
         "p": {**connected, "max_num_batched_tokens": 256, "max_num_seqs": 8},
         "d": {**connected, "policy": "fail"},
     }
-    made = {
-        name: Engine(model, directory / f"{name}.log", **SIZES, **given)
-        for name, given in arguments.items()
-    }
+    engines: dict[str, Engine] = {}
+
+    def made() -> Iterator[Engine]:
+        for name, given in arguments.items():
+            engines[name] = Engine(model, directory / f"{name}.log", **SIZES, **given)
+            yield engines[name]
+
     try:
-        for engine in made.values():
-            engine.wait_until_ready()
-        yield made
+        start_all(made())
+        yield engines
     finally:
-        close_all(made.values())
+        close_all(engines.values())
 
 
 def test_tokens(engines: dict[str, Engine]) -> None:
