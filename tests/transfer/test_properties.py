@@ -21,23 +21,21 @@ from tests import reference
 from tests.devices import examples, on_npu
 from tests.peers import NearPeer, Peer, Ref, Service, eventually, spawn
 
-FAR, NEAR, RELAYED = 2, 3, 4
+IDS = {"far": 2, "near": 3, "relayed": 4, "engine": 5}
+KINDS = ("allocated", "tensors", "ints")
 WAYS = {
     ("far", "allocated"): "shared-mapping",
     ("far", "tensors"): "process-memory",
     ("far", "ints"): "process-memory",
-    ("near", "allocated"): "same-process",
-    ("near", "tensors"): "same-process",
-    ("near", "ints"): "same-process",
-    ("relayed", "allocated"): "relay",
-    ("relayed", "tensors"): "relay",
-    ("relayed", "ints"): "relay",
+    **{("near", kind): "same-process" for kind in KINDS},
+    **{("relayed", kind): "relay" for kind in KINDS},
+    **{("engine", kind): "hixl" for kind in KINDS},
 }
 PEERS = ["far", "near", "relayed"]
+OPTIONS = {"engine": {"options": {"llm.Transport": "hixl"}}}
 if on_npu():
-    # Between processes device memory is the engine's.
-    WAYS |= {("far", kind): "hixl" for kind in ("allocated", "tensors", "ints")}
-    PEERS.remove("relayed")
+    WAYS |= {("far", kind): "device-ipc" for kind in KINDS}
+    PEERS = ["far", "near", "engine"]
 
 
 def ways_of(peer: str, kind: str) -> set[str]:
@@ -61,15 +59,12 @@ class World:
 def world() -> Iterator[World]:
     here = Service()
     port = here.start(1)
-    peers: dict[str, Peer | NearPeer] = {"far": spawn(), "near": NearPeer()}
-    ids = {"far": FAR, "near": NEAR, "relayed": RELAYED}
-    if "relayed" in PEERS:
-        peers["relayed"] = spawn()
+    peers = {name: NearPeer() if name == "near" else spawn() for name in PEERS}
     for name, peer in peers.items():
-        peer.call("start", ids[name])
+        peer.call("start", IDS[name], **OPTIONS.get(name, {}))
         assert peer.call("link", 1, port)[0] == "LLM_SUCCESS"
     if "relayed" in PEERS:
-        here.only_relay(RELAYED)
+        here.only_relay(IDS["relayed"])
         peers["relayed"].call("only_relay", 1)
     taken: list[str] = []
     move = LinkChannel.move
@@ -79,7 +74,7 @@ def world() -> Iterator[World]:
         return taken[-1]
 
     LinkChannel.move = recorded  # type: ignore[method-assign]
-    yield World(here, peers, ids, taken)
+    yield World(here, peers, IDS, taken)
     LinkChannel.move = move  # type: ignore[method-assign]
     for peer in peers.values():
         peer.close()
