@@ -226,8 +226,8 @@ def two_hosts() -> list[Goal]:
             "0.8 from 64 KiB on",
             ratios("hosts", "relay", "TCP stream", blocks_of(64 * KIB)),
             0.8,
-            reason="gathering at the owner, sending, receiving and scattering follow one another,"
-            " 4 MiB at a time, and the stream has two of these passes, side by side",
+            reason="gathering at the owner, sending, receiving and scattering are four passes over"
+            " the bytes, of which the stream has two; both share two cores",
         ),
         Goal(
             RELAY,
