@@ -29,6 +29,7 @@ from llm_datadist_torch.serving.messages import (
     Call,
     Called,
     Claim,
+    Done,
     Envelope,
     Note,
     Question,
@@ -260,6 +261,8 @@ class Link(ServedPeer):
     ) -> Request:
         """Send a request whose answer is waited for later, so that others can follow at once.
 
+        Does not block. The answer is ``Done``, and ``data`` must not change before it has come.
+
         Raises:
             LLMPeerLostError: The connection is gone.
         """
@@ -287,6 +290,11 @@ class Link(ServedPeer):
             peer=self.peer,
             remedy="the link stays usable; raise sync_kv_timeout if the peer is only busy.",
         )
+
+    def unexpected(self, reply: Body) -> LLMException:
+        """What the call is told whose request was answered by something else than it asks for."""
+        text = f"unexpected answer {type(reply).__name__}"
+        return error_for(LLMStatusCode.LLM_FAILED, text, peer=self.peer)
 
     def send(self, body: Body, deadline: Deadline) -> None:
         """Send a request whose answer nobody waits for.
@@ -462,7 +470,11 @@ class Request:
         self._pending, self._deadline = pending, deadline
 
     def wait(self) -> Data | bytes:
-        """The bytes that come with the answer; raises as :meth:`Link.request`."""
+        """Block for the answer; returns the bytes that come with it.
+
+        Raises:
+            LLMException: As :meth:`Link.request`; LLM_FAILED, the answer is not ``Done``.
+        """
         try:
             self._pending.wait(self._deadline)
         finally:
@@ -474,6 +486,8 @@ class Request:
                 raise self._link.error_of(reply, self._deadline)
             finally:
                 del reply
+        if not isinstance(reply, Done):
+            raise self._link.unexpected(reply)
         return data or b""
 
     def close(self) -> None:
@@ -518,11 +532,7 @@ class LinkRelay:
         call = Call(movement.lease_id, transport, payload, _claim_of(movement))
         reply, _ = self._link.request(call, deadline)
         if not isinstance(reply, Called):
-            raise error_for(
-                LLMStatusCode.LLM_FAILED,
-                f"unexpected answer {type(reply).__name__}",
-                peer=self._link.peer,
-            )
+            raise self._link.unexpected(reply)
         return reply.payload
 
     def post(self, transport: str, payload: bytes) -> None:

@@ -179,3 +179,25 @@ def test_an_owner_that_is_leaving_takes_no_claim(here: Service) -> None:
         link.leaving = False
         assert isinstance(request(dealer, claimed(WANTED, view)), messages.Done)
         assert len(link.grants) == 1
+
+
+@pytest.mark.parametrize("operation", ["pull_blocks", "push_blocks"])
+def test_an_answer_of_another_kind_is_no_success(
+    here: Service, remote_peer: Peer, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """The owner answers a relayed read or write with what is none of its answers."""
+    key = BlocksCacheKey(ME, 0)
+    here.allocate("open", *SIZE, paged=True, keys=key)
+    remote_peer.call("only_relay", ME)
+    answer = Owner.answer
+
+    def bent(self: Owner, link: Any, body: Any, data: Any) -> Any:
+        found = answer(self, link, body, data)
+        relayed = isinstance(body, (messages.ReadBytes, messages.WriteBytes))
+        return (messages.Answer(b""), found[1]) if relayed and found else found
+
+    monkeypatch.setattr(Owner, "answer", bent)
+    failure = remote_peer.call("attempt", operation, key, Ref("theirs"), [0], [0])
+    assert failure is not None
+    assert failure.status == "LLM_FAILED"
+    assert "unexpected answer Answer" in failure.text
