@@ -9,11 +9,14 @@ Run it with the environment of `make test-vllm`: .venv-vllm/bin/python -m benchm
     python -m benchmarks.bench_vllm --merge 0.json 1.json --json benchmarks/results/vllm.json
 
 *Added* is what the hand-over adds to the time of the first token: the time at the consumer with the
-KV fetched, less that of the same prompt asked again, when the KV is in the consumer's prefix cache.
+KV fetched, less that of the same prompt when its KV is in the consumer's prefix cache. That cache
+has full blocks only, and a consumer that has fetched a prompt computes one token; so the second
+prompt ends one token after its last full block, and one token is computed for it, too.
 Engines are asked through a pipe, alike for both.
 
 Engines of vLLM spin for a second after their last work, and NIXL's threads for as long as there are
-any. So a connector's producer and consumer have the host for themselves, and are started in turn
+any. So a prompt is asked for when both engines have come to rest, as on hosts of their own; and a
+connector's producer and consumer have the host for themselves, and are started in turn
 with the other connector's, several times, with the same prompts; which of them comes first changes.
 All engines have computed prompts of all lengths by themselves before. The first hand-over, when
 nothing is linked, is a row of its own; so are many prompts at once, which say how many requests a
@@ -55,6 +58,10 @@ AT_ONCE, AT_ONCE_LENGTH, AT_ONCE_EVERY = 32, 300, 3
 """Prompts that are asked for at once, their tokens, and after how many rounds."""
 MANY = f"{AT_ONCE} x {AT_ONCE_LENGTH}"
 """Their row."""
+BLOCK = 128
+"""Tokens of a block of vLLM's on CPUs."""
+SPIN_S = 1.3
+"""How long an engine without work spins, and some more."""
 LOG_BYTES = 4000
 
 
@@ -108,27 +115,27 @@ class Pair:
         """Seconds with the KV fetched and with the KV there, and the tokens.
 
         Raises:
-            SystemExit: The tokens differ, or the consumer could not load the KV.
+            SystemExit: The consumer's tokens are not those of the KV in its prefix cache.
         """
         keep = [{"do_remote_decode": True}] * len(prompts)
         kept = self.engines["kv_producer"].generate(prompts, 1, keep)
         params = [each["params"] for each in kept]
-        consumer, cpu = self.engines["kv_consumer"], self.cpu_s()
-        start = time.perf_counter()
-        fetched = consumer.generate(prompts, 1, params)
-        middle = time.perf_counter()
+        consumer = self.engines["kv_consumer"]
+        time.sleep(SPIN_S)
+        cpu = self.cpu_s()
+        seconds, fetched = timed(consumer, prompts, params)
         cpu = self.cpu_s() - cpu
-        cached = consumer.generate(prompts, 1)
-        end = time.perf_counter()
         tokens = [each["tokens"] for each in fetched]
-        if tokens != [each["tokens"] for each in cached]:
+        if tokens != [each["tokens"] for each in consumer.generate(prompts, 1)]:
             logs = "\n".join(each.text()[-LOG_BYTES:] for each in self.engines.values())
-            raise SystemExit(f"{self.name}: wrong tokens: {fetched}, {cached}\n{logs}")
+            raise SystemExit(f"{self.name}: wrong tokens: {fetched}\n{logs}")
+        time.sleep(SPIN_S)
+        cached, _ = timed(consumer, [one_past_a_block(prompt) for prompt in prompts])
         return {
             "connector": self.name,
             "tokens": tokens,
-            "fetched": middle - start,
-            "cached": end - middle,
+            "fetched": seconds,
+            "cached": cached,
             "cpu": cpu,
         }
 
@@ -144,6 +151,20 @@ class Pair:
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
+
+
+def timed(
+    engine: Engine, prompts: list[list[int]], params: list[dict[str, Any]] | None = None
+) -> tuple[float, list[dict[str, Any]]]:
+    """The seconds that an engine takes for the first tokens, and what it answers."""
+    start = time.perf_counter()
+    answers = engine.generate(prompts, 1, params)
+    return time.perf_counter() - start, answers
+
+
+def one_past_a_block(prompt: list[int]) -> list[int]:
+    """Its beginning that ends one token after a full block."""
+    return prompt[: (len(prompt) - 1) // BLOCK * BLOCK + 1]
 
 
 def random_prompt(numbers: random.Random, length: int) -> list[int]:
