@@ -15,10 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ascend_sim.environment import environment_text
@@ -38,6 +40,27 @@ _FLAGS = (
 )
 
 
+# torch_npu and vllm-ascend's extension are linked with these, and need nothing of them but that
+# they are there, or what another library of ours has.
+_EMPTY = (
+    "acl_tdt_channel",
+    "ascend_dump",
+    "ascendalog",
+    "c_sec",
+    "error_manager",
+    "ge_common_base",
+    "ge_runner",
+    "graph",
+    "mmpa",
+    "profapi",
+    "register",
+    "runtime",
+    "unified_dlog",
+)
+# Folders of csrc/ whose headers those of another may include.
+_SHARES = {"atb": ("kernels",)}
+
+
 class SimulatorBuildError(RuntimeError):
     """The simulator can't be built here; the message says why, and what to do."""
 
@@ -52,6 +75,8 @@ class _Library:
     link_flags: tuple[str, ...] = ()
     # Files that stand for libraries of the old C++ ABI.
     old_abi: tuple[str, ...] = ()
+    # A header that all of its files include, and that takes most of their time: compiled once.
+    common_header: str = ""
 
     def flags_of(self, source: Path) -> tuple[str, ...]:
         abi = "-D_GLIBCXX_USE_CXX11_ABI=0" if source.name in self.old_abi else ""
@@ -153,10 +178,15 @@ def _libraries(packages: _Packages) -> list[_Library]:
             "-lc10",
             "-lascendcl",
         ),
+        common_header="kernels/kernel.h",
     )
-    empty = [
-        _Library(name, ("stubs/empty.cpp",)) for name in ("ge_runner", "graph", "acl_tdt_channel")
-    ]
+    atb = replace(
+        kernels,
+        name="atb",
+        patterns=("atb/*.cpp",),
+        link_flags=(*kernels.link_flags, "-lopapi"),
+    )
+    empty = [_Library(name, ("stubs/empty.cpp",)) for name in _EMPTY]
     return [
         _Library("ascendcl", ("runtime/*.cpp",), link_flags=("-lpthread",)),
         _Library(
@@ -168,8 +198,10 @@ def _libraries(packages: _Packages) -> list[_Library]:
         ),
         _Library("acl_op_compiler", ("stubs/acl_op_compiler.cpp",)),
         _Library("hccl", ("stubs/hccl.cpp",)),
+        _Library("platform", ("stubs/platform.cpp",), old_abi=("platform.cpp",)),
         *empty,
         kernels,
+        atb,
     ]
 
 
@@ -192,8 +224,8 @@ def _digest(parts: Sequence[bytes | str]) -> str:
 
 def _headers(folder: Path) -> list[bytes]:
     """The headers that a file of a folder of csrc/ may include: that folder's and the shared."""
-    found = sorted(SOURCES.glob("*.h")) + sorted(folder.glob("*.h"))
-    return [path.read_bytes() for path in found]
+    folders = [SOURCES, folder, *(SOURCES / name for name in _SHARES.get(folder.name, ()))]
+    return [path.read_bytes() for place in folders for path in sorted(place.glob("*.h"))]
 
 
 def _key_of(libraries: Sequence[_Library], packages: _Packages) -> str:
@@ -215,11 +247,16 @@ def _compile_all(
     objects.mkdir(exist_ok=True)
     # The libraries that others are linked with come first.
     flags = (*_FLAGS, f"-isystem{packages.acl_include}")
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with (
+        tempfile.TemporaryDirectory(dir=objects) as scratch,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        precompiled = _PrecompiledHeaders(compiler, Path(scratch))
+        compile_one = partial(_compile, compiler, precompiled, objects, packages)
         made = [
             [
                 pool.submit(
-                    _compile, compiler, path, (*flags, *library.flags_of(path)), objects, packages
+                    compile_one, library.common_header, path, (*flags, *library.flags_of(path))
                 )
                 for path in library.sources()
             ]
@@ -248,8 +285,39 @@ def _shown(parts: list[Future[Path]]) -> Iterable[Future[Path]]:
     return track(ended, "compiling", len(parts), console=console, transient=True)
 
 
+class _PrecompiledHeaders:
+    """Headers, compiled when the first file that includes one is."""
+
+    def __init__(self, compiler: str, folder: Path) -> None:
+        self._compiler = compiler
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    def flags_for(self, header: str, flags: Sequence[str]) -> tuple[str, ...]:
+        """The flags by which a file that is compiled with `flags` uses a header of csrc/."""
+        if not header:
+            return ()
+        wrapper = self._folder / f"{_digest([header, *flags])}.h"
+        made = wrapper.with_name(f"{wrapper.name}.gch")
+        with self._lock:
+            if not made.exists():
+                wrapper.write_text(f'#include "{SOURCES / header}"\n', encoding="utf-8")
+                self._compile(wrapper, made, flags)
+        return ("-include", str(wrapper))
+
+    def _compile(self, wrapper: Path, made: Path, flags: Sequence[str]) -> None:
+        command = [self._compiler, *flags, "-x", "c++-header", str(wrapper), "-o", str(made)]
+        _run(command)
+
+
 def _compile(
-    compiler: str, source: Path, flags: Sequence[str], objects: Path, packages: _Packages
+    compiler: str,
+    precompiled: _PrecompiledHeaders,
+    objects: Path,
+    packages: _Packages,
+    common_header: str,
+    source: Path,
+    flags: Sequence[str],
 ) -> Path:
     """Compiles one file, unless it was compiled before: while developing, few files change."""
     key = _digest([source.read_bytes(), *flags, *packages.versions, *_headers(source.parent)])
@@ -257,7 +325,8 @@ def _compile(
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=objects) as scratch:
             fresh = Path(scratch) / "made.o"
-            _run([compiler, *flags, "-c", str(source), "-o", str(fresh)])
+            common = precompiled.flags_for(common_header, flags)
+            _run([compiler, *flags, *common, "-c", str(source), "-o", str(fresh)])
             fresh.rename(made)
     return made
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fused attention, to which torch_npu sends scaled_dot_product_attention in half precision.
 
-#include <ATen/ops/ones.h>
 #include <ATen/ops/repeat_interleave.h>
 
 #include "kernel.h"
+#include "masks.h"
 
 using namespace ascend_sim;  // NOLINT: the tables below are written in its words
 
@@ -18,8 +18,7 @@ struct Attention {
   Tensor bias;
   Tensor mask;
   double scale;
-  int64_t left;   // tokens before, and
-  int64_t right;  // behind the query's own that band masks let it see
+  Band band;
   int64_t heads;
   std::string layout;
   int64_t mask_mode;
@@ -50,29 +49,6 @@ int64_t key_heads(const Attention& attention) {
   return attention.key.size(2) / (attention.query.size(2) / attention.heads);
 }
 
-// True where a query must not see a key. Modes: 0 and 1 the mask as it is, 2 and 3 causal from the
-// first and from the last token, 4 a band.
-Tensor hidden(const Attention& attention, int64_t queries, int64_t keys) {
-  const Tensor all = at::ones({queries, keys}, at::kBool);
-  switch (attention.mask_mode) {
-    case 0:
-    case 1:
-      return attention.mask.defined() ? attention.mask.to(at::kBool) : Tensor();
-    case 2:
-      return all.triu(1);
-    case 3:
-      return all.triu(1 + keys - queries);
-    case 4: {
-      const int64_t shift = keys - queries;
-      return all.triu(1 + shift + attention.right)
-          .logical_or(all.tril(-1 + shift - attention.left));
-    }
-    default:
-      TORCH_CHECK(false, "only the sparse modes 0 to 4, not ", attention.mask_mode);
-      return {};
-  }
-}
-
 void attend(const Attention& attention, double kept, const Out& maximum, const Out& sum,
             const Out& result) {
   TORCH_CHECK(kept == 1.0, "dropout in fused attention isn't simulated");
@@ -86,7 +62,8 @@ void attend(const Attention& attention, double kept, const Out& maximum, const O
   const Tensor value = prepared(attention.value, key_groups).repeat_interleave(shared, 1);
   Tensor scores = query.matmul(key.transpose(-1, -2)).mul(attention.scale);
   if (attention.bias.defined()) scores = scores.add(attention.bias);
-  const Tensor mask = hidden(attention, query.size(2), key.size(2));
+  const Tensor mask =
+      hidden_keys(attention.mask_mode, attention.mask, attention.band, query.size(2), key.size(2));
   if (mask.defined()) scores = scores.masked_fill(mask, -1e30);
   const Tensor highest = scores.amax({-1}, /*keepdim=*/true);
   const Tensor weights = scores.sub(highest).exp();
@@ -104,7 +81,7 @@ ACLNN(FlashAttentionScore,
          Tensor mask, Ints /*prefix*/, double scale, double kept, int64_t left, int64_t right,
          int64_t heads, std::string layout, int64_t /*precise*/, int64_t mode, Out maximum, Out sum,
          Out /*softmax*/, Out result) {
-        attend({query, key, value, bias, mask, scale, left, right, heads, layout, mode}, kept,
+        attend({query, key, value, bias, mask, scale, {left, right}, heads, layout, mode}, kept,
                maximum, sum, result);
       })
 ACLNN(FlashAttentionScoreV2,
@@ -113,6 +90,6 @@ ACLNN(FlashAttentionScoreV2,
          double kept, int64_t left, int64_t right, int64_t heads, std::string layout,
          int64_t /*precise*/, int64_t mode, int64_t /*bias_type*/, Out maximum, Out sum,
          Out /*softmax*/, Out result) {
-        attend({query, key, value, bias, mask, scale, left, right, heads, layout, mode}, kept,
+        attend({query, key, value, bias, mask, scale, {left, right}, heads, layout, mode}, kept,
                maximum, sum, result);
       })

@@ -14,6 +14,7 @@
 
 #include <acl/acl_rt.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -46,7 +47,7 @@ constexpr int kParameterError = 161002;
 constexpr int kKernelError = 507015;
 
 // A tensor over the simulator's alias of the memory; throws if that was freed meanwhile.
-Tensor view_of(const aclTensor& tensor);
+ACLNN_SHARED Tensor view_of(const aclTensor& tensor);
 
 // libtorch's messages go on with a C++ stack.
 std::string first_line(const std::exception& error);
@@ -176,11 +177,33 @@ struct Argument<std::string> {
   std::string load() const { return value; }
 };
 
+// Text as an argument of a template.
+template <size_t N>
+struct Name {
+  char text[N];
+  constexpr Name(const char (&literal)[N]) { std::copy_n(literal, N, text); }  // NOLINT: implicit
+};
+
+// A tensor that the caller may give, but that the simulator has no use for: it is refused by name.
+template <Name name>
+struct Absent {};
+
+template <Name name>
+struct Argument<Absent<name>> {
+  using Handle = const aclTensor*;
+  explicit Argument(Handle handle) {
+    const bool is_empty =
+        handle == nullptr || std::count(handle->shape->begin(), handle->shape->end(), 0) > 0;
+    TORCH_CHECK(is_empty, name.text, " isn't simulated");
+  }
+  Absent<name> load() const { return {}; }
+};
+
 // Makes the exception being handled the text of aclGetRecentErrMsg; returns kParameterError.
-int preparation_failed(const char* name);
+ACLNN_SHARED int preparation_failed(const char* name);
 
 // Queues an executor on a stream, and deletes it after it ran.
-int launch(const char* name, aclOpExecutor* executor, aclrtStream stream);
+ACLNN_SHARED int launch(const char* name, aclOpExecutor* executor, aclrtStream stream);
 
 // All kernels with the same parameters share one of these, which keeps compilation short.
 template <typename... Parameters>

@@ -27,14 +27,23 @@ std::optional<Tensor> optional(const Tensor& tensor) {
   return tensor.defined() ? std::optional<Tensor>(tensor) : std::nullopt;
 }
 
-// x / sqrt(mean(x^2) + epsilon) * gamma over the dimensions that gamma has, summed in float.
-void rms_norm(const Tensor& x, const Tensor& gamma, double epsilon, const Out& y, const Out& rstd) {
+// x / sqrt(mean(x^2) + epsilon) * gamma + beta over the dimensions that gamma has, summed in float.
+void rms_norm(const Tensor& x, const Tensor& gamma, double epsilon, const Out& y, const Out& rstd,
+              const Tensor& beta = {}) {
   Ints dims;
   for (int64_t dim = x.dim() - gamma.dim(); dim < x.dim(); ++dim) dims.push_back(dim);
   const Tensor wide = x.to(at::kFloat);
   const Tensor scale = wide.square().mean(dims, /*keepdim=*/true).add(epsilon).rsqrt();
   if (rstd) rstd = scale.reshape(rstd.get().sizes());
-  y = wide.mul(scale).mul(gamma.to(at::kFloat));
+  const Tensor scaled = wide.mul(scale).mul(gamma.to(at::kFloat));
+  y = beta.defined() ? scaled.add(beta.to(at::kFloat)) : scaled;
+}
+
+void add_rms_norm(const Tensor& x1, const Tensor& x2, const Tensor& gamma, const Tensor& beta,
+                  double epsilon, const Out& y, const Out& rstd, const Out& sum) {
+  const Tensor x = x1.add(x2);
+  rms_norm(x, gamma, epsilon, y, rstd, beta);
+  sum = x;
 }
 
 // How each half (mode 0), or each pair of neighbours (mode 1), of the last dimension turns by 90
@@ -69,9 +78,16 @@ ACLNN(RmsNorm, [](Tensor x, Tensor gamma, double epsilon, Out y, Out rstd) {
   rms_norm(x, gamma, epsilon, y, rstd);
 })
 ACLNN(AddRmsNorm, [](Tensor x1, Tensor x2, Tensor gamma, double epsilon, Out y, Out rstd, Out sum) {
-  const Tensor x = x1.add(x2);
-  rms_norm(x, gamma, epsilon, y, rstd);
-  sum = x;
+  add_rms_norm(x1, x2, gamma, {}, epsilon, y, rstd, sum);
+})
+ACLNN(AddRmsNormBias,
+      [](Tensor x1, Tensor x2, Tensor gamma, Tensor beta, double epsilon, Out y, Out rstd,
+         Out sum) { add_rms_norm(x1, x2, gamma, beta, epsilon, y, rstd, sum); })
+ACLNN(InplaceAddRmsNorm, [](Out x1, Out x2, Tensor gamma, double epsilon, Out rstd) {
+  add_rms_norm(x1, x2.get(), gamma, {}, epsilon, x1, rstd, x2);
+})
+ACLNN(GemmaRmsNorm, [](Tensor x, Tensor gamma, double epsilon, Out y, Out rstd) {
+  rms_norm(x, gamma.to(at::kFloat).add(1), epsilon, y, rstd);
 })
 ACLNN(RotaryPositionEmbedding, [](Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
   out = x.mul(cos).add(rotated(x, mode).mul(sin));

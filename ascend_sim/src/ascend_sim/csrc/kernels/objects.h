@@ -12,6 +12,9 @@
 #include <string>
 #include <vector>
 
+// What libatb.so, which is linked with libopapi.so, uses of it.
+#define ACLNN_SHARED __attribute__((visibility("default")))
+
 struct aclTensor {
   // Shared, because kernels whose result has a size that only they know write it back.
   std::shared_ptr<std::vector<int64_t>> shape;
@@ -50,6 +53,6 @@ struct aclScalarList {
 namespace ascend_sim {
 
 // Throws for a type that libtorch's CPU kernels don't know.
-at::ScalarType scalar_type(aclDataType type);
+ACLNN_SHARED at::ScalarType scalar_type(aclDataType type);
 
 }  // namespace ascend_sim

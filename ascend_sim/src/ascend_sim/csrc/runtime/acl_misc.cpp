@@ -56,6 +56,63 @@ aclError aclrtGetFunctionAddr(aclrtFuncHandle, void**, void**) {
   return no_binaries("aclrtGetFunctionAddr");
 }
 
+aclError aclrtBinaryGetFunctionByEntry(aclrtBinHandle, uint64_t, aclrtFuncHandle*) {
+  ASCEND_SIM_ENTER(aclrtBinaryGetFunctionByEntry);
+  return no_binaries("aclrtBinaryGetFunctionByEntry");
+}
+
+aclError aclrtBinaryUnLoad(aclrtBinHandle) {
+  ASCEND_SIM_ENTER(aclrtBinaryUnLoad);
+  return no_binaries("aclrtBinaryUnLoad");
+}
+
+aclError aclrtLaunchKernelWithHostArgs(aclrtFuncHandle, uint32_t, aclrtStream,
+                                       aclrtLaunchKernelCfg*, void*, size_t, aclrtPlaceHolderInfo*,
+                                       size_t) {
+  ASCEND_SIM_ENTER(aclrtLaunchKernelWithHostArgs);
+  return no_binaries("aclrtLaunchKernelWithHostArgs");
+}
+
+aclError aclrtGetHardwareSyncAddr(void**) {
+  ASCEND_SIM_ENTER(aclrtGetHardwareSyncAddr);
+  return no_binaries("aclrtGetHardwareSyncAddr");
+}
+
+// Nothing here destroys a stream by itself, so that nobody needs to be told.
+ASCEND_SIM_ACCEPT(aclrtRegStreamStateCallback, const char*, aclrtStreamStateCallback, void*)
+
+size_t aclDataTypeSize(aclDataType type) {
+  switch (type) {
+    case ACL_INT8:
+    case ACL_UINT8:
+    case ACL_BOOL:
+    case ACL_HIFLOAT8:
+    case ACL_FLOAT8_E5M2:
+    case ACL_FLOAT8_E4M3FN:
+    case ACL_FLOAT8_E8M0:
+      return 1;
+    case ACL_FLOAT16:
+    case ACL_BF16:
+    case ACL_INT16:
+    case ACL_UINT16:
+      return 2;
+    case ACL_FLOAT:
+    case ACL_INT32:
+    case ACL_UINT32:
+    case ACL_COMPLEX32:
+      return 4;
+    case ACL_DOUBLE:
+    case ACL_INT64:
+    case ACL_UINT64:
+    case ACL_COMPLEX64:
+      return 8;
+    case ACL_COMPLEX128:
+      return 16;
+    default:
+      return 0;
+  }
+}
+
 void aclAppLog(aclLogLevel, const char*, const char*, uint32_t, const char*, ...) {}
 
 // The runtime's own interface below AscendCL. Its headers don't come with torch_npu, and nothing
