@@ -7,13 +7,23 @@ import pytest
 
 from tests.simulated import check_names, outcomes
 
-CHECKS = "tests.inference_checks"
+OPERATIONS = "tests.inference_checks"
+ATTENTION = "tests.attention_checks"
+
+
+def passes(module: str, check: str, *options: str) -> None:
+    failure = outcomes(module, options)[check]
+    assert not failure, failure
 
 
 @pytest.mark.needs_torch_npu
-@pytest.mark.parametrize("scheduler", ["lazy", "random"])
-@pytest.mark.parametrize("check", check_names(CHECKS))
-def test_inference(check: str, scheduler: str):
-    options = ("--scheduler", scheduler, *(("--seed", "5") if scheduler == "random" else ()))
-    failure = outcomes(CHECKS, options)[check]
-    assert not failure, failure
+@pytest.mark.parametrize("scheduler", [("lazy",), ("random", "--seed", "5")], ids=lambda s: s[0])
+@pytest.mark.parametrize("check", check_names(OPERATIONS))
+def test_operations(check: str, scheduler: tuple[str, ...]):
+    passes(OPERATIONS, check, "--scheduler", *scheduler)
+
+
+@pytest.mark.needs_torch_npu
+@pytest.mark.parametrize("check", check_names(ATTENTION))
+def test_attention(check: str):
+    passes(ATTENTION, check)
