@@ -453,6 +453,7 @@ class Node:
     def _keep(self, cache: Cache, name: str | int | None, tensors_per_layer: int) -> Cache:
         cache.group_layers(tensors_per_layer)
         if name is not None:
+            cache.set_name(name)
             self._named[name] = cache
         return cache
 

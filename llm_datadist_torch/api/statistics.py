@@ -6,7 +6,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from llm_datadist_torch.caches.entry import CacheEntry
+from llm_datadist_torch.api.keys import BlocksKey
+from llm_datadist_torch.caches.cache import Cache
+from llm_datadist_torch.caches.entry import CacheEntry, KeyKind
 from llm_datadist_torch.links.info import LinkInfo
 from llm_datadist_torch.links.instance import Instance
 from llm_datadist_torch.links.questions import (
@@ -96,13 +98,25 @@ def _pool_stats(name: str, pool: ArenaMemory) -> PoolStats:
 
 
 def _caches(instance: Instance) -> tuple[CacheStats, ...]:
-    dropped = set(instance.caches_without_handle())
     found = (instance.catalog.get(cache_id) for cache_id in instance.catalog.ids())
     pools = _pools(instance)
-    return tuple(_cache(entry, pools, dropped) for entry in found if entry is not None)
+    return tuple(
+        _cache(entry, pools, instance.handle(entry.cache_id))
+        for entry in found
+        if entry is not None
+    )
 
 
-def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], dropped: set[int]) -> CacheStats:
+def _names(entry: CacheEntry, handle: Cache | None) -> tuple[str, ...]:
+    """Its keys as text; a blocks cache's by the name that the front door was told, if any."""
+    name = None if handle is None else handle.name
+    return tuple(
+        str(key) if name is None or key.kind is not KeyKind.BLOCKS else str(BlocksKey(name))
+        for key in list(entry.keys)
+    )
+
+
+def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], handle: Cache | None) -> CacheStats:
     layout = entry.layout
     of_pool = [(name, pool) for name, pool in pools.items() if entry.region is pool.region]
     name = of_pool[0][0] if of_pool else ""
@@ -113,7 +127,7 @@ def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], dropped: set[int]) 
         spans = tuple((address - base, layout.extent) for address in addrs)
     return CacheStats(
         cache_id=entry.cache_id,
-        names=tuple(str(key) for key in list(entry.keys)),
+        names=_names(entry, handle),
         paged=layout.paged,
         tensors=layout.num_tensors,
         rows=layout.rows,
@@ -121,7 +135,7 @@ def _cache(entry: CacheEntry, pools: dict[str, ArenaMemory], dropped: set[int]) 
         device=str(entry.device),
         registered=not entry.owned,
         leases=entry.leases,
-        dropped=entry.cache_id in dropped,
+        dropped=handle is None,
         pool=name,
         spans=spans,
     )

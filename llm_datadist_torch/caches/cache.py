@@ -67,6 +67,7 @@ class Cache:
         self._dims = list(cache_desc.dims)  # the desc's shape is the caller's, who may change it
         self._ended_by = ""
         self._tensors_per_layer = 2
+        self._name: str | int | None = None
 
     # -- what the reference has -------------------------------------------------------------------
 
@@ -167,6 +168,18 @@ class Cache:
         ``CacheManager`` go by their own argument.
         """
         return self._tensors_per_layer
+
+    @property
+    def name(self) -> str | int | None:
+        """What ``Node.allocate`` or ``Node.register`` was told that peers call it; None: nothing.
+
+        ``CacheManager`` binds keys to caches instead, and leaves this None.
+        """
+        return self._name
+
+    def set_name(self, name: str | int | None) -> None:
+        """Set :attr:`name`, which is shown to people; binds no key. The front door calls it."""
+        self._name = name
 
     def group_layers(self, tensors_per_layer: int) -> None:
         """Set :attr:`tensors_per_layer`.
@@ -323,7 +336,8 @@ class Cache:
         ]
         if self.ended:
             facts.append(("ended by", self._ended_by))
-        return html.facts_html(f"Cache {self._cache_id}", facts)
+        name = "" if self._name is None else f" {self._name!r}"
+        return html.facts_html(f"Cache {self._cache_id}{name}", facts)
 
     def __repr__(self) -> str:
         """What the cache is and where, without its data."""
@@ -332,8 +346,9 @@ class Cache:
         if self._cache_id == CPU_CACHE_ID:  # no instance knows it
             origin = "wrapped"
         state = f"ended by {self._ended_by}" if self.ended else origin
+        name = "" if self._name is None else f"name={self._name!r}, "
         return (
-            f"Cache(id={self._cache_id}, {kind}, {desc.num_tensors} x {self._dims}"
+            f"Cache(id={self._cache_id}, {name}{kind}, {desc.num_tensors} x {self._dims}"
             f" {desc.data_type.name},"
             f" {self.nbytes} bytes on {self._device} ({desc.placement.name}), {state})"
         )

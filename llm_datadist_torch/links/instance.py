@@ -200,13 +200,12 @@ class Instance:
         if cache is not None:
             cache.invalidate(ended_by)
 
-    def caches_without_handle(self) -> list[int]:
-        """Ids of caches that are there although the program has dropped its ``Cache``.
+    def handle(self, cache_id: int) -> Cache | None:
+        """The program's ``Cache`` of an id; None where it has dropped it, or there is none.
 
-        They stay, as in the reference, because peers may name them. Nothing else tells of those
-        that were forgotten.
+        A cache that was dropped stays, as in the reference, because peers may name it.
         """
-        return [each for each in self.catalog.ids() if self._caches.get(each) is None]
+        return self._caches.get(cache_id)
 
     def owns(self, cache: Cache) -> bool:
         """Whether this is a live cache of this instance."""

@@ -15,7 +15,8 @@ class CacheStats:
 
     Attributes:
         cache_id: Its id.
-        names: Its keys, as text.
+        names: Its keys, as text: those of the reference API, or ``BlocksKey(name='kv')`` where the
+            front door has named the cache.
         paged: Blocks cache or contiguous.
         tensors: Number of tensors.
         rows: Blocks or rows of each.

@@ -412,11 +412,14 @@ def test_the_way_to_free_a_bound_key_works(instance_factory):
 
 def test_caches_whose_handle_is_gone_are_known(instance_factory):
     datadist = instance_factory()
-    manager, instance = datadist.cache_manager, datadist._instance
+    manager = datadist.cache_manager
     kept, dropped = manager.allocate_cache(desc()), manager.allocate_cache(desc())
-    number = dropped.cache_id
-    assert instance.caches_without_handle() == []
+    numbers = kept.cache_id, dropped.cache_id
+    assert [(each.cache_id, each.dropped) for each in datadist.stats().caches] == [
+        (numbers[0], False), (numbers[1], False),
+    ]  # fmt: skip
     del dropped
     gc.collect()
-    assert instance.caches_without_handle() == [number]
-    assert kept.cache_id != number
+    assert [(each.cache_id, each.dropped) for each in datadist.stats().caches] == [
+        (numbers[0], False), (numbers[1], True),
+    ]  # fmt: skip

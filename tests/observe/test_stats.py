@@ -170,7 +170,9 @@ def test_html(linked):
     assert "LLMDataDist 2" in shown(node.datadist)
     assert "8 of 128 B per tensor" in shown(cache)
     with ld.open(pool_bytes=1 << 20) as other:
-        other.allocate(layers=1, blocks=1, shape=(4,), name="<b>")
+        named = other.allocate(layers=1, blocks=1, shape=(4,), name="<b>")
+        assert "BlocksKey(name='<b>')" in shown(other)
+        assert "Cache 1 '<b>'" in shown(named)
         assert "device pool: 128.0 KiB of 1.0 MiB used" in other._repr_html_()
     assert "closed" in shown(other)
     node.close()
@@ -194,6 +196,7 @@ def test_top_shows_a_remote_instance(linked):
     assert "cluster 1 at 127.0.0.1" in done.stdout
     assert "linked" in done.stdout
     assert "4 x 8 blocks" in done.stdout
+    assert "name='kv'" in done.stdout
 
 
 @pytest.mark.needs_rich
