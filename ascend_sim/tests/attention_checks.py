@@ -285,3 +285,69 @@ def check_what_fused_attention_refuses():
         fused(query, query, query, **{**options, **changed})
         with pytest.raises(RuntimeError, match=f"FusedInferAttentionScore[\\s\\S]*{reason}"):
             torch.npu.synchronize()
+
+
+def check_the_second_operator_with_sinks_and_its_own_layouts():
+    choose = generator(11)
+    heads, latent, rope = 32, 512, 64
+    all_requests = some_requests(
+        choose, torch.bfloat16, (latent + rope, latent + rope), (heads, 1), one_query=True
+    )
+    keys, table = paged([r.key for r in all_requests], 128, choose)
+    nope, rotary = (p.transpose(1, 2).contiguous() for p in keys.split([latent, rope], -1))
+    query = torch.stack([r.query for r in all_requests]).transpose(1, 2)
+    tensors = [query[..., :latent].contiguous(), nope, nope]
+    result, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        *(t.to(DEVICE) for t in tensors),
+        query_rope=query[..., latent:].contiguous().to(DEVICE),
+        key_rope=rotary.to(DEVICE),
+        block_table=padded(table).to(DEVICE),
+        block_size=128,
+        input_layout="BNSD_NBSD",
+        num_query_heads=heads,
+        num_key_value_heads=1,
+        softmax_scale=0.04,
+        actual_seq_kvlen=[len(r.key) for r in all_requests],
+    )
+    everything = [Request(r.query, r.key, r.key[..., :latent]) for r in all_requests]
+    expected = torch.stack([r.attend(0.04, lambda t, p: True)[0] for r in everything])
+    close(result, expected.permute(2, 0, 1, 3))
+
+
+def check_sinks():
+    # A sink is one more key, of a score of its own, whose value is 0.
+    choose = generator(12)
+    (request, *_) = some_requests(choose, torch.float16, (8, 8), (2, 2))
+    sinks = torch.randn(2).half()
+    result, _ = torch_npu.npu_fused_infer_attention_score_v2(
+        *(t.to(DEVICE) for t in (request.query, request.key, request.value)),
+        atten_mask=MASK.to(DEVICE),
+        learnable_sink=sinks.to(DEVICE),
+        num_query_heads=2,
+        num_key_value_heads=2,
+        input_layout="TND",
+        sparse_mode=3,
+        actual_seq_qlen=[len(request.query)],
+        actual_seq_kvlen=[len(request.key)],
+    )
+    plain, sums = request.attend(1.0, causal(request))
+    share = (sums - torch.logaddexp(sums, sinks.float()[None, :, None])).exp()
+    close(result, (plain.float() * share).half())
+
+
+def check_results_over_parts_of_the_keys_become_one():
+    choose = generator(13)
+    (request, *_) = some_requests(choose, torch.float16, (8, 8), (2, 2))
+    whole, _ = request.attend(0.5, lambda t, p: True)
+    parts = [
+        Request(request.query.float(), request.key[part].float(), request.value[part].float())
+        for part in (slice(0, 1), slice(1, None))
+        if len(request.key[part])
+    ]
+    done = [part.attend(0.5, lambda t, p: True) for part in parts]
+    joined, _ = torch_npu.npu_attention_update(
+        [sums.flatten().to(DEVICE) for _, sums in done],
+        [result.flatten(0, 1).to(DEVICE) for result, _ in done],
+        0,
+    )
+    close(joined.half(), whole.flatten(0, 1))

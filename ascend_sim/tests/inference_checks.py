@@ -227,6 +227,78 @@ def check_rotary_mul_and_swiglu():
         close(torch_npu.npu_swiglu(x.to(DEVICE)), expected)
 
 
+def check_rotary_embedding_in_place():
+    choose = generator(14)
+    tokens, heads = choose.randint(1, 5), choose.randint(1, 5)
+    query, key = torch.randn(1, tokens, heads, 128).half(), torch.randn(1, tokens, 1, 128).half()
+    angles = torch.rand(tokens, 64) * 6
+    full = torch.cat([angles, angles], -1)[None, :, None]
+    cos, sin = full.cos().half(), full.sin().half()
+    ours = torch_npu.npu_apply_rotary_pos_emb(*(t.to(DEVICE) for t in (query, key, cos, sin)))
+    for mine, plain in zip(ours, (query, key), strict=True):
+        close(mine, rotated(plain[0], cos[0, :, 0, :64], sin[0, :, 0, :64], True)[None].half())
+
+
+def apart(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x[..., ::2], x[..., 1::2]], -1)
+
+
+def check_rotary_embedding_of_neighbours():
+    x = torch.randn(3, 4, 1, 64).half()
+    angles = torch.rand(3, 32) * 6
+    full = torch.cat([angles, angles], -1)[:, None, None]
+    cos, sin = full.cos().half(), full.sin().half()
+    ours = torch_npu.npu_interleave_rope(*(t.to(DEVICE) for t in (x, cos, sin)))
+    plain = rotated(apart(x[:, :, 0]), cos[:, 0, 0, :32], sin[:, 0, 0, :32], True)
+    close(ours, plain[:, :, None].half())
+
+
+def check_latent_keys_go_to_their_caches():
+    generator(15)
+    tokens = 4
+    kv, gamma = torch.randn(tokens, 1, 1, 576).bfloat16(), torch.rand(512).bfloat16()
+    angles = torch.rand(tokens, 32) * 6
+    full = torch.cat([angles, angles], -1)[:, None, None]
+    cos, sin = full.cos().bfloat16(), full.sin().bfloat16()
+    slots = torch.tensor([130, -1, 3, 255])
+    caches = [torch.zeros(2, 128, 1, width).bfloat16().to(DEVICE) for width in (64, 512)]
+    moved = [t.to(DEVICE) for t in (kv, gamma, cos, sin, slots)]
+    _, _, rope, latent = torch_npu.npu_kv_rmsnorm_rope_cache(
+        *moved, *caches, epsilon=1e-6, cache_mode="PA", is_output_kv=True
+    )
+    turned = rotated(apart(kv[:, 0, :, 512:]), cos[:, 0, 0, :32], sin[:, 0, 0, :32], True)
+    normed = rms(kv[:, 0, :, :512], gamma)
+    for part, plain, cache in zip((rope, latent), (turned, normed), caches, strict=True):
+        close(part[:, 0], plain.bfloat16())
+        expected = torch.zeros(256, 1, plain.shape[-1]).bfloat16()
+        for token, slot in enumerate(slots.tolist()):
+            if slot >= 0:
+                expected[slot] = part[token, 0].cpu()
+        assert torch.equal(cache.cpu().flatten(0, 1), expected)
+
+
+def check_scatter_into_a_cache():
+    key, value = torch.randn(3, 2, 8).half(), torch.randn(3, 2, 8).half()
+    caches = [torch.zeros(2, 16, 2, 8).half().to(DEVICE) for _ in range(2)]
+    slots = torch.tensor([17, -1, 4], dtype=torch.int32)
+    torch_npu.npu_scatter_pa_kv_cache(
+        key.to(DEVICE), value.to(DEVICE), *caches, slots.to(DEVICE), cache_mode="Norm"
+    )
+    for rows, cache in zip((key, value), caches, strict=True):
+        expected = torch.zeros(32, 2, 8).half()
+        expected[17], expected[4] = rows[0], rows[2]
+        assert torch.equal(cache.cpu().flatten(0, 1), expected)
+    torch_npu.npu_scatter_pa_kv_cache(key.to(DEVICE), value.to(DEVICE), *caches, slots.to(DEVICE))
+    with pytest.raises(RuntimeError, match=r"ScatterPaKvCache failed[\s\S]*PA_NZ"):
+        torch.npu.synchronize()
+
+
+def check_transposed_products():
+    x, weight = torch.randn(4, 5, 6).half(), torch.randn(4, 6, 7).half()
+    ours = torch_npu.npu_transpose_batchmatmul(x.to(DEVICE), weight.to(DEVICE), perm_y=(1, 0, 2))
+    close(ours, (x.float() @ weight.float()).transpose(0, 1).half())
+
+
 # -- what comes with it ----------------------------------------------------------------------------
 
 

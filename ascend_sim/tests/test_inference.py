@@ -9,6 +9,7 @@ from tests.simulated import check_names, outcomes
 
 OPERATIONS = "tests.inference_checks"
 ATTENTION = "tests.attention_checks"
+EXPERTS = "tests.experts_checks"
 
 
 def passes(module: str, check: str, *options: str) -> None:
@@ -27,3 +28,9 @@ def test_operations(check: str, scheduler: tuple[str, ...]):
 @pytest.mark.parametrize("check", check_names(ATTENTION))
 def test_attention(check: str):
     passes(ATTENTION, check)
+
+
+@pytest.mark.needs_torch_npu
+@pytest.mark.parametrize("check", check_names(EXPERTS))
+def test_experts(check: str):
+    passes(EXPERTS, check)

@@ -7,6 +7,7 @@
 #include <functional>
 
 #include "../kernels/kernel.h"
+#include "../kernels/slots.h"
 #include "../sim_api.h"
 #include "abi.h"
 
@@ -14,6 +15,7 @@ namespace atb __attribute__((visibility("default"))) {
   namespace {
 
   using ascend_sim::Tensors;
+  using ascend_sim::write_slots;
 
   // What an operation does with its tensors, when the stream gets there.
   using Body = std::function<void(const Tensors& inputs, const Tensors& outputs)>;
@@ -133,20 +135,6 @@ namespace atb __attribute__((visibility("default"))) {
         out[i].copy_(turned(in[i], in[2], in[3], coefficient == 2));
       }
     };
-  }
-
-  // Writes rows of [token, ...] to the slots of [block, token of the block, ...]; a negative slot
-  // is padding.
-  void write_slots(const at::Tensor& rows, const at::Tensor& cache, const at::Tensor& slots) {
-    TORCH_CHECK(rows.scalar_type() == cache.scalar_type(), "rows of ", rows.scalar_type(),
-                " for a cache of ", cache.scalar_type());
-    TORCH_CHECK(slots.dim() == 1 && rows.dim() >= 1 && rows.size(0) == slots.size(0), slots.sizes(),
-                " slots for rows of shape ", rows.sizes());
-    TORCH_CHECK(cache.dim() >= 3 && rows.numel() == rows.size(0) * cache.select(0, 0)[0].numel(),
-                "rows of shape ", rows.sizes(), " for a cache of shape ", cache.sizes());
-    const at::Tensor valid = slots.ge(0);
-    const at::Tensor places = cache.flatten(0, 1).flatten(1);
-    places.index_copy_(0, slots.masked_select(valid).to(at::kLong), rows.flatten(1).index({valid}));
   }
 
   // Inputs: keys, values, their caches, slots; or keys, cache, slots. Outputs: the caches again.

@@ -5,6 +5,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 
 #include <limits>
@@ -25,6 +26,7 @@ struct FusedInfer {
   Tensor block_table;  // [request, block of it], of numbers of the cache's blocks
   Tensor query_rope;
   Tensor key_rope;
+  Tensor sinks;  // one score per head, of a key that has no value
   Ints query_lengths;
   Ints key_lengths;
   int64_t heads;
@@ -231,7 +233,10 @@ void attend_request(const FusedInfer& call, const Request& request, const Tensor
   const Tensor hidden =
       hidden_keys(call.mode, mask_of(call, request), call.band, request.queries, request.keys);
   if (hidden.defined()) scores = scores.masked_fill(hidden, -kInfinity);
-  const Tensor sum = scores.logsumexp({-1}, /*keepdim=*/true);
+  Tensor sum = scores.logsumexp({-1}, /*keepdim=*/true);
+  if (call.sinks.defined()) {
+    sum = sum.logaddexp(call.sinks.to(at::kFloat).reshape({call.heads, 1, 1}));
+  }
   const Tensor sees_none = sum.eq(-kInfinity);
   const Tensor weights = scores.sub(sum).exp().masked_fill(sees_none, 0.0);
   own.copy_(weights.matmul(keys_of(call.value, call, request)));
@@ -252,6 +257,8 @@ void attend(FusedInfer call, bool wants_sums, const Out& result, const Out& sums
               "queries of ", call.query.scalar_type(), ", keys of ", call.key.scalar_type(),
               ", values of ", call.value.scalar_type(), ", result of ", result.dtype(),
               ": quantised attention isn't simulated");
+  TORCH_CHECK(!(call.sinks.defined() && wants_sums),
+              "the sums of the softmax with learnable sinks aren't simulated");
   if (call.block_table.defined()) {
     TORCH_CHECK(call.block_table.dim() == 2 && call.block_size > 0 && !call.key_lengths.empty(),
                 "a cache in blocks needs a table of two dimensions, the size of the blocks, and "
@@ -294,6 +301,7 @@ ACLNN(FusedInferAttentionScoreV2,
                 block_table,
                 {},
                 {},
+                {},
                 query_lengths,
                 key_lengths,
                 heads,
@@ -325,6 +333,7 @@ ACLNN(FusedInferAttentionScoreV3,
                 block_table,
                 query_rope,
                 key_rope,
+                {},
                 query_lengths,
                 key_lengths,
                 heads,
@@ -336,3 +345,49 @@ ACLNN(FusedInferAttentionScoreV3,
                 block_size},
                wants_sums, result, sums);
       })
+ACLNN(FusedInferAttentionScoreV4,
+      [](Tensor query, Tensors key, Tensors value, Absent<"pse_shift">, Tensor mask,
+         Ints query_lengths, Ints key_lengths, Absent<"dequant_scale1">, Absent<"quant_scale1">,
+         Absent<"dequant_scale2">, Absent<"quant_scale2">, Absent<"quant_offset2">,
+         Absent<"antiquant_scale">, Absent<"antiquant_offset">, Tensor block_table,
+         Absent<"query_padding_size">, Absent<"kv_padding_size">, Absent<"key_antiquant_scale">,
+         Absent<"key_antiquant_offset">, Absent<"value_antiquant_scale">,
+         Absent<"value_antiquant_offset">, Absent<"key_shared_prefix">,
+         Absent<"value_shared_prefix">, Ints /*prefix_length*/, Tensor query_rope, Tensor key_rope,
+         Absent<"key_rope_antiquant_scale">, Absent<"dequant_scale_query">, Tensor sinks,
+         int64_t heads, double scale, int64_t left, int64_t right, std::string layout,
+         int64_t key_heads, int64_t mode, int64_t /*precise*/, int64_t block_size,
+         int64_t /*antiquant_mode*/, bool wants_sums, int64_t /*key_mode*/, int64_t /*value_mode*/,
+         int64_t /*query_mode*/, Out result, Out sums) {
+        attend({query,
+                only(key),
+                only(value),
+                mask,
+                block_table,
+                query_rope,
+                key_rope,
+                sinks,
+                query_lengths,
+                key_lengths,
+                heads,
+                key_heads,
+                scale,
+                {left, right},
+                layout,
+                mode,
+                block_size},
+               wants_sums, result, sums);
+      })
+// Results over parts of the keys become one result, by the logarithms of the parts' sums.
+ACLNN(AttentionUpdate, [](Tensors sums, Tensors results, int64_t /*type*/, Out out, Out sum_out) {
+  TORCH_CHECK(!sums.empty() && sums.size() == results.size(), sums.size(), " sums for ",
+              results.size(), " results");
+  const Tensor all = at::stack(sums);
+  const Tensor total = all.logsumexp({0});
+  Tensor joined = at::zeros(results[0].sizes(), at::kFloat);
+  for (size_t i = 0; i < sums.size(); ++i) {
+    joined = joined.add(results[i].to(at::kFloat).mul(sums[i].sub(total).exp().unsqueeze(-1)));
+  }
+  out = joined;
+  if (sum_out) sum_out = total;
+})

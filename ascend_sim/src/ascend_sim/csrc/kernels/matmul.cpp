@@ -47,3 +47,9 @@ ACLNN(Baddbmm,
 ACLNN(Addr, [](Tensor self, Tensor left, Tensor right, Scalar beta, Scalar alpha, Out out) {
   out = self.addr(left, right, beta, alpha);
 })
+ACLNN(TransposeBatchMatMul,
+      [](Tensor x, Tensor y, Absent<"bias">, Absent<"scale">, Ints order_x, Ints order_y,
+         Ints order_out, int8_t /*cube*/, int32_t split, Out out) {
+        TORCH_CHECK(split == 1, "only the batch_split_factor 1, not ", split);
+        out = wide(x.permute(order_x)).bmm(wide(y.permute(order_y))).permute(order_out);
+      })

@@ -5,6 +5,7 @@
 #include <ATen/ops/_softmax.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/elu.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/glu.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
@@ -18,6 +19,7 @@
 #include <ATen/ops/threshold.h>
 
 #include "kernel.h"
+#include "slots.h"
 
 using namespace ascend_sim;  // NOLINT: the tables below are written in its words
 
@@ -44,6 +46,11 @@ void add_rms_norm(const Tensor& x1, const Tensor& x2, const Tensor& gamma, const
   const Tensor x = x1.add(x2);
   rms_norm(x, gamma, epsilon, y, rstd, beta);
   sum = x;
+}
+
+// The last dimension's neighbours taken apart: first all that have an even place, then the others.
+Tensor taken_apart(const Tensor& x) {
+  return x.unflatten(-1, {-1, 2}).transpose(-1, -2).flatten(-2);
 }
 
 // How each half (mode 0), or each pair of neighbours (mode 1), of the last dimension turns by 90
@@ -92,6 +99,48 @@ ACLNN(GemmaRmsNorm, [](Tensor x, Tensor gamma, double epsilon, Out y, Out rstd) 
 ACLNN(RotaryPositionEmbedding, [](Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
   out = x.mul(cos).add(rotated(x, mode).mul(sin));
 })
+ACLNN(ApplyRotaryPosEmbV2,
+      [](Out query, Out key, Tensor cos, Tensor sin, int64_t /*layout*/, std::string mode) {
+        TORCH_CHECK(mode == "half" || mode == "interleave",
+                    "only the rotary modes half and interleave, not ", mode);
+        for (const Out* each : {&query, &key}) {
+          const Tensor x = each->get();
+          *each = x.mul(cos).add(rotated(x, mode == "half" ? 0 : 1).mul(sin));
+        }
+      })
+ACLNN(InterleaveRope, [](Tensor x, Tensor cos, Tensor sin, Out out) {
+  const Tensor halves = taken_apart(x);
+  out = halves.mul(cos).add(rotated(halves, 0).mul(sin));
+})
+// Latent keys and values (MLA): the first part of kv is normalised, the rest turned, and both go to
+// their caches.
+ACLNN(KvRmsNormRopeCache,
+      [](Tensor kv, Tensor gamma, Tensor cos, Tensor sin, Tensor index, Out rope_cache,
+         Out latent_cache, Absent<"k_rope_scale">, Absent<"c_kv_scale">, Absent<"k_rope_offset">,
+         Absent<"c_kv_offset">, double epsilon, std::string mode, bool wants_parts, Out rope_out,
+         Out latent_out) {
+        TORCH_CHECK(mode == "PA", "only the cache mode PA, not ", mode);
+        const int64_t latent = gamma.size(0);
+        const int64_t rope = kv.size(-1) - latent;
+        const Tensor norm = at::empty_like(kv.narrow(-1, 0, latent));
+        rms_norm(kv.narrow(-1, 0, latent), gamma, epsilon, Out(norm), Out(Tensor()));
+        const Tensor halves = taken_apart(kv.narrow(-1, latent, rope));
+        const Tensor turned = halves.mul(cos).add(rotated(halves, 0).mul(sin));
+        write_slots(norm.reshape({-1, latent}), latent_cache.get(), index.flatten());
+        write_slots(turned.reshape({-1, rope}), rope_cache.get(), index.flatten());
+        if (!wants_parts) return;
+        rope_out = turned;
+        latent_out = norm;
+      })
+ACLNN(ScatterPaKvCache,
+      [](Tensor key, Out key_cache, Tensor slots, Tensor value, Out value_cache,
+         Absent<"compress_lens">, Absent<"compress_seq_offsets">, Absent<"seq_lens">,
+         std::string mode, std::string scatter_mode, Ints /*strides*/, Ints /*offsets*/) {
+        TORCH_CHECK(mode == "Norm" && scatter_mode == "None", "only the cache mode Norm, not ",
+                    mode, " (scatter mode ", scatter_mode, ")");
+        write_slots(key, key_cache.get(), slots);
+        write_slots(value, value_cache.get(), slots);
+      })
 ACLNN(SwiGlu, [](Tensor self, int64_t dim, Out out) {
   const auto halves = self.chunk(2, dim);
   out = at::silu(halves[0]).mul(halves[1]);

@@ -15,6 +15,8 @@
 #include <ATen/ops/unique_dim.h>
 #include <ATen/ops/var_mean.h>
 
+#include <limits>
+
 #include "kernel.h"
 
 using namespace ascend_sim;  // NOLINT: the tables below are written in its words
@@ -33,6 +35,25 @@ constexpr int64_t kNoDim = 1000;
 void assign(const Out& values, const Out& indices, const std::tuple<Tensor, Tensor>& results) {
   values = std::get<0>(results);
   if (indices) indices = std::get<1>(results);
+}
+
+// Scores that stay for sampling: the k largest of a row, and of those the fewest whose
+// probabilities sum up to p; all others become minus infinity. Either may be undefined.
+Tensor kept_for_sampling(const Tensor& scores, const Tensor& p, const Tensor& k) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const auto [ascending, order] = scores.to(at::kFloat).sort(-1);
+  Tensor kept = ascending;
+  if (k.defined()) {
+    const Tensor place = k.to(at::kLong).neg().add(scores.size(-1)).clamp(0).unsqueeze(-1);
+    kept = kept.masked_fill(kept.lt(kept.gather(-1, place)), -kInfinity);
+  }
+  if (p.defined()) {
+    const Tensor sums = kept.softmax(-1).cumsum(-1);
+    const Tensor hidden = sums.le(p.to(at::kFloat).neg().add(1).unsqueeze(-1));
+    hidden.select(-1, -1).fill_(false);  // the largest always stays
+    kept = kept.masked_fill(hidden, -kInfinity);
+  }
+  return kept.scatter(-1, order, kept);
 }
 
 }  // namespace
@@ -174,3 +195,5 @@ ACLNN(UniqueConsecutive, [](Tensor self, bool with_inverse, bool with_counts, in
   if (with_inverse) inverse = std::get<1>(results);
   if (with_counts) counts = std::get<2>(results);
 })
+ACLNN(ApplyTopKTopP,
+      [](Tensor scores, Tensor p, Tensor k, Out out) { out = kept_for_sampling(scores, p, k); })
