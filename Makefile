@@ -10,6 +10,8 @@ NPU_BIN := $(NPU_VENV)/bin
 # All of .venv plus vLLM, kept apart because it is large and wants another transformers.
 VLLM_VENV := $(VENV)-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+# torch_npu, vLLM and vllm-ascend of the versions that belong together, with nothing of the others.
+VLLM_ASCEND_VENV := $(VENV)-vllm-ascend
 DOCS_VENV := $(VENV)-docs
 # All of .venv plus peers to measure against.
 BENCH_VENV := $(VENV)-bench
@@ -19,7 +21,7 @@ SIM_CSRC := ascend_sim/src/ascend_sim/csrc
 CPP_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/hixl/*.cpp csrc/hixl/*.h $(SIM_CSRC)/*.h $(SIM_CSRC)/*/*.cpp $(SIM_CSRC)/*/*.h) \
 	$(wildcard tests/native/*.cpp tests/native/*.h ascend_sim/tests/*.cpp)
 
-.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-sanitize lint format bench bench-tiny bench-scale docs screenshots dev clean
+.PHONY: help wheel test-versions demo test test-all test-cpu test-sim test-npu-sim test-npu-lazy test-npu-random test-npu test-vllm test-vllm-all test-vllm-ascend test-sanitize lint format bench bench-tiny bench-scale docs screenshots dev clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -51,7 +53,7 @@ PARALLEL := -n $(TEST_JOBS) --dist worksteal $(RERUNS)
 
 # What needs torch_npu is left to test-npu-sim, what needs vLLM to test-vllm.
 test-cpu: $(VENV)/.dev  ## Run the tests on the CPU
-	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm $(TEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --ignore=tests/npu --ignore=tests/vllm --ignore=tests/vllm_ascend $(TEST_ARGS)
 
 test-sim: $(VENV)/.dev $(NPU_VENV)/.built  ## Run the simulator's own tests
 	cd ascend_sim && $(abspath $(NPU_BIN))/python -m pytest $(PARALLEL) tests $(TEST_ARGS)
@@ -82,6 +84,11 @@ test-vllm: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run the tests of the connector w
 # Also those that take minutes each: kinds of models and of parallelism that CI leaves out.
 test-vllm-all: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run all of them
 	$(VLLM_BIN)/python -m pytest tests/vllm $(TEST_ARGS)
+
+# Not run by CI: it takes 5 GB and some minutes more. SCHEDULER=random runs it with the simulator's other one.
+SCHEDULER ?= lazy
+test-vllm-ascend: $(VLLM_ASCEND_VENV)/.built  ## Run the connector with vllm-ascend's engines, on simulated NPUs
+	$(VLLM_ASCEND_VENV)/run python -m ascend_sim --memory 4GiB --scheduler $(SCHEDULER) -- python -m pytest tests/vllm_ascend $(TEST_ARGS)
 
 test-sanitize: $(VENV)/.dev $(NPU_VENV)/.built  ## Run the C++ code, and the simulator's, under AddressSanitizer, UBSan and TSan
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/test_sanitize.sh
@@ -159,7 +166,7 @@ dev: $(VENV)/.dev  ## Make .venv with the package installed editable, and the ho
 	@echo "ready: . $(VENV)/bin/activate"
 
 clean:  ## Remove everything that was built
-	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(DOCS_VENV) $(BENCH_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
+	rm -rf $(VENV) $(NPU_VENV) $(VLLM_VENV) $(VLLM_ASCEND_VENV) $(DOCS_VENV) $(BENCH_VENV) build dist *.egg-info ascend_sim/src/*.egg-info llm_datadist_torch/_*.so
 
 # -- set-up ------------------------------------------------------------------------------------------------------------
 
@@ -218,7 +225,14 @@ $(VLLM_VENV)/.built: $(VENV)/.built tests/vllm/requirements.txt tests/vllm/requi
 	@$(BIN)/python -m pip --python $(VLLM_BIN)/python install -q --no-deps -r tests/vllm/requirements-no-deps.txt
 	@touch $@
 
-# A fourth, with nothing of the others.
+# A fourth, whose torch is another. The extension is that of .venv: it needs no particular torch.
+$(VLLM_ASCEND_VENV)/.built: $(VENV)/.built scripts/make_vllm_ascend_env.py $(wildcard tests/vllm_ascend/requirements*.txt tests/vllm_ascend/*.c)
+	@echo "setting up $(VLLM_ASCEND_VENV): vLLM with vllm-ascend"
+	@$(BIN)/python scripts/make_vllm_ascend_env.py $(VLLM_ASCEND_VENV)
+	@$(VLLM_ASCEND_VENV)/run python -m ascend_sim -- true
+	@touch $@
+
+# A fifth, with nothing of the others.
 $(DOCS_VENV)/.deps: pyproject.toml
 	@echo "setting up $(DOCS_VENV): mkdocs"
 	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
@@ -226,7 +240,7 @@ $(DOCS_VENV)/.deps: pyproject.toml
 	@$(DOCS_VENV)/bin/python -m pip install -q --group docs
 	@touch $@
 
-# A fifth, which adds to .venv as the second and third do.
+# A sixth, which adds to .venv as the second and third do.
 $(BENCH_VENV)/.built: pyproject.toml | $(VENV)/.dev
 	@echo "setting up $(BENCH_VENV): peers to measure against"
 	@test -x $(BENCH_BIN)/python || $(BIN)/python -m venv --without-pip $(BENCH_VENV)

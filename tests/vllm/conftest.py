@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +103,32 @@ def _lasting_port() -> int:
 
 
 class Engines:
-    """All engines by name, and what they have computed."""
+    """All engines by name, and what they have computed.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: Of their model, logs and bends.
+        wanted: What each of them is, as `ENGINES` has it.
+    """
+
+    def __init__(self, directory: Path, wanted: Mapping[str, Mapping[str, Any]]) -> None:
         self.model = directory / "model"
         make_model(self.model)
         self._directory = directory
+        self._wanted = wanted
         self._made: dict[str, Engine] = {}
         self._numbers = itertools.count()
         self.push_peers: dict[str, tuple[int, str, int]] = {}
         self._right: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
-        self.bends = {name: directory / f"bends-{name}" for name in ENGINES}
+        self.bends = {name: directory / f"bends-{name}" for name in wanted}
 
     def start(self) -> None:
         """Start all, and wait until they are ready."""
-        start_all(self._make(name, dict(given)) for name, given in ENGINES.items())
+        start_all(self._make(name, dict(given)) for name, given in self._wanted.items())
 
     def _make(self, name: str, arguments: dict[str, Any]) -> Engine:
-        if name in ("push_d", "push_d2"):
+        connector: dict[str, Any] = arguments.get("connector") or {}
+        if "cluster_id" in connector:
             port = _lasting_port()
-            connector = arguments["connector"]
             self.push_peers[name] = (connector["cluster_id"], "127.0.0.1", port)
             arguments["connector"] = connector | {"port": port}
         self.bends[name].mkdir()
@@ -181,7 +187,7 @@ class Engines:
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    made = Engines(tmp_path_factory.mktemp("engines"))
+    made = Engines(tmp_path_factory.mktemp("engines"), ENGINES)
     try:
         made.start()
         yield made

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of vllm-ascend on simulated NPUs, that all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.vllm.conftest import MODULE, Engines
+
+# Triton's interpreter makes the profile run of longer steps slow. Prompts of more tokens are
+# computed in chunks.
+STEP = {"dtype": "float16", "max_num_batched_tokens": 128, "max_num_seqs": 8}
+PULL = {"connector": {"verify": True, "timeout_s": 60.0}, "module": MODULE} | STEP
+
+# What each is for:
+#   whole16: without a connector, what is right
+#   p, d: prefix caching, chunked prefill and checksums
+ENGINES: dict[str, dict[str, Any]] = {
+    "whole16": {"enable_prefix_caching": False} | STEP,
+    "p": PULL | {"role": "kv_producer"},
+    "d": PULL | {"role": "kv_consumer"},
+}
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    made = Engines(tmp_path_factory.mktemp("engines"), ENGINES)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.close()
