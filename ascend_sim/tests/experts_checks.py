@@ -6,12 +6,13 @@ Shapes are random, from a fixed seed; the references go through tokens and exper
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import torch
 import torch_npu
 
-from tests.inference_inputs import DEVICE, HALF, close, generator
+from tests.inference_inputs import DEVICE, HALF, Opapi, close, generator
 
 
 def chosen_experts(choose: random.Random, tokens: int, experts: int, choices: int) -> torch.Tensor:
@@ -104,6 +105,33 @@ def check_tokens_sorted_by_expert_and_back():
             rows, x.to(DEVICE), None, None, weights.to(DEVICE), index, which.to(DEVICE), 2
         )
         close(final, (x.float() * (1 + weights.float().sum(1, keepdim=True))).half())
+
+
+def check_routing_by_the_extension():
+    choose = generator(26)
+    opapi = Opapi()
+    x, which = torch.randn(4, 8).half(), chosen_experts(choose, 4, 6, 2)
+    inputs = [x.to(DEVICE), which.to(DEVICE)]
+    rows, index = torch.zeros(8, 8).half().to(DEVICE), torch.zeros(8, dtype=torch.int32).to(DEVICE)
+    counts, scale = torch.zeros(6, dtype=torch.int64).to(DEVICE), torch.zeros(8, device=DEVICE)
+    torch.npu.synchronize()
+    numbers = [ctypes.c_int64(n) for n in (8, -1, 6, 0, 1)]
+    opapi.launch(
+        "aclnnMoeInitRoutingCustom",
+        *map(opapi.tensor, inputs),
+        None,
+        None,
+        *numbers,
+        ctypes.c_bool(True),
+        ctypes.c_int64(-1),
+        opapi.ints(0, 6),
+        ctypes.c_int64(0),
+        *map(opapi.tensor, (rows, index, counts, scale)),
+    )
+    pairs = sorted_pairs(which)
+    assert torch.equal(rows.cpu(), x[[token for token, _ in pairs]])
+    assert index.cpu().tolist() == [pairs.index((t, c)) for t in range(4) for c in range(2)]
+    assert counts.cpu().tolist() == which.flatten().bincount(minlength=6).tolist()
 
 
 def check_token_permute():

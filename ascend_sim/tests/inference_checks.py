@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-from typing import ClassVar
 
 import pytest
 import torch
 import torch_npu
 
 from ascend_sim import faults
-from tests.inference_inputs import DEVICE, HALF, close, generator
+from tests.inference_inputs import DEVICE, HALF, Opapi, close, generator
 
 # -- libatb ------------------------------------------------------------------------------------
 
@@ -155,40 +154,6 @@ def check_norms():
         torch_npu.npu_add_rms_norm_v2(*ours)
         close(ours[1], x1 + x2)
         close(ours[0], rms(x1 + x2, gamma).to(dtype))
-
-
-class Opapi:
-    """Kernels that no operator of torch_npu calls, only extensions do."""
-
-    _TYPES: ClassVar = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 27}
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL("libopapi.so")
-        self._library.aclCreateTensor.restype = ctypes.c_void_p
-
-    def tensor(self, tensor: torch.Tensor) -> ctypes.c_void_p:
-        count = tensor.dim()
-        sizes, strides = ((ctypes.c_int64 * count)(*of) for of in (tensor.shape, tensor.stride()))
-        dims, nd = ctypes.c_uint64(count), 2
-        made = self._library.aclCreateTensor(
-            sizes,
-            dims,
-            self._TYPES[tensor.dtype],
-            strides,
-            ctypes.c_int64(0),
-            nd,
-            sizes,
-            dims,
-            ctypes.c_void_p(tensor.data_ptr()),
-        )
-        return ctypes.c_void_p(made)
-
-    def launch(self, name: str, *arguments: object) -> None:
-        executor, size = ctypes.c_void_p(), ctypes.c_uint64()
-        prepare, run = (getattr(self._library, name + end) for end in ("GetWorkspaceSize", ""))
-        assert prepare(*arguments, ctypes.byref(size), ctypes.byref(executor)) == 0
-        stream = ctypes.c_void_p(torch.npu.current_stream().npu_stream)
-        assert run(None, size, executor, stream) == 0
 
 
 def check_add_rms_norm_with_a_bias():

@@ -125,6 +125,17 @@ void route(const Tensor& x, const Tensor& experts, const Routing& routing, const
   counts = routing.count_type == 0 ? each.cumsum(0) : each;
 }
 
+constexpr auto init_routing = [](Tensor x, Tensor experts, Absent<"scale">, Absent<"offset">,
+                                 int64_t /*active_num*/, int64_t /*capacity*/, int64_t number,
+                                 int64_t drop_pad_mode, int64_t count_type, bool counts,
+                                 int64_t quant_mode, Ints range, int64_t index_type, Out rows,
+                                 Out index, Out counts_out, Out /*scale_out*/) {
+  TORCH_CHECK(drop_pad_mode == 0 && quant_mode == -1,
+              "only the drop_pad_mode 0 and the quant_mode -1, not ", drop_pad_mode, " and ",
+              quant_mode);
+  route(x, experts, {number, count_type, counts, range, index_type}, rows, index, counts_out);
+};
+
 }  // namespace
 
 ACLNN(MoeGatingTopKSoftmax,
@@ -153,16 +164,10 @@ ACLNN(MoeGatingTopK, [](Tensor x, Tensor bias, int64_t k, int64_t kept_groups, i
   experts = index;
   if (wants_scores) scores_out = scores;
 })
-ACLNN(MoeInitRoutingV3,
-      [](Tensor x, Tensor experts, Absent<"scale">, Absent<"offset">, int64_t /*active_num*/,
-         int64_t /*capacity*/, int64_t number, int64_t drop_pad_mode, int64_t count_type,
-         bool counts, int64_t quant_mode, Ints range, int64_t index_type, Out rows, Out index,
-         Out counts_out, Out /*scale_out*/) {
-        TORCH_CHECK(drop_pad_mode == 0 && quant_mode == -1,
-                    "only the drop_pad_mode 0 and the quant_mode -1, not ", drop_pad_mode, " and ",
-                    quant_mode);
-        route(x, experts, {number, count_type, counts, range, index_type}, rows, index, counts_out);
-      })
+ACLNN(MoeInitRoutingV3, init_routing)
+// vllm-ascend's own kernel of that name, with the same arguments: its extension looks here when its
+// library of kernels can't be loaded.
+ACLNN(MoeInitRoutingCustom, init_routing)
 ACLNN(MoeTokenPermute,
       [](Tensor tokens, Tensor experts, int64_t /*count*/, bool padded, Out rows, Out index) {
         TORCH_CHECK(!padded, "padded_mode isn't simulated");
