@@ -74,7 +74,9 @@ def _mistral() -> PreTrainedModel:
 
 def _lfm2() -> PreTrainedModel:
     kinds = ["conv", "full_attention"] * 2
-    return Lfm2ForCausalLM(Lfm2Config(**_SIZES, layer_types=kinds, conv_dim=128))
+    # vLLM reads the block's size where published models have it, beside transformers' own fields.
+    size = _SIZES["hidden_size"]
+    return Lfm2ForCausalLM(Lfm2Config(**_SIZES, layer_types=kinds, conv_dim=size, block_dim=size))
 
 
 def _deepseek() -> PreTrainedModel:
