@@ -14,14 +14,19 @@ from tests.vllm.conftest import MODULE, Engines
 # computed in chunks.
 STEP = {"dtype": "float16", "max_num_batched_tokens": 128, "max_num_seqs": 8}
 PULL = {"connector": {"verify": True, "timeout_s": 60.0}, "module": MODULE} | STEP
+PUSH = {"mode": "push", "verify": True}
 
 # What each is for:
 #   whole16: without a connector, what is right
 #   p, d: prefix caching, chunked prefill and checksums
+#   push_p, push_d: with "push"
 ENGINES: dict[str, dict[str, Any]] = {
     "whole16": {"enable_prefix_caching": False} | STEP,
     "p": PULL | {"role": "kv_producer"},
     "d": PULL | {"role": "kv_consumer"},
+    "push_p": PULL | {"role": "kv_producer", "connector": PUSH},
+    # Its port is chosen when it starts.
+    "push_d": PULL | {"role": "kv_consumer", "connector": PUSH | {"cluster_id": 77}},
 }
 
 

@@ -10,6 +10,13 @@ from tests.vllm.conftest import Engines, random_prompts, tokens_of
 pytestmark = pytest.mark.timeout(1200)
 
 LENGTHS = (33, 128, 129, 300)
+TOKENS = 5
+"""Of most answers. Few, because each takes Triton's interpreter long."""
+
+
+def right(engines: Engines, prompts: list[list[int]]) -> list[list[int]]:
+    """The tokens of an engine that does all of it by itself."""
+    return tokens_of(engines["whole16"].generate(prompts, TOKENS))
 
 
 def test_prompts_of_several_lengths(engines: Engines) -> None:
@@ -18,3 +25,13 @@ def test_prompts_of_several_lengths(engines: Engines) -> None:
         prompts = random_prompts(length, seed=length)
         answers = engines.hand_over("p", "d", prompts, 12)
         assert tokens_of(answers) == engines.right(prompts, 12, dtype=16), length
+
+
+def test_push(engines: Engines) -> None:
+    for lengths in ((33,), (300, 129)):
+        prompts = random_prompts(*lengths, seed=50 + lengths[0])
+        wanted, sent = engines.push_params("push_d", len(prompts))
+        engines["push_d"].begin(prompts, TOKENS, wanted)
+        engines["push_p"].generate(prompts, 1, sent)
+        assert tokens_of(engines["push_d"].finish()) == right(engines, prompts), lengths
+    assert "was not pushed" not in engines["push_d"].text()
