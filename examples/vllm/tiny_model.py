@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are made in place: small ones with random weights, and a tokenizer.
 
-    python examples/vllm/tiny_model.py DIRECTORY [KIND]
+    python examples/vllm/tiny_model.py DIRECTORY [KIND [SEED]]
 
 The kinds: "llama"; "gemma3" has layers with a sliding window and layers without, "mistral" only the
 former; "lfm2" has short convolutions and attention; "deepseek" has multi-head latent attention
@@ -109,9 +109,9 @@ KINDS = {
 }
 
 
-def save_tiny_model(directory: Path, kind: str = "llama") -> Path:
-    """Save it in a directory, the same one each time."""
-    torch.manual_seed(7)
+def save_tiny_model(directory: Path, kind: str = "llama", seed: int = 7) -> Path:
+    """Save it in a directory, the same one each time; with another seed, one of other weights."""
+    torch.manual_seed(seed)
     KINDS[kind]().save_pretrained(directory)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
@@ -128,4 +128,5 @@ def save_tiny_model(directory: Path, kind: str = "llama") -> Path:
 
 
 if __name__ == "__main__":
-    save_tiny_model(Path(sys.argv[1]), *sys.argv[2:3])
+    given = dict(zip(("kind", "seed"), sys.argv[2:4], strict=False))
+    save_tiny_model(Path(sys.argv[1]), given.get("kind", "llama"), int(given.get("seed", 7)))

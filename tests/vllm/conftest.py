@@ -108,13 +108,20 @@ class Engines:
     Args:
         directory: Of their model, logs and bends.
         wanted: What each of them is, as `ENGINES` has it.
+        models: Models of those that have another than the others.
     """
 
-    def __init__(self, directory: Path, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        wanted: Mapping[str, Mapping[str, Any]],
+        models: Mapping[str, Path] | None = None,
+    ) -> None:
         self.model = directory / "model"
         make_model(self.model)
         self._directory = directory
         self._wanted = wanted
+        self._models = models or {}
         self._made: dict[str, Engine] = {}
         self._numbers = itertools.count()
         self.push_peers: dict[str, tuple[int, str, int]] = {}
@@ -133,7 +140,8 @@ class Engines:
             arguments["connector"] = connector | {"port": port}
         self.bends[name].mkdir()
         log = self._directory / f"{name}.log"
-        self._made[name] = Engine(self.model, log, bends=self.bends[name], **arguments)
+        model = self._models.get(name, self.model)
+        self._made[name] = Engine(model, log, bends=self.bends[name], **arguments)
         return self._made[name]
 
     def __getitem__(self, name: str) -> Engine:

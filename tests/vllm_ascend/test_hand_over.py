@@ -27,6 +27,16 @@ def test_prompts_of_several_lengths(engines: Engines) -> None:
         assert tokens_of(answers) == engines.right(prompts, 12, dtype=16), length
 
 
+def test_other_weights_at_the_producer_make_every_output_differ(engines: Engines) -> None:
+    """The comparison can fail: tokens depend on the bytes that are handed over."""
+    prompts = random_prompts(*LENGTHS, seed=4)
+    answers = engines.hand_over("other", "d", prompts, TOKENS)
+    for prompt, tokens, own in zip(
+        prompts, tokens_of(answers), right(engines, prompts), strict=True
+    ):
+        assert tokens != own, len(prompt)
+
+
 def test_push(engines: Engines) -> None:
     for lengths in ((33,), (300, 129)):
         prompts = random_prompts(*lengths, seed=50 + lengths[0])
@@ -35,3 +45,14 @@ def test_push(engines: Engines) -> None:
         engines["push_p"].generate(prompts, 1, sent)
         assert tokens_of(engines["push_d"].finish()) == right(engines, prompts), lengths
     assert "was not pushed" not in engines["push_d"].text()
+
+
+def test_a_killed_producer(engines: Engines) -> None:
+    """What it had is computed again. The last test: nobody needs that producer any more."""
+    prompts = random_prompts(129, 200, seed=60)
+    params = engines.prefill("other", prompts)
+    engines["other"].kill()
+    before = engines.num_not_fetched("d")
+    answers = engines["d"].generate(prompts, TOKENS, params)
+    assert tokens_of(answers) == right(engines, prompts)
+    assert engines.num_not_fetched("d") == before + len(prompts)
