@@ -184,7 +184,8 @@ def _libraries(packages: _Packages) -> list[_Library]:
         kernels,
         name="atb",
         patterns=("atb/*.cpp",),
-        link_flags=(*kernels.link_flags, "-lopapi"),
+        # $ORIGIN: activate() loads the libraries one by one, in the order of their names.
+        link_flags=(*kernels.link_flags, "-Wl,-rpath,$ORIGIN", "-lopapi"),
     )
     empty = [_Library(name, ("stubs/empty.cpp",)) for name in _EMPTY]
     return [
