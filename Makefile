@@ -85,7 +85,7 @@ test-vllm: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run the tests of the connector w
 test-vllm-all: $(VENV)/.dev $(VLLM_VENV)/.built  ## Run all of them
 	$(VLLM_BIN)/python -m pytest tests/vllm $(TEST_ARGS)
 
-# Not run by CI: it takes 5 GB and some minutes more. SCHEDULER=random runs it with the simulator's other one.
+# Not run by CI: it takes 3.5 GiB and some minutes more. SCHEDULER=random runs it with the simulator's other one.
 SCHEDULER ?= lazy
 test-vllm-ascend: $(VLLM_ASCEND_VENV)/.built  ## Run the connector with vllm-ascend's engines, on simulated NPUs
 	$(VLLM_ASCEND_VENV)/run python -m ascend_sim --memory 4GiB --scheduler $(SCHEDULER) -- python -m pytest tests/vllm_ascend $(TEST_ARGS)

@@ -16,6 +16,7 @@ from llm_datadist_torch.memory.allocate import (
     tensors_in,
 )
 from llm_datadist_torch.memory.npu_address import (
+    WITHOUT_EXPANDABLE_SEGMENTS,
     attach_thread,
     segment_at,
     segments_of,
@@ -113,7 +114,7 @@ class NpuMemory(CacheMemory):
             LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             f"torch_npu gives memory of {self._device} in expandable segments only, which transfer"
             " engines can't register as a whole",
-            remedy="take expandable_segments:True out of PYTORCH_NPU_ALLOC_CONF.",
+            remedy=f"{WITHOUT_EXPANDABLE_SEGMENTS}.",
         )
 
     def _is_expandable(self, base: torch.Tensor) -> bool:

@@ -21,6 +21,11 @@ logger = logging.getLogger("llm_datadist_torch")
 _STEP = 2 << 20
 """Device memory comes in pages of this size or, rarely, smaller ones: one question per step."""
 _UINT64_END = 1 << 64
+WITHOUT_EXPANDABLE_SEGMENTS = (
+    "set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False (leaving it out is not enough under"
+    " vllm-ascend, which adds True)"
+)
+"""What keeps torch_npu from giving memory that is mapped piece by piece: part of remedies."""
 _DEVICE = 1  # ACL_MEM_LOCATION_TYPE_DEVICE
 
 _Where = Callable[[int], tuple[int, int] | None]
@@ -86,8 +91,9 @@ def warn_of_expandable(tensors: Sequence[torch.Tensor]) -> None:
     if any(place is not None and place.expandable for place in places):
         logger.warning(
             "this memory is in expandable segments of torch_npu's, which are mapped piece by piece:"
-            " a transfer engine may refuse to register it. Take expandable_segments:True out of"
-            " PYTORCH_NPU_ALLOC_CONF, or let this library allocate the cache."
+            " a transfer engine may refuse to register it. Remedy: %s, or let this library allocate"
+            " the cache.",
+            WITHOUT_EXPANDABLE_SEGMENTS,
         )
 
 

@@ -281,7 +281,7 @@ def test_expandable_segments_go_another_way(pair: Pair, caplog: pytest.LogCaptur
         assert here.rows("mine") == [[0, 0, 5, 5, 0, 0, 0, 0]] * 2
     assert here.paths() == {"relay"}
     (said,) = [text for text in caplog.messages if "expandable" in text]
-    assert "take expandable_segments:True out of PYTORCH_NPU_ALLOC_CONF" in said
+    assert "set PYTORCH_NPU_ALLOC_CONF=expandable_segments:False" in said
     # What this library allocates there is not in one.
     assert pull(here, [0], [0], give_late(there, 3)) is None
     assert here.paths() == {"relay", "device-ipc"}

@@ -17,7 +17,11 @@ import torch
 from llm_datadist_torch import _C
 from llm_datadist_torch.memory import device_copies
 from llm_datadist_torch.memory.allocate import allocate_tensors
-from llm_datadist_torch.memory.npu_address import segment_at, segments_of
+from llm_datadist_torch.memory.npu_address import (
+    WITHOUT_EXPANDABLE_SEGMENTS,
+    segment_at,
+    segments_of,
+)
 from llm_datadist_torch.memory.region import Region
 from llm_datadist_torch.net.process import PeerProcess
 from llm_datadist_torch.transports.base import CacheVersion, MemorySpan, RegionView
@@ -383,8 +387,7 @@ def _allocation_of(address: int, device: torch.device) -> tuple[int, int]:
     if segment is not None and segment.expandable:
         raise _unsuitable(
             "it is in an expandable segment of torch_npu's",
-            "take expandable_segments:True out of PYTORCH_NPU_ALLOC_CONF, or let this library"
-            " allocate the cache.",
+            f"{WITHOUT_EXPANDABLE_SEGMENTS}, or let this library allocate the cache.",
         )
     if segment is not None:
         return segment.start, segment.end
