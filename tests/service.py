@@ -363,11 +363,16 @@ class Service(Caches):
     def noted(self) -> tuple[list[str], list[str]]:
         return self._paths, self._warnings
 
-    def slow_moves(self, seconds: float) -> None:
-        """Every movement that this process carries out takes its time first."""
+    def slow_moves(self, seconds: float, begun: str | None = None) -> None:
+        """Every movement that this process carries out takes its time first.
+
+        One that has begun makes the file ``begun``.
+        """
         move = LinkChannel.move
 
         def slow(self: LinkChannel, movement: Any, deadline: Any) -> str:
+            if begun is not None:
+                Path(begun).touch()
             time.sleep(seconds)
             return move(self, movement, deadline)
 

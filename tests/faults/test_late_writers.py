@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,14 +41,20 @@ def writer(request: pytest.FixtureRequest, here: Service, peers: Peers) -> Peer:
     return peer
 
 
-def cut_while_it_writes(here: Service, writer: Peer, seconds: float = 2.0) -> None:
-    writer.call("slow_moves", seconds)
-    writer.begin("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
-    assert eventually(lambda: here.counters()["leases"] == 1)
-    here.cut()
-    assert eventually(lambda: here.link_states() == {PEER: "lost"})
-    kept = here.dd.stats().quarantine
-    assert (kept.leases, kept.caches, kept.nbytes) == (1, 1, 2 * 2 * 64)
+@pytest.fixture
+def cut_while_it_writes(here: Service, writer: Peer, tmp_path: Path) -> Callable[..., None]:
+    def cut(seconds: float = 2.0) -> None:
+        begun = tmp_path / "begun"
+        writer.call("slow_moves", seconds, str(begun))
+        writer.begin("attempt", "push_blocks", MINE, Ref("theirs"), [0, 1], [0, 1])
+        # Here the lease is known before the writer has heard of it.
+        assert eventually(begun.exists)
+        here.cut()
+        assert eventually(lambda: here.link_states() == {PEER: "lost"})
+        kept = here.dd.stats().quarantine
+        assert (kept.leases, kept.caches, kept.nbytes) == (1, 1, 2 * 2 * 64)
+
+    return cut
 
 
 def full(here: Service) -> bool:
@@ -57,8 +65,10 @@ def full(here: Service) -> bool:
     return False
 
 
-def test_its_pages_go_to_nobody_before_it_has_stopped(here: Service, writer: Peer) -> None:
-    cut_while_it_writes(here, writer)
+def test_its_pages_go_to_nobody_before_it_has_stopped(
+    here: Service, writer: Peer, cut_while_it_writes: Callable[..., None]
+) -> None:
+    cut_while_it_writes()
     here.drop("mine")
     assert full(here)
     writer.answer()
@@ -92,7 +102,10 @@ def test_a_lease_that_the_writer_never_heard_of(
 
 
 def test_a_return_that_was_lost(
-    here: Service, writer: Peer, monkeypatch: pytest.MonkeyPatch
+    here: Service,
+    writer: Peer,
+    cut_while_it_writes: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The writer has finished and says so, but is not heard."""
     serve = LinkTable._serve
@@ -101,17 +114,19 @@ def test_a_return_that_was_lost(
         if not isinstance(envelope.body, Release):
             serve(self, link, connection, envelope, None)
 
-    cut_while_it_writes(here, writer)
+    cut_while_it_writes()
     writer.answer()
     monkeypatch.setattr(LinkTable, "_serve", lambda *args: hear_no_release(*args[:4]))
     writer.call("relink", ME)
     assert eventually(lambda: here.instance.links.registry.late_writers.leases == 0)
 
 
-def test_what_still_writes_stays_over_the_next_link(here: Service, writer: Peer) -> None:
+def test_what_still_writes_stays_over_the_next_link(
+    here: Service, writer: Peer, cut_while_it_writes: Callable[..., None]
+) -> None:
     """The writer links again while it writes: its lease is not taken for a lost one."""
     port = writer.call("listening_port")
-    cut_while_it_writes(here, writer, 10.0)
+    cut_while_it_writes(10.0)
     here.drop("mine")
     assert here.link(PEER, port) == OK
     assert full(here)
@@ -119,8 +134,10 @@ def test_what_still_writes_stays_over_the_next_link(here: Service, writer: Peer)
     assert eventually(lambda: not full(here))
 
 
-def test_its_pages_are_free_when_it_has_died(here: Service, writer: Peer) -> None:
-    cut_while_it_writes(here, writer)
+def test_its_pages_are_free_when_it_has_died(
+    here: Service, writer: Peer, cut_while_it_writes: Callable[..., None]
+) -> None:
+    cut_while_it_writes()
     here.drop("mine")
     with writer.stopped():
         assert full(here)
@@ -130,11 +147,13 @@ def test_its_pages_are_free_when_it_has_died(here: Service, writer: Peer) -> Non
     assert here.colours("new") == [2]
 
 
-def test_a_registered_cache_is_not_given_back_meanwhile(here: Service, writer: Peer) -> None:
+def test_a_registered_cache_is_not_given_back_meanwhile(
+    here: Service, writer: Peer, cut_while_it_writes: Callable[..., None]
+) -> None:
     """unregister_cache() says so, and finalize(), which ends everything else."""
     here.drop("mine")
     here.register("mine", 2, 2, 64, paged=True, keys=MINE)
-    cut_while_it_writes(here, writer)
+    cut_while_it_writes()
     with pytest.raises(LLMException) as caught:
         here.manager.unregister_cache(here.cache_id("mine"), timeout=50)
     assert caught.value.status_code.name == "LLM_TIMEOUT"
