@@ -27,6 +27,15 @@ def test_prompts_of_several_lengths(engines: Engines) -> None:
         assert tokens_of(answers) == engines.right(prompts, 12, dtype=16), length
 
 
+def test_cached_prefixes(engines: Engines) -> None:
+    """Both ends have the first block of the second prompt, and what follows is handed over."""
+    (prefix,) = random_prompts(200, seed=2)
+    prompts = [prefix + tail for tail in random_prompts(30, 100, seed=3)]
+    for prompt, tokens in zip(prompts, right(engines, prompts), strict=True):
+        answers = engines.hand_over("p", "d", [prompt], TOKENS)
+        assert tokens_of(answers) == [tokens], len(prompt)
+
+
 def test_other_weights_at_the_producer_make_every_output_differ(engines: Engines) -> None:
     """The comparison can fail: tokens depend on the bytes that are handed over."""
     prompts = random_prompts(*LENGTHS, seed=4)
