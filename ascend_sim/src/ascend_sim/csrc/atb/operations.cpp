@@ -1,12 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operations of libatb.so that are computed. They run as those of libopapi do: as tasks of a
 // stream, by libtorch's CPU kernels.
-#include <ATen/ops/cat.h>
-#include <ATen/ops/stack.h>
-
 #include <functional>
 
 #include "../kernels/kernel.h"
+#include "../kernels/rotary.h"
 #include "../kernels/slots.h"
 #include "../sim_api.h"
 #include "abi.h"
@@ -106,22 +104,14 @@ namespace atb __attribute__((visibility("default"))) {
   };
 
   // The queries or keys of [token, head * element] turned by the angles of [token, element].
-  at::Tensor turned(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
-                    bool halves) {
+  at::Tensor with_positions(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                            bool halves) {
     const int64_t width = cos.size(-1);
     TORCH_CHECK(x.dim() >= 2 && x.size(-1) % width == 0, "rows of shape ", x.sizes(),
                 " don't consist of heads of ", width, " elements");
     const at::Tensor heads = x.to(at::kFloat).reshape({x.size(0), -1, width});
-    at::Tensor quarter;
-    if (halves) {
-      const auto parts = heads.chunk(2, -1);
-      quarter = at::cat({parts[1].neg(), parts[0]}, -1);
-    } else {
-      const at::Tensor pairs = heads.unflatten(-1, {-1, 2});
-      quarter = at::stack({pairs.select(-1, 1).neg(), pairs.select(-1, 0)}, -1).flatten(-2);
-    }
     const auto angles = [](const at::Tensor& of) { return of.to(at::kFloat).unsqueeze(1); };
-    return heads.mul(angles(cos)).add(quarter.mul(angles(sin))).reshape(x.sizes());
+    return ascend_sim::turned(heads, angles(cos), angles(sin), halves ? 0 : 1).reshape(x.sizes());
   }
 
   // Inputs: queries, keys, cos, sin, tokens per request; outputs: queries and keys.
@@ -132,7 +122,7 @@ namespace atb __attribute__((visibility("default"))) {
       TORCH_CHECK(coefficient == 2 || coefficient == width, "only the rotary coefficients 2 and ",
                   width, " (the size of a head), not ", coefficient);
       for (size_t i = 0; i < 2; ++i) {
-        out[i].copy_(turned(in[i], in[2], in[3], coefficient == 2));
+        out[i].copy_(with_positions(in[i], in[2], in[3], coefficient == 2));
       }
     };
   }

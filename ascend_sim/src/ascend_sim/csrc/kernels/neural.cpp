@@ -3,7 +3,6 @@
 
 #include <ATen/ops/_log_softmax.h>
 #include <ATen/ops/_softmax.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/elu.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/glu.h>
@@ -15,10 +14,10 @@
 #include <ATen/ops/nll_loss_forward.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/softplus.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/threshold.h>
 
 #include "kernel.h"
+#include "rotary.h"
 #include "slots.h"
 
 using namespace ascend_sim;  // NOLINT: the tables below are written in its words
@@ -53,18 +52,6 @@ Tensor taken_apart(const Tensor& x) {
   return x.unflatten(-1, {-1, 2}).transpose(-1, -2).flatten(-2);
 }
 
-// How each half (mode 0), or each pair of neighbours (mode 1), of the last dimension turns by 90
-// degrees.
-Tensor rotated(const Tensor& x, int64_t mode) {
-  TORCH_CHECK(mode == 0 || mode == 1, "only rotary modes 0 (half) and 1 (interleave), not ", mode);
-  if (mode == 0) {
-    const auto halves = x.chunk(2, -1);
-    return at::cat({halves[1].neg(), halves[0]}, -1);
-  }
-  const Tensor pairs = x.unflatten(-1, {-1, 2});
-  return at::stack({pairs.select(-1, 1).neg(), pairs.select(-1, 0)}, -1).flatten(-2);
-}
-
 }  // namespace
 
 ACLNN(Softmax, [](Tensor self, int64_t dim, Out out) {
@@ -97,7 +84,7 @@ ACLNN(GemmaRmsNorm, [](Tensor x, Tensor gamma, double epsilon, Out y, Out rstd) 
   rms_norm(x, gamma.to(at::kFloat).add(1), epsilon, y, rstd);
 })
 ACLNN(RotaryPositionEmbedding, [](Tensor x, Tensor cos, Tensor sin, int64_t mode, Out out) {
-  out = x.mul(cos).add(rotated(x, mode).mul(sin));
+  out = turned(x, cos, sin, mode);
 })
 ACLNN(ApplyRotaryPosEmbV2,
       [](Out query, Out key, Tensor cos, Tensor sin, int64_t /*layout*/, std::string mode) {
@@ -105,13 +92,11 @@ ACLNN(ApplyRotaryPosEmbV2,
                     "only the rotary modes half and interleave, not ", mode);
         for (const Out* each : {&query, &key}) {
           const Tensor x = each->get();
-          *each = x.mul(cos).add(rotated(x, mode == "half" ? 0 : 1).mul(sin));
+          *each = turned(x, cos, sin, mode == "half" ? 0 : 1);
         }
       })
-ACLNN(InterleaveRope, [](Tensor x, Tensor cos, Tensor sin, Out out) {
-  const Tensor halves = taken_apart(x);
-  out = halves.mul(cos).add(rotated(halves, 0).mul(sin));
-})
+ACLNN(InterleaveRope,
+      [](Tensor x, Tensor cos, Tensor sin, Out out) { out = turned(taken_apart(x), cos, sin, 0); })
 // Latent keys and values (MLA): the first part of kv is normalised, the rest turned, and both go to
 // their caches.
 ACLNN(KvRmsNormRopeCache,
@@ -124,12 +109,11 @@ ACLNN(KvRmsNormRopeCache,
         const int64_t rope = kv.size(-1) - latent;
         const Tensor norm = at::empty_like(kv.narrow(-1, 0, latent));
         rms_norm(kv.narrow(-1, 0, latent), gamma, epsilon, Out(norm), Out(Tensor()));
-        const Tensor halves = taken_apart(kv.narrow(-1, latent, rope));
-        const Tensor turned = halves.mul(cos).add(rotated(halves, 0).mul(sin));
+        const Tensor angled = turned(taken_apart(kv.narrow(-1, latent, rope)), cos, sin, 0);
         write_slots(norm.reshape({-1, latent}), latent_cache.get(), index.flatten());
-        write_slots(turned.reshape({-1, rope}), rope_cache.get(), index.flatten());
+        write_slots(angled.reshape({-1, rope}), rope_cache.get(), index.flatten());
         if (!wants_parts) return;
-        rope_out = turned;
+        rope_out = angled;
         latent_out = norm;
       })
 ACLNN(ScatterPaKvCache,
